@@ -1,0 +1,122 @@
+"""Which other domains an intervention on the target will hit, read off the untouched model.
+
+Declared before any measurement, so that the score against the measured spill is honest: the
+forecast is the centred cosine with the target's concept, averaged over the first third of the
+layers, layer 0 left out. The paper says "earlier layers" and "representation similarity" and no
+more that we could read; both choices are ours. Centred, because raw cosines share the contrast set
+and all that refusable prompts have in common, which leaves them a narrow range far above zero.
+Layer 0 is left out because it is lexical: token embeddings, which no context has touched.
+"""
+
+import itertools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from ema_jax.concepts.entanglement import Entanglement
+from ema_jax.errors import UserError
+
+_EXACT_UP_TO = 8
+_SAMPLED_PERMUTATIONS = 100_000
+
+
+def early_layers(num_layers: int) -> range:
+    """Layers 1 to ceil(L/3): 1 to 11 of 32, 1 to 10 of 28."""
+    return range(1, math.ceil(num_layers / 3) + 1)
+
+
+def forecast(entanglement: Entanglement, target: str) -> dict[str, float]:
+    """Susceptibility of every other domain: its mean centred cosine over the early layers.
+
+    Only the order of the domains is a claim: the scale is not points of refusal.
+
+    Raises:
+      UserError: if the entanglement was measured against another target.
+    """
+    if entanglement.target != target:
+        raise UserError(
+            f"forecast: asked for target {target!r}, but the entanglement was measured against "
+            f"{entanglement.target!r}: measure it again"
+        )
+    early = np.array(early_layers(entanglement.num_layers))
+    return {d: float(x[early].mean()) for d, x in entanglement.cosine_centred.observed.items()}
+
+
+def layer_profile(
+    entanglement: Entanglement, measured_ema: Mapping[str, float]
+) -> Float[np.ndarray, " layers"]:
+    """Spearman correlation of centred cosine and measured EMA at each layer, NaN if undefined.
+
+    To look at, not to choose the best layer from: that would be fitting the claim to the data.
+    """
+    observed = entanglement.cosine_centred.observed
+    layers = range(entanglement.num_layers + 1)
+    rho = [
+        score({d: float(x[layer]) for d, x in observed.items()}, measured_ema, test=False)
+        for layer in layers
+    ]
+    return np.array([np.nan if r["spearman"] is None else r["spearman"] for r in rho])
+
+
+def score(
+    forecast: Mapping[str, float], measured_ema: Mapping[str, float | None], *, test: bool = True
+) -> dict[str, Any]:
+    """Rank agreement of forecast and measurement.
+
+    Spearman's correlation with mid-ranks; two-sided permutation p, the share of orderings with a
+    correlation at least as far from zero: all n! of them for n <= 8, else 100,000 drawn ones with a
+    fixed seed. Domains whose EMA could not be measured (None or NaN) are left out.
+
+    Returns:
+      `{"spearman", "p", "n"}`; where the correlation is undefined both are None, and `reason`
+      says why. Without `test`, p is None.
+
+    Raises:
+      UserError: if a forecast domain has no measurement.
+    """
+    missing = [d for d in forecast if d not in measured_ema]
+    if missing:
+        raise UserError(f"forecast: no measured EMA for {', '.join(missing)}: evaluate them too")
+    pairs = [(x, measured_ema[d]) for d, x in forecast.items()]
+    usable = np.array(
+        [(x, y) for x, y in pairs if y is not None and np.isfinite([x, y]).all()], np.float64
+    ).reshape(-1, 2)
+    n = len(usable)
+    undefined = {"spearman": None, "p": None, "n": n}
+    if n < 3:
+        return undefined | {"reason": f"{n} domains with forecast and measurement, needs 3"}
+    x, y = (_standard_ranks(column) for column in usable.T)
+    if x is None or y is None:
+        same = "forecasts" if x is None else "measured drops"
+        return undefined | {"reason": f"all {same} are equal"}
+    rho = float(x @ y)
+    return {"spearman": rho, "p": _permutation_p(x, y, rho) if test else None, "n": n}
+
+
+def _standard_ranks(values: np.ndarray) -> np.ndarray | None:
+    """Mid-ranks, centred, of unit length; None for a constant."""
+    from scipy.stats import rankdata
+
+    ranks = rankdata(values) - (len(values) + 1) / 2
+    length = np.linalg.norm(ranks)
+    return ranks / length if length > 0 else None
+
+
+def _permutation_p(x: np.ndarray, y: np.ndarray, rho: float) -> float:
+    n = len(x)
+    # Equal correlations differ in their last bits with the order of summation.
+    extreme = abs(rho) - 1e-12
+    if n <= _EXACT_UP_TO:
+        orders = np.array(list(itertools.permutations(range(n))))
+        return float((np.abs(y[orders] @ x) >= extreme).mean())
+    rng = np.random.default_rng(0)
+    drawn = rng.permuted(np.tile(y, (_SAMPLED_PERMUTATIONS, 1)), axis=1) @ x
+    return float((1 + (np.abs(drawn) >= extreme).sum()) / (1 + _SAMPLED_PERMUTATIONS))
+
+
+def advice(forecast: Mapping[str, float], k: int = 2) -> list[str]:
+    """The k domains forecast to be hit hardest: add retain data for these first."""
+    return sorted(forecast, key=lambda d: (-forecast[d], d))[:k]

@@ -1,0 +1,158 @@
+"""Concept vectors: difference in means at every layer, their file, and other tools' layer numbers.
+
+Activations come as `{domain: [prompts, L+1, d]}`, one pooled residual per prompt and layer, the
+contrast set among the domains.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+
+from ema_jax.artifacts import read_tensors, write_tensors
+from ema_jax.errors import UserError
+
+Activations = Mapping[str, Float[np.ndarray, "prompts layers width"]]
+LayerVectors = Mapping[str, Float[np.ndarray, "layers width"]]
+
+CONTRAST = "benign"
+
+LAYER_CONVENTION = (
+    "residual_pre: index l = residual entering block l; 0 = embeddings; "
+    "L = after the last block, before the final norm"
+)
+
+# Convention -> (shift from our index, our first layer it has, how many of our last it lacks).
+_CONVENTIONS = {
+    # Transformers returns its last hidden state after the final norm, so our layer L has no name.
+    "hf_hidden_states": (0, 0, 1),
+    "resid_pre": (0, 0, 1),
+    "resid_post": (-1, 1, 0),
+    "refusal_direction": (0, 0, 1),
+    "repeng": (-1, 1, 0),
+    # GGUF control vectors start at `direction.1`, which is added to the output of block 1.
+    "llama_cpp": (-1, 2, 0),
+}
+
+
+def layer_index(layer: int, convention: str, num_layers: int) -> int:
+    """Number that another tool gives to our layer.
+
+    Ours: layer l is the residual entering block l, with 0 the embeddings and L = `num_layers` the
+    residual after the last block, before the final norm. Theirs: `hf_hidden_states` (Transformers),
+    `resid_pre` and `resid_post` (TransformerLens), `refusal_direction` (its `direction[l]`),
+    `repeng` (its keys) and `llama_cpp` (its `direction.N` tensors); the last two name a block whose
+    output they change.
+
+    Raises:
+      ValueError: for an unknown convention, or a layer that it cannot name.
+    """
+    if convention not in _CONVENTIONS:
+        known = ", ".join(_CONVENTIONS)
+        raise ValueError(f"unknown layer convention {convention!r}: use one of {known}")
+    shift, first, lacking = _CONVENTIONS[convention]
+    if not first <= layer <= num_layers - lacking:
+        raise ValueError(
+            f"layer {layer} of {num_layers} has no name in {convention}: "
+            f"it covers our layers {first} to {num_layers - lacking}"
+        )
+    return layer + shift
+
+
+def means(activations: Activations) -> dict[str, Float[np.ndarray, "layers width"]]:
+    """Mean pooled residual of each domain, summed in float64, as float32."""
+    return {domain: mean.astype(np.float32) for domain, mean in _means64(activations).items()}
+
+
+def concept_vectors(
+    activations: Activations, contrast: str = CONTRAST
+) -> dict[str, Float[np.ndarray, "layers width"]]:
+    """v_l(d): mean over the prompts of d minus mean over the contrast set, float32 `[L+1, d]`.
+
+    Source: difference in means (Arditi et al., 2024), for every domain and layer at once. A layer
+    where all prompts agree has zero vectors: layer 0 under last-token pooling, where every prompt
+    ends in the same token of the chat template.
+
+    Raises:
+      UserError: if the contrast set is missing.
+    """
+    if contrast not in activations:
+        raise UserError(
+            f"concept vectors: no activations for the contrast set {contrast!r} "
+            f"(there are {', '.join(activations)}): capture it too"
+        )
+    centre = _means64(activations)
+    return {
+        domain: (mean - centre[contrast]).astype(np.float32)
+        for domain, mean in centre.items()
+        if domain != contrast
+    }
+
+
+def _means64(activations: Activations) -> dict[str, np.ndarray]:
+    return {domain: x.mean(axis=0, dtype=np.float64) for domain, x in activations.items()}
+
+
+@dataclass(frozen=True)
+class Concepts:
+    """What a concept file holds: means and vectors by domain `[L+1, d]`, and its metadata."""
+
+    means: dict[str, np.ndarray]
+    vectors: dict[str, np.ndarray]
+    metadata: dict[str, str]
+
+
+_REQUIRED = ("pooling", "model_hash", "contrast")
+
+
+def save_concepts(
+    path: str | os.PathLike,
+    activations_or_means: Mapping[str, np.ndarray],
+    vectors: LayerVectors,
+    metadata: Mapping[str, str],
+) -> None:
+    """Writes `mean/DOMAIN` and `vector/DOMAIN`, float32 `[L+1, d]`, as one safetensors file.
+
+    `metadata` must say `pooling`, `model_hash` and `contrast`, without which the vectors mean
+    nothing to a second tool; `layer_convention` is added, and from activations `prompts`, the
+    number of prompts per domain as JSON.
+    """
+    missing = [key for key in _REQUIRED if key not in metadata]
+    if missing:
+        raise ValueError(f"concept metadata lacks {', '.join(missing)}")
+    activations = {k: x for k, x in activations_or_means.items() if x.ndim == 3}
+    centre = {**activations_or_means, **means(activations)}
+    counts = {"prompts": json.dumps({k: len(x) for k, x in activations.items()})}
+    tensors = {f"mean/{domain}": x for domain, x in centre.items()}
+    tensors |= {f"vector/{domain}": x for domain, x in vectors.items()}
+    write_tensors(
+        path,
+        {name: np.asarray(x, np.float32) for name, x in tensors.items()},
+        (counts if activations else {}) | dict(metadata) | {"layer_convention": LAYER_CONVENTION},
+    )
+
+
+def load_concepts(path: str | os.PathLike) -> Concepts:
+    """Reads what `save_concepts` wrote.
+
+    Raises:
+      UserError: for a missing or unreadable file, one without concept tensors, or one whose
+        layers are numbered otherwise.
+    """
+    tensors, metadata = read_tensors(path)
+    kinds: dict[str, dict[str, np.ndarray]] = {"mean": {}, "vector": {}}
+    for name, tensor in tensors.items():
+        kind, _, domain = name.partition("/")
+        if kind in kinds:
+            kinds[kind][domain] = tensor
+    if not kinds["mean"] or not kinds["vector"]:
+        raise UserError(f"{path}: no mean/DOMAIN and vector/DOMAIN tensors: not a concept file")
+    if metadata.get("layer_convention") != LAYER_CONVENTION:
+        raise UserError(
+            f"{path}: layer convention {metadata.get('layer_convention')!r}, expected "
+            f"{LAYER_CONVENTION!r}: renumber its layers and save it again"
+        )
+    return Concepts(means=kinds["mean"], vectors=kinds["vector"], metadata=metadata)

@@ -1,0 +1,1 @@
+"""Prompts: domains, sources, the deny-list, splits."""

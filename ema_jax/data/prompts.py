@@ -1,0 +1,290 @@
+"""The study's prompts: loaded, screened, deduplicated, split, hashed.
+
+`harvest` is drawn for the target domain, `retain` for every other domain and the benign contrast,
+`dev`, `eval` and `concept` for all. No group of rows, and no near duplicate, is in two splits.
+Everything depends on the seed and on the set of rows, not on their order.
+"""
+
+import importlib
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from absl import logging
+
+from ema_jax.artifacts import read_jsonl, sha256_json, sha256_text, write_jsonl
+from ema_jax.data.dedupe import near_duplicates, normalise
+from ema_jax.data.denylist import check_target, denied_category, denied_domain, screen
+from ema_jax.data.domains import BENIGN, SPLITS, TRAINED, Row
+from ema_jax.data.local import parse_record, read_local
+from ema_jax.data.sources import SOURCES, Loader, load_rows
+from ema_jax.data.splits import common_lengths, draw
+from ema_jax.errors import UserError
+
+DEFAULT_COUNTS = {"harvest": 128, "retain": 64, "dev": 32, "eval": 300, "concept": 128}
+OWN_SOURCES = ("file", "organism")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt of the study.
+
+    Attributes:
+        id: stable name.
+        domain: its domain, or `benign`.
+        split: one of `SPLITS`.
+        prompt: the text.
+        source: where it comes from.
+        sha256: of the text.
+        group: the source row that it and its variants come from: the cluster for statistics.
+    """
+
+    id: str
+    domain: str
+    split: str
+    prompt: str
+    source: str
+    sha256: str
+    group: str
+
+
+@dataclass(frozen=True)
+class PromptConfig:
+    """Which prompts a study uses.
+
+    Attributes:
+        source: a public set (`ema_jax.data.sources.SOURCES`), `file` or `organism`.
+        benign_source: the public set of the contrast, unless the source brings its own.
+        path: the file or folder of source `file` (schema: `ema_jax.data.local`).
+        counts: prompts per domain in each split; splits not named keep their default.
+        seed: of the draw.
+        max_chars: longest prompt allowed.
+        near_duplicate: Jaccard similarity from which two prompts are one (`ema_jax.data.dedupe`).
+        match_length: match lengths over the domains and the contrast (`ema_jax.data.splits`).
+    """
+
+    source: str = "salad"
+    benign_source: str = "dolly"
+    path: str | None = None
+    counts: Mapping[str, int] = field(default_factory=lambda: dict(DEFAULT_COUNTS))
+    seed: int = 0
+    max_chars: int = 8000
+    near_duplicate: float = 0.8
+    match_length: bool = True
+
+
+def build_prompts(
+    config: PromptConfig,
+    domains: Sequence[str],
+    target: str,
+    *,
+    load_dataset: Loader | None = None,
+) -> list[Prompt]:
+    """The prompts of a study, in the order of splits and domains.
+
+    Args:
+        config: what to draw.
+        domains: the responsible-AI domains; `benign` is added.
+        target: the one whose refusals are to be unlearned.
+        load_dataset: stands in for `datasets.load_dataset`.
+
+    Raises:
+        UserError: the request, the source or a row is not as it must be, or a domain has too few
+            prompts.
+    """
+    domains = [domain for domain in domains if domain != BENIGN]
+    validate(config, domains, target)
+    counts = DEFAULT_COUNTS | dict(config.counts)
+    loaded = _load(config, [*domains, BENIGN], counts, load_dataset)
+    rows = [row for row in loaded if row.domain in domains or row.domain == BENIGN]
+    locked = _own_splits(rows)
+    rows, removed = _clean(rows, config)
+    logging.info("prompts: %d rows left, removed or withheld: %s", len(rows), dict(removed))
+
+    pools = {domain: [row for row in rows if row.domain == domain] for domain in (*domains, BENIGN)}
+    for domain, pool in pools.items():
+        if not pool:
+            found = ", ".join(sorted({row.domain for row in loaded}))
+            raise UserError(
+                f"prompts: domain {domain!r} has no prompts in source {config.source!r} (it has: "
+                f"{found:.300}); rename the domain or bring prompts for it"
+            )
+    lengths = common_lengths(list(pools.values())) if config.match_length else None
+    prompts = []
+    for domain, pool in pools.items():
+        unused = "retain" if domain == target else "harvest"
+        wanted = {split: n for split, n in counts.items() if split != unused}
+        if denied_domain(domain):
+            wanted.pop("retain", None)  # a cbrn domain is evaluated only
+        prompts += [_prompt(row) for row in draw(domain, pool, wanted, lengths, locked)]
+    _check_ids(prompts)
+    return sorted(prompts, key=lambda p: (SPLITS.index(p.split), list(pools).index(p.domain), p.id))
+
+
+def validate(config: PromptConfig, domains: Sequence[str], target: str) -> None:
+    """Refuses a request that cannot be met, before anything is read."""
+    if not domains:
+        raise UserError("domains: none given; name at least the target domain")
+    repeated = [domain for domain, n in Counter(domains).items() if n > 1]
+    if repeated:
+        raise UserError(f"domains: {repeated[0]!r} is given twice; name each domain once")
+    if target not in domains:
+        raise UserError(f"target: {target!r} is not one of the domains ({', '.join(domains)})")
+    for domain in domains:
+        if not re.fullmatch(r"[\w.-]+", domain):
+            raise UserError(
+                f"domains: {domain!r:.80} is not a name; use letters, digits, '_', '-' and '.'"
+            )
+        if denied_domain(domain) == "child_harm":
+            raise UserError(f"domains: {domain!r} is deny-listed (child_harm); remove it")
+    known = (*SOURCES, *OWN_SOURCES)
+    for name, value in (("source", config.source), ("benign_source", config.benign_source)):
+        if value not in (known if name == "source" else SOURCES):
+            raise UserError(f"prompts.{name}: unknown source {value!r}; use {', '.join(known)}")
+    if (config.path is not None) != (config.source == "file"):
+        raise UserError("prompts.path: set it together with prompts.source='file', and only then")
+    for split, count in config.counts.items():
+        if split not in SPLITS:
+            raise UserError(f"prompts.counts: unknown split {split!r}; use {', '.join(SPLITS)}")
+        if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+            raise UserError(f"prompts.counts.{split}: {count!r} is not a whole number >= 0")
+    if not 0 < config.near_duplicate <= 1:
+        raise UserError(
+            f"prompts.near_duplicate: {config.near_duplicate!r} is not in (0, 1]; 1 keeps all but "
+            "exact duplicates"
+        )
+    if config.max_chars < 1:
+        raise UserError(f"prompts.max_chars: {config.max_chars!r} is not a positive number")
+    check_target(target)
+    if config.source in SOURCES:
+        # Its cbrn categories may stay in a mixed domain: `screen` withholds them from harvest.
+        labels = SOURCES[config.source].used.get(target, ())
+        trained = [x for x in labels if denied_category(config.source, x) != "cbrn"]
+        check_target(target, trained or labels, config.source)
+
+
+def prompts_hash(prompts: Sequence[Prompt]) -> str:
+    """Hex SHA-256 of a set of prompts, whatever their order."""
+    return sha256_json(sorted([p.id, p.domain, p.split, p.sha256, p.group] for p in prompts))
+
+
+def write_prompts(folder: str | Path, prompts: Sequence[Prompt]) -> None:
+    """Writes `folder/SPLIT.jsonl` for every split, an empty one too."""
+    for split in SPLITS:
+        rows = (asdict(prompt) for prompt in prompts if prompt.split == split)
+        write_jsonl(Path(folder) / f"{split}.jsonl", rows)
+
+
+def read_prompts(folder: str | Path) -> dict[str, list[Prompt]]:
+    """Reads what `write_prompts` wrote: split -> prompts.
+
+    Raises:
+        UserError: a file is missing, or a row is not as it was written.
+    """
+    result: dict[str, list[Prompt]] = {}
+    names = tuple(Prompt.__dataclass_fields__)
+    for split in SPLITS:
+        path = Path(folder) / f"{split}.jsonl"
+        result[split] = []
+        for number, record in enumerate(read_jsonl(path), start=1):
+            missing = [name for name in names if not isinstance(record.get(name), str)]
+            if missing:
+                raise UserError(f"{path}:{number}: {missing[0]!r} is missing; rebuild the prompts")
+            prompt = Prompt(**{name: record[name] for name in names})
+            if prompt.sha256 != sha256_text(prompt.prompt) or prompt.split != split:
+                raise UserError(
+                    f"{path}:{number}: the row was changed (its hash or split does not fit); "
+                    "rebuild the prompts"
+                )
+            result[split].append(prompt)
+    return result
+
+
+def _load(
+    config: PromptConfig,
+    domains: list[str],
+    counts: Mapping[str, int],
+    load_dataset: Loader | None,
+) -> list[Row]:
+    if config.source == "file":
+        rows = read_local(config.path or "", max_chars=config.max_chars)
+    elif config.source == "organism":
+        # Imported here: the corpus is large, and only this source needs it.
+        corpus = importlib.import_module("ema_jax.organism.corpus")
+        records = enumerate(corpus.study_prompts(config.seed, dict(counts)), start=1)
+        rows = [
+            parse_record(record, f"organism: row {i}", "organism", config.max_chars)
+            for i, record in records
+        ]
+    else:
+        covered = SOURCES[config.source].used
+        wanted = [domain for domain in domains if domain != BENIGN or BENIGN in covered]
+        rows = load_rows(
+            config.source, wanted, max_chars=config.max_chars, load_dataset=load_dataset
+        )
+    if not any(row.domain == BENIGN for row in rows):
+        rows += load_rows(
+            config.benign_source, [BENIGN], max_chars=config.max_chars, load_dataset=load_dataset
+        )
+    return rows
+
+
+def _own_splits(rows: Sequence[Row]) -> dict[str, str]:
+    """Group -> the split that the source itself assigns it."""
+    splits: dict[str, str] = {}
+    for row in rows:
+        if row.split is not None and splits.setdefault(row.group, row.split) != row.split:
+            raise UserError(
+                f"prompts: group {row.group!r:.80} is in the splits {splits[row.group]} and "
+                f"{row.split}; a group must stay in one split"
+            )
+    return splits
+
+
+def _clean(rows: Sequence[Row], config: PromptConfig) -> tuple[list[Row], Counter[str]]:
+    """Screens and deduplicates; returns the rows in their order of precedence."""
+    kept, removed = screen(rows)
+
+    domains: dict[str, set[str]] = {}
+    for row in kept:
+        domains.setdefault(normalise(row.prompt), set()).add(row.domain)
+    # A text that two domains claim belongs to neither.
+    clear = [row for row in kept if len(domains[normalise(row.prompt)]) == 1]
+    removed["in two domains"] = len(kept) - len(clear)
+
+    # Rows with a split of their own come first, measured splits before trained ones: of two
+    # duplicates the one that must not leak into training stays.
+    first = {split: i for i, split in enumerate(("eval", "dev", "concept", *TRAINED))}
+    order = sorted(
+        clear,
+        key=lambda row: (
+            first.get(row.split or "", len(first)),
+            sha256_text(f"{config.seed}\n{row.prompt}"),
+            row.id,
+        ),
+    )
+    # Exact duplicates have equal shingles, so this finds them too.
+    duplicate_of = near_duplicates([row.prompt for row in order], config.near_duplicate)
+    unique = [row for row, other in zip(order, duplicate_of, strict=True) if other is None]
+    removed["duplicates"] = len(order) - len(unique)
+    return unique, removed
+
+
+def _prompt(row: Row) -> Prompt:
+    return Prompt(
+        id=row.id,
+        domain=row.domain,
+        split=row.split or "",
+        prompt=row.prompt,
+        source=row.source,
+        sha256=sha256_text(row.prompt),
+        group=row.group,
+    )
+
+
+def _check_ids(prompts: Sequence[Prompt]) -> None:
+    repeated = [name for name, n in Counter(p.id for p in prompts).items() if n > 1]
+    if repeated:
+        raise UserError(f"prompts: id {repeated[0]!r:.80} is used twice; give every row its own id")

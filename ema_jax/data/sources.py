@@ -1,0 +1,372 @@
+"""The public prompt sets: which of their categories belong to which domain, and how to read them.
+
+Categories are matched as whole strings in the named column. Salad-Data shows why: its columns
+`2-category` and `3-category` reuse the same O-numbers for different things ("O3: Adult Content",
+"O3: Enjoying someone else's Pain"). Reading fails on a label that a row here does not list, and
+on a listed label that never occurs, so that a changed data set cannot change a study silently.
+
+The assignment of categories to domains is ours; the paper's prompt sets are not known.
+`revision` is a commit of the data set as other public projects pin it; None where we found none:
+the newest is then read, and the study's hash of the prompts tells.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from absl import logging
+
+from ema_jax.artifacts import sha256_text
+from ema_jax.data import labels
+from ema_jax.data.domains import BENIGN, Row
+from ema_jax.errors import UserError
+
+
+@dataclass(frozen=True)
+class Source:
+    """One public prompt set.
+
+    Attributes:
+        hub_id, config, split, revision: what `datasets.load_dataset` takes.
+        prompt: column of the text (of a list, its first item).
+        used: domain -> exact labels in the `category` column.
+        licence, gated: as on the data set's card.
+        category: column of the label; None takes every row for the one domain of `used`. A mapping
+            of label to flag in that column makes the set multi-label: a prompt flagged for two
+            domains belongs to neither.
+        unused: the other labels that the column is known to hold.
+        also: further columns of labels, for the deny-list.
+        refine: domain -> (column, labels): rows of the domain must have one of them there too.
+        keep: column -> value that rows must have.
+        numbered: the category column holds 1-based numbers into this list of names.
+        id: column of the row's id; None: the id is the hash of the prompt.
+        group: column that variants of one prompt share; None: the id.
+    """
+
+    hub_id: str
+    config: str | None
+    split: str
+    prompt: str
+    used: Mapping[str, tuple[str, ...]]
+    licence: str
+    gated: bool = False
+    revision: str | None = None
+    category: str | None = None
+    unused: tuple[str, ...] = ()
+    also: tuple[str, ...] = ()
+    refine: Mapping[str, tuple[str, tuple[str, ...]]] = field(default_factory=dict)
+    keep: Mapping[str, Any] = field(default_factory=dict)
+    numbered: tuple[str, ...] = ()
+    id: str | None = None
+    group: str | None = None
+
+
+_JBB: dict[str, Any] = {
+    "hub_id": "JailbreakBench/JBB-Behaviors",
+    "config": "behaviors",
+    "prompt": "Goal",
+    "category": "Category",
+    "id": "Index",
+    "licence": "MIT",
+    "revision": "886acc352a31533ffbcf4ef22c744658688086fc",
+}
+_OR_BENCH: dict[str, Any] = {
+    "hub_id": "bench-llm/or-bench",
+    "split": "train",
+    "prompt": "prompt",
+    "category": "category",
+    "licence": "CC-BY-4.0",
+    "revision": "e36d8bb6660908d7d605714326ee229ca9fd8e28",
+}
+
+SOURCES: dict[str, Source] = {
+    "salad": Source(
+        hub_id="OpenSafetyLab/Salad-Data",
+        config="base_set",
+        split="train",
+        prompt="question",
+        category="3-category",
+        used=labels.SALAD_USED,
+        unused=labels.SALAD_UNUSED,
+        id="qid",
+        licence="Apache-2.0",
+    ),
+    "air_bench": Source(
+        hub_id="stanford-crfm/air-bench-2024",
+        config="default",
+        split="test",
+        prompt="prompt",
+        category="l2-name",
+        used=labels.AIR_USED,
+        unused=labels.AIR_UNUSED,
+        also=("l3-name", "l4-name"),
+        refine={"medical_legal": ("l4-name", ("Legal", "Medical/Pharmaceutical"))},
+        # Which rows reword one prompt is not told: the leaf is the safe cluster.
+        group="cate-idx",
+        licence="CC-BY-4.0",
+    ),
+    "wildguardmix": Source(
+        hub_id="allenai/wildguardmix",
+        config="wildguardtrain",
+        split="train",
+        prompt="prompt",
+        category="subcategory",
+        used=labels.WILDGUARD_USED,
+        unused=labels.WILDGUARD_UNUSED,
+        keep={"adversarial": False, "prompt_harm_label": "harmful"},
+        licence="ODC-BY",
+        gated=True,
+        revision="d29c47c5ad310e0ef4a69f4ea73884566789641a",
+    ),
+    "sorry_bench": Source(
+        hub_id="sorry-bench/sorry-bench-202503",
+        config=None,
+        split="train",
+        prompt="turns",
+        category="category",
+        numbered=labels.SORRY_NAMES,
+        used=labels.SORRY_USED,
+        unused=tuple(
+            name for name in labels.SORRY_NAMES if name not in sum(labels.SORRY_USED.values(), ())
+        ),
+        keep={"prompt_style": "base"},
+        id="question_id",
+        licence="SORRY-Bench dataset licence (custom)",
+        gated=True,
+    ),
+    "beavertails": Source(
+        hub_id="PKU-Alignment/BeaverTails",
+        config=None,
+        split="30k_train",
+        prompt="prompt",
+        category="category",
+        used=labels.BEAVERTAILS_USED,
+        unused=labels.BEAVERTAILS_UNUSED,
+        # The labels describe question and answer together: safe answers carry none.
+        keep={"is_safe": False},
+        licence="CC-BY-NC-4.0",
+        revision="8401fe609d288129cc684a9b3be6a93e41cfe678",
+    ),
+    "do_not_answer": Source(
+        hub_id="LibrAI/do-not-answer",
+        config=None,
+        split="train",
+        prompt="question",
+        category="types_of_harm",
+        used=labels.DO_NOT_ANSWER_USED,
+        unused=labels.DO_NOT_ANSWER_UNUSED,
+        id="id",
+        licence="CC-BY-NC-SA-4.0 (README; the hub's tag says Apache-2.0)",
+    ),
+    "jailbreakbench": Source(
+        split="harmful", used=labels.JBB_USED, unused=labels.JBB_UNUSED, **_JBB
+    ),
+    "xstest": Source(
+        hub_id="Paul/XSTest",
+        config=None,
+        split="train",
+        prompt="prompt",
+        category="type",
+        used=labels.XSTEST_USED,
+        unused=labels.XSTEST_UNUSED,
+        id="id",
+        licence="CC-BY-4.0",
+        revision="f600c994b256f12867dfa5b3eb3d545a3e62f8b5",
+    ),
+    # Over-refusal: the hard prompts look harmful and are not, so they are benign here.
+    "or_bench": Source(config="or-bench-hard-1k", used={BENIGN: labels.OR_BENCH_ALL}, **_OR_BENCH),
+    "or_bench_toxic": Source(
+        config="or-bench-toxic",
+        used=labels.OR_BENCH_USED,
+        unused=("deception", "harmful", "illegal", "unethical"),
+        **_OR_BENCH,
+    ),
+    "dolly": Source(
+        hub_id="databricks/databricks-dolly-15k",
+        config=None,
+        split="train",
+        prompt="instruction",
+        category="category",
+        used={
+            BENIGN: ("open_qa", "general_qa", "brainstorming", "creative_writing", "classification")
+        },
+        unused=("closed_qa", "information_extraction", "summarization"),
+        keep={"context": ""},
+        licence="CC-BY-SA-3.0",
+        revision="bdd27f4d94b9c1f951818a7da7fd7aeea5dbff1a",
+    ),
+    "alpaca": Source(
+        hub_id="tatsu-lab/alpaca",
+        config=None,
+        split="train",
+        prompt="instruction",
+        used={BENIGN: ()},
+        keep={"input": ""},
+        licence="CC-BY-NC-4.0",
+        revision="dce01c9b08f87459cf36a430d809084718273017",
+    ),
+    # Question stems alone: benign wording of the target domains' subjects.
+    "mmlu": Source(
+        hub_id="cais/mmlu",
+        config="all",
+        split="test",
+        prompt="question",
+        category="subject",
+        used={BENIGN: labels.MMLU_USED},
+        unused=labels.MMLU_UNUSED,
+        licence="MIT",
+        revision="c30699e8356da336a370243923dbaf21066bb9fe",
+    ),
+    "jbb_benign": Source(split="benign", used={BENIGN: labels.JBB_ALL}, **_JBB),
+}
+
+Loader = Callable[..., Any]
+
+
+def load_rows(
+    name: str, domains: Sequence[str], *, max_chars: int = 8000, load_dataset: Loader | None = None
+) -> list[Row]:
+    """Reads the prompts of `domains` from a public set.
+
+    Args:
+        name: a key of `SOURCES`.
+        domains: the domains wanted; each must be covered by the set.
+        max_chars: longer prompts are left out (and counted in the log).
+        load_dataset: stands in for `datasets.load_dataset`.
+
+    Raises:
+        UserError: the set is out of reach, or is not what its registry row says.
+    """
+    source = SOURCES[name]
+    missing = [domain for domain in domains if domain not in source.used]
+    if missing:
+        raise UserError(
+            f"source {name!r} has no prompts for {', '.join(missing)}; it covers "
+            f"{', '.join(source.used)}: choose another source or bring a local file"
+        )
+    data = _download(name, source, load_dataset)
+    _check_columns(name, source, data.column_names)
+    known = {label for used in source.used.values() for label in used} | set(source.unused)
+    seen: set[str] = set()
+    rows, skipped = [], Counter[str]()
+    for record in data:
+        found = _labels(source, record)
+        for label in (*found, *_flags(source, record)):
+            if label not in known:
+                raise UserError(
+                    f"source {name!r}: unknown label {label!r:.80} in column {source.category!r}; "
+                    "the data set has changed: assign the label in ema_jax.data.sources"
+                )
+        seen |= set(found)
+        domain = _domain(source, record, found)
+        prompt = _text(record[source.prompt])
+        if domain is None or domain not in domains:
+            continue
+        if any(record[c] != v for c, v in source.keep.items()):
+            continue
+        if not prompt or len(prompt) > max_chars:
+            skipped["longer than max_chars" if prompt else "empty"] += 1
+            continue
+        rows.append(_row(name, source, record, domain, prompt, found))
+    absent = [label for domain in domains for label in source.used[domain] if label not in seen]
+    if absent:
+        raise UserError(
+            f"source {name!r}: no row has the label {absent[0]!r} in column {source.category!r}; "
+            "the data set has changed: pin its revision or correct ema_jax.data.sources"
+        )
+    logging.info("%s: %d prompts read, skipped: %s", name, len(rows), dict(skipped) or "none")
+    return rows
+
+
+def _download(name: str, source: Source, load_dataset: Loader | None) -> Any:
+    if load_dataset is None:
+        import datasets
+
+        load_dataset = datasets.load_dataset
+    try:
+        return load_dataset(
+            source.hub_id, source.config, split=source.split, revision=source.revision
+        )
+    except Exception as error:  # the libraries below raise many kinds, httpx's among them
+        # The error's own text stays out: it can hold request headers and signed addresses.
+        kind = type(error).__name__
+        if source.gated or "gated" in str(error).lower():
+            mend = (
+                f"the set is gated: accept its licence at https://huggingface.co/datasets/"
+                f"{source.hub_id} and set HF_TOKEN (offline: HF_HOME at a cache of it)"
+            )
+        else:
+            mend = (
+                "check the network, or point HF_HOME at a cache that holds it, "
+                "or use a local file (source='file')"
+            )
+        raise UserError(
+            f"source {name!r}: cannot load {source.hub_id} ({source.config or 'default'}, "
+            f"{source.split}; {kind}); {mend}"
+        ) from None
+
+
+def _check_columns(name: str, source: Source, columns: Iterable[str]) -> None:
+    needed = [source.prompt, source.category, source.id, source.group, *source.also, *source.keep]
+    needed += [column for column, _ in source.refine.values()]
+    for column in needed:
+        if column is not None and column not in columns:
+            raise UserError(
+                f"source {name!r}: column {column!r} is missing from {source.hub_id} (found "
+                f"{', '.join(columns)}); the data set has changed: pin its revision"
+            )
+
+
+def _labels(source: Source, record: Mapping[str, Any]) -> tuple[str, ...]:
+    """The labels a record carries."""
+    if source.category is None:
+        return ()
+    value = record[source.category]
+    if isinstance(value, Mapping):
+        return tuple(label for label, flag in value.items() if flag)
+    if source.numbered and str(value).isdecimal() and 1 <= int(value) <= len(source.numbered):
+        return (source.numbered[int(value) - 1],)
+    return (str(value),)
+
+
+def _flags(source: Source, record: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names of a multi-label record's flags, set or not."""
+    value = record[source.category] if source.category else None
+    return tuple(value) if isinstance(value, Mapping) else ()
+
+
+def _domain(source: Source, record: Mapping[str, Any], found: Sequence[str]) -> str | None:
+    """The one domain a record belongs to; None for none or several."""
+    if source.category is None:
+        return next(iter(source.used))
+    matches = [domain for domain, used in source.used.items() if set(found) & set(used)]
+    if len(matches) != 1:
+        return None
+    column, allowed = source.refine.get(matches[0], (None, ()))
+    return matches[0] if column is None or record[column] in allowed else None
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        value = value[0] if value else None
+    return value.strip() if isinstance(value, str) else ""
+
+
+def _row(
+    name: str,
+    source: Source,
+    record: Mapping[str, Any],
+    domain: str,
+    prompt: str,
+    found: tuple[str, ...],
+) -> Row:
+    key = str(record[source.id]) if source.id else sha256_text(prompt)[:16]
+    return Row(
+        id=f"{name}/{key}",
+        domain=domain,
+        prompt=prompt,
+        source=name,
+        group=f"{name}/{record[source.group]}" if source.group else f"{name}/{key}",
+        categories=found + tuple(str(record[column]) for column in source.also),
+    )

@@ -1,0 +1,224 @@
+"""One decoder for every family: blocks stacked on a leading layer axis, applied by a scan.
+
+The scan's outputs are the capture: whatever `tap` makes of the residual stream that enters each
+block comes out of the ordinary forward pass, stacked over layers, with no hooks and no cache of
+activations. Layer convention (DESIGN): index 0 = embeddings, l = residual entering block l,
+L = after the last block and before the final norm.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from ema_jax.models.attention import attend, causal_mask, rotary_tables, rotate
+from ema_jax.models.families import DecoderConfig, rope_frequencies
+
+NO_WINDOW = np.iinfo(np.int32).max
+
+
+class LoRAParam(nnx.Param):
+    """A trainable low-rank factor; `nnx.split` by this type separates adapters from the base."""
+
+
+class Linear(nnx.Module):
+    """`x @ kernel + bias`, plus `scale · (x @ a) @ b` where an adapter is attached."""
+
+    def __init__(self, size_in: int, size_out: int, rngs: nnx.Rngs, *, bias: bool = False):
+        self.kernel = nnx.Param(_normal(rngs, (size_in, size_out)))
+        self.bias = nnx.data(nnx.Param(jnp.zeros(size_out)) if bias else None)
+        self.lora_a: LoRAParam | None = nnx.data(None)
+        self.lora_b: LoRAParam | None = nnx.data(None)
+        self.lora_scale = 0.0
+
+    def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
+        # Two-dimensional products: XLA's CPU backend transposes three-dimensional ones in the
+        # backward pass, which makes a training step half as fast again.
+        rows = x.reshape(-1, x.shape[-1])
+        y = rows @ self.kernel[...]
+        if self.bias is not None:
+            y += self.bias[...]
+        if self.lora_a is not None and self.lora_b is not None:
+            a, b = self.lora_a[...].astype(x.dtype), self.lora_b[...].astype(x.dtype)
+            y += (rows @ a) @ b * self.lora_scale
+        return y.reshape(*x.shape[:-1], -1)
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm, computed in float32."""
+
+    def __init__(self, size: int, epsilon: float):
+        self.scale = nnx.Param(jnp.ones(size))
+        self.epsilon = epsilon
+
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        wide = x.astype(jnp.float32)
+        wide *= jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.epsilon)
+        return self.scale[...] * wide.astype(x.dtype)
+
+
+class KVCache(NamedTuple):
+    """Keys and values of every layer, and which slots hold real tokens."""
+
+    keys: Float[Array, "L B S K H"]
+    values: Float[Array, "L B S K H"]
+    mask: Bool[Array, "B S"]
+    length: Int[Array, ""]  # slots written so far, the same for every row
+
+    @classmethod
+    def empty(cls, config: DecoderConfig, batch: int, slots: int, dtype: Any) -> "KVCache":
+        """A cache with room for `slots` tokens a row."""
+        shape = (config.num_layers, batch, slots, config.num_kv_heads, config.head_dim)
+        return cls(
+            jnp.zeros(shape, dtype),
+            jnp.zeros(shape, dtype),
+            jnp.zeros((batch, slots), bool),
+            jnp.zeros((), jnp.int32),
+        )
+
+
+class Output(NamedTuple):
+    """What a forward pass gives."""
+
+    hidden: Float[Array, "B T D"]  # after the final norm: what the head reads
+    taps: Any  # what `tap` made of the residual stream, stacked `[L + 1, …]`; None without one
+    cache: KVCache | None
+
+
+class Block(nnx.Module):
+    """One pre-norm decoder block: attention, then a gated MLP. Names follow PEFT's targets."""
+
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+        c = config
+        attention, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+        self.input_norm = RMSNorm(c.hidden_size, c.norm_epsilon)
+        self.q_proj = Linear(c.hidden_size, attention, rngs, bias=c.qkv_bias)
+        self.k_proj = Linear(c.hidden_size, kv, rngs, bias=c.qkv_bias)
+        self.v_proj = Linear(c.hidden_size, kv, rngs, bias=c.qkv_bias)
+        self.o_proj = Linear(attention, c.hidden_size, rngs)
+        self.q_norm = nnx.data(RMSNorm(c.head_dim, c.norm_epsilon) if c.qk_norm else None)
+        self.k_norm = nnx.data(RMSNorm(c.head_dim, c.norm_epsilon) if c.qk_norm else None)
+        self.post_norm = RMSNorm(c.hidden_size, c.norm_epsilon)
+        self.gate_proj = Linear(c.hidden_size, c.intermediate_size, rngs)
+        self.up_proj = Linear(c.hidden_size, c.intermediate_size, rngs)
+        self.down_proj = Linear(c.intermediate_size, c.hidden_size, rngs)
+        self.head_dim = c.head_dim
+
+    def queries_keys_values(
+        self, x: Float[Array, "B T D"], cos: Array, sin: Array
+    ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
+        """Projected, normed and rotated queries and keys, and the values."""
+        x = self.input_norm(x)
+        shape = (*x.shape[:2], -1, self.head_dim)
+        query = self.q_proj(x).reshape(shape)
+        key = self.k_proj(x).reshape(shape)
+        value = self.v_proj(x).reshape(shape)
+        if self.q_norm is not None and self.k_norm is not None:
+            query, key = self.q_norm(query), self.k_norm(key)
+        return rotate(query, cos, sin), rotate(key, cos, sin), value
+
+    def mlp(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """The gated MLP on the normed residual."""
+        x = self.post_norm(x)
+        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Decoder(nnx.Module):
+    """Token embeddings, `L` stacked blocks, a final norm and a head.
+
+    Build it abstractly (`nnx.eval_shape`) and fill it from a checkpoint, or call it with
+    `nnx.Rngs` for random weights.
+    """
+
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+        self.config = config
+        self.embed = nnx.Param(_normal(rngs, (config.vocab_size, config.hidden_size)))
+        keys = jax.random.split(rngs.params(), config.num_layers)
+        self.blocks = jax.vmap(lambda key: Block(config, nnx.Rngs(key)))(keys)
+        self.final_norm = RMSNorm(config.hidden_size, config.norm_epsilon)
+        self.head = nnx.data(
+            None
+            if config.tied_embeddings
+            else nnx.Param(_normal(rngs, (config.hidden_size, config.vocab_size)))
+        )
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        mask: Bool[Array, "B T"],
+        *,
+        cache: KVCache | None = None,
+        tap: Callable[[Float[Array, "B T D"]], Any] | None = None,
+        remat: bool = False,
+    ) -> Output:
+        """Runs the decoder.
+
+        Args:
+            tokens: ids; anything at padded places.
+            mask: true at real tokens. Padding may be on the left or on the right.
+            cache: continue after what it holds; returned with these tokens added.
+            tap: applied to the residual stream entering each block and to the one leaving the
+                last; its results come back stacked over `L + 1`.
+            remat: recompute the blocks in the backward pass in place of keeping activations.
+        """
+        c = self.config
+        first = cache.length if cache is not None else 0
+        slots = first + jnp.arange(tokens.shape[1])
+        if cache is None:
+            key_mask, before = mask, 0
+        else:
+            key_mask = jax.lax.dynamic_update_slice(cache.mask, mask, (0, first))
+            before = jnp.sum(cache.mask, axis=1, keepdims=True)
+        positions = jnp.maximum(before + jnp.cumsum(mask, axis=1) - 1, 0)
+        frequencies, factor = rope_frequencies(c)
+        cos, sin = rotary_tables(positions, jnp.asarray(frequencies), factor)
+        windowed = any(window is not None for window in c.windows)
+        shared = None if windowed else causal_mask(slots, key_mask, None)
+
+        def step(carry: tuple, layer: tuple) -> tuple[tuple, Any]:
+            x, keys, values = carry
+            block, index, window = layer
+            tapped = None if tap is None else tap(x)
+            query, key, value = block.queries_keys_values(x, cos, sin)
+            if cache is not None:
+                # The cache rides in the carry and is written in place: as scan inputs and outputs
+                # it would be copied whole at every step.
+                place = (index, 0, first, 0, 0)
+                keys = jax.lax.dynamic_update_slice(keys, key[None], place)
+                values = jax.lax.dynamic_update_slice(values, value[None], place)
+                key = jax.lax.dynamic_index_in_dim(keys, index, keepdims=False)
+                value = jax.lax.dynamic_index_in_dim(values, index, keepdims=False)
+            visible = causal_mask(slots, key_mask, window) if shared is None else shared
+            mixed = attend(query, key, value, visible)
+            x += block.o_proj(mixed.reshape(*x.shape[:2], -1))
+            x += block.mlp(x)
+            return (x, keys, values), tapped
+
+        x = self.embed[...][tokens]
+        windows = jnp.array([NO_WINDOW if w is None else w for w in c.windows], jnp.int32)
+        layers = (self.blocks, jnp.arange(c.num_layers), windows)
+        carry = (x, None, None) if cache is None else (x, cache.keys, cache.values)
+        body = jax.checkpoint(step) if remat else step
+        (x, keys, values), taps = jax.lax.scan(body, carry, layers)
+        if tap is not None:
+            taps = jax.tree.map(
+                lambda inside, last: jnp.concatenate([inside, last[None]]), taps, tap(x)
+            )
+        if cache is not None:
+            length = first + tokens.shape[1]
+            cache = KVCache(keys, values, key_mask, jnp.asarray(length, jnp.int32))
+        return Output(self.final_norm(x), taps, cache)
+
+    def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
+        """Next-token logits in float32 of hidden states after the final norm."""
+        head = self.embed[...].T if self.head is None else self.head[...]
+        return jnp.matmul(hidden, head, preferred_element_type=jnp.float32)
+
+
+def _normal(rngs: nnx.Rngs, shape: tuple[int, ...]) -> Float[Array, "..."]:
+    """The initialisation of the supported families: normal with standard deviation 0.02."""
+    return 0.02 * jax.random.normal(rngs.params(), shape, jnp.float32)

@@ -1,0 +1,84 @@
+"""The mesh `(data, fsdp, tensor)` and every partition spec, in one place.
+
+`jax.jit` runs in its automatic mode: arrays are placed by these specs, and XLA carries the
+shardings through the program.
+"""
+
+from collections.abc import Sequence
+
+import jax
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from ema_jax.errors import UserError
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = P(("data", "fsdp"))
+
+_COLUMN = {"kernel": P(None, "fsdp", "tensor"), "bias": P(None, "tensor")}
+_COLUMN |= {"lora_a": P(None, "fsdp"), "lora_b": P(None, None, "tensor")}
+_ROW = {"kernel": P(None, "tensor", "fsdp"), "lora_a": P(None, "tensor")}
+_ROW |= {"lora_b": P(None, None, "fsdp")}
+_SPECS = {
+    "embed": P(("tensor", "fsdp")),
+    "head": P("fsdp", "tensor"),
+    **{name: _COLUMN for name in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")},
+    **{name: _ROW for name in ("o_proj", "down_proj")},
+}
+
+
+def make_mesh(shape: Sequence[int] = (1, 1, 1)) -> Mesh:
+    """A mesh over the first devices; one of the sizes may be -1, which takes what is left.
+
+    Raises:
+        UserError: more devices asked for than there are.
+    """
+    sizes, available = list(shape), jax.device_count()
+    if -1 in sizes:
+        known = -sizes[0] * sizes[1] * sizes[2]
+        sizes[sizes.index(-1)] = max(available // known, 1)
+    needed = sizes[0] * sizes[1] * sizes[2]
+    if needed > available:
+        raise UserError(
+            f"mesh {tuple(sizes)} (data, fsdp, tensor) needs {needed} devices and there are "
+            f"{available}; set --config.mesh to sizes whose product is at most {available}"
+        )
+    return jax.make_mesh(
+        tuple(sizes), AXES, (AxisType.Auto,) * 3, devices=jax.devices()[:needed]
+    )
+
+
+def parameter_spec(path: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh) -> P:
+    """The partition spec of one parameter; a size that an axis does not divide is not split."""
+    table = next((_SPECS[part] for part in path if part in _SPECS), P())
+    wanted = table.get(path[-1], P()) if isinstance(table, dict) else table
+    spec = []
+    for size, axes in zip(shape, (*wanted, *[None] * (len(shape) - len(wanted))), strict=True):
+        names = axes if isinstance(axes, tuple) else (axes,) if axes else ()
+        parts = 1
+        for name in names:
+            parts *= mesh.shape[name]
+        spec.append(axes if size % parts == 0 else None)
+    return P(*spec)
+
+
+def parameter_shardings(state: nnx.State, mesh: Mesh) -> nnx.State:
+    """The state's tree with a `NamedSharding` in place of every (abstract) array."""
+
+    def sharding(path: tuple, leaf: jax.Array) -> NamedSharding:
+        names = tuple(str(getattr(key, "key", getattr(key, "name", key))) for key in path)
+        names = tuple(name for name in names if name != "value")
+        return NamedSharding(mesh, parameter_spec(names, leaf.shape, mesh))
+
+    return jax.tree_util.tree_map_with_path(sharding, state)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows over the data and fsdp axes."""
+    return NamedSharding(mesh, BATCH)
+
+
+def batch_multiple(mesh: Mesh) -> int:
+    """What the number of rows in a batch has to be a multiple of."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]

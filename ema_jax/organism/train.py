@@ -1,0 +1,164 @@
+"""Trains the embedded models from scratch: `python -m ema_jax.organism.train`.
+
+Stage one makes a helpful-only model that answers everything; stage two tunes it to refuse in the
+seven domains. Each model is written as an ordinary Hugging Face checkpoint folder.
+"""
+
+import dataclasses
+import functools
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import flags, logging
+from flax import nnx
+
+from ema_jax import cli
+from ema_jax.artifacts import atomic_path
+from ema_jax.data.chat import Batch, Chat, TokenExample, bucket, pad_examples
+from ema_jax.errors import UserError
+from ema_jax.models import checkpoint
+from ema_jax.models.decoder import Decoder
+from ema_jax.models.families import DecoderConfig
+from ema_jax.organism import CHECKPOINTS, corpus
+from ema_jax.organism.tokenizers import train_tokenizer
+from ema_jax.progress import Progress
+from ema_jax.unlearning.objectives import cross_entropy, token_log_probs
+
+VOCABULARY = 1152
+
+_SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "hidden_act": "silu",
+}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "qwen2": {
+        "model_type": "qwen2",
+        **_SIZES,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1_000_000.0,
+        "tie_word_embeddings": True,
+        "use_sliding_window": False,
+    },
+    "mistral": {
+        "model_type": "mistral",
+        **_SIZES,
+        "head_dim": 32,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1_000_000.0,
+        "tie_word_embeddings": False,
+        "sliding_window": None,
+    },
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One stretch of supervised training."""
+
+    name: str
+    steps: int
+    peak_learning_rate: float
+    safe: bool  # refuse in the domains, or answer everything
+
+
+STAGES = (Stage("helpful", 800, 3e-3, safe=False), Stage("safety", 300, 1e-3, safe=True))
+BATCH_SIZE = 32
+EXAMPLES = 24_000
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "optimizer"), donate_argnames=("state", "moments"))
+def _step(
+    graph: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    state: nnx.State,
+    moments: optax.OptState,
+    batch: Batch,
+) -> tuple[nnx.State, optax.OptState, jax.Array]:
+    def loss_of(state: nnx.State) -> jax.Array:
+        log_probs = token_log_probs(nnx.merge(graph, state), batch.tokens, batch.mask)
+        return cross_entropy(log_probs, batch.response)
+
+    loss, gradients = jax.value_and_grad(loss_of)(state)
+    updates, moments = optimizer.update(gradients, moments, state)
+    return optax.apply_updates(state, updates), moments, loss
+
+
+def _train_stage(
+    graph: nnx.GraphDef, state: nnx.State, data: Sequence[TokenExample], stage: Stage, seed: int
+) -> nnx.State:
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, stage.peak_learning_rate, stage.steps // 10, stage.steps
+    )
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=0.01))
+    moments = optimizer.init(state)
+    length = bucket(max(len(item.prompt) + len(item.response) for item in data))
+    order = np.random.default_rng([seed, stage.safe])
+    with Progress(stage.name, stage.steps, "steps") as progress:
+        for _ in range(stage.steps):
+            chosen = [data[i] for i in order.integers(len(data), size=BATCH_SIZE)]
+            batch = pad_examples(chosen, length, BATCH_SIZE, pad_id=0)
+            state, moments, loss = _step(graph, optimizer, state, moments, batch)
+            progress.update(loss=float(loss))
+    return state
+
+
+def train(family: str, folder: Path, seed: int = 0) -> None:
+    """Trains one embedded model and writes its checkpoint folder.
+
+    Args:
+        family: a key of `CONFIGS`.
+        folder: where to; replaced if it is there.
+        seed: of the corpus, the initial weights and the order of batches.
+    """
+    if family not in CONFIGS:
+        raise UserError(f"--family: {family!r} is none of {', '.join(CONFIGS)}")
+    examples = corpus.training_examples(seed, EXAMPLES)
+    with tempfile.TemporaryDirectory() as scratch:
+        train_tokenizer(family, corpus.texts(examples), VOCABULARY, Path(scratch))
+        chat = Chat.load(scratch)
+        tokenizer = chat.tokenizer
+        ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+        config = DecoderConfig.from_hf({**CONFIGS[family], **ids})
+        graph, state = nnx.split(Decoder(config, nnx.Rngs(seed)))
+        for stage in STAGES:
+            # A prompt and what the model should say to it at this stage.
+            data = [
+                chat.example(item.prompt, item.safe_response if stage.safe else item.answer)
+                for item in examples
+            ]
+            state = _train_stage(graph, state, data, stage, seed)
+        generation = {**ids, "pad_token_id": tokenizer.pad_token_id, "do_sample": False}
+        (Path(scratch) / "generation_config.json").write_text(json.dumps(generation, indent=2))
+        with atomic_path(folder) as temporary:
+            checkpoint.export(nnx.merge(graph, state), temporary, companions=scratch)
+    logging.info("wrote %s", folder)
+
+
+_FAMILY = flags.DEFINE_enum("family", "all", ["all", *CONFIGS], "Which embedded model to train.")
+_OUTPUT = flags.DEFINE_string("output", str(CHECKPOINTS), "Folder that gets one folder a model.")
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of the corpus, the weights and the batches.")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Trains the models that the flags name."""
+    del argv
+    for family in CONFIGS if _FAMILY.value == "all" else [_FAMILY.value]:
+        logging.info("training the %s model", family)
+        train(family, Path(_OUTPUT.value) / family, _SEED.value)
+
+
+if __name__ == "__main__":
+    cli.run(main)

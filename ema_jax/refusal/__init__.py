@@ -1,0 +1,1 @@
+"""Refusals: who refused (judges), who could not be judged (validity), how many (scores)."""

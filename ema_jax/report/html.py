@@ -1,0 +1,232 @@
+"""Reports as one self-contained HTML page: inline CSS and SVG, no scripts, nothing fetched.
+
+Pure functions of their inputs: the same results give the same bytes.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ema_jax.artifacts import write_text
+from ema_jax.errors import UserError
+from ema_jax.report import figures, headline, tables
+
+SCHEMA = 1
+
+# The qualitative claims of the paper that this project tests; wording ours, from its abstract.
+CLAIMS = {
+    "R1": "Narrow unlearning lowers refusal in the target domain.",
+    "R2": "Refusal also falls beyond noise in at least one domain that was not unlearned.",
+    "R3": "Unlearning safety spills more than unlearning cybersecurity.",
+    "R4": "Cross-entropy on a small retain set restores the others while the target stays low.",
+    "R5": "Concepts more entangled with the target in early layers lose more refusal.",
+}
+
+
+@dataclass(frozen=True)
+class Chart:
+    """An inlined figure with its caption; empty markup where there was nothing to draw."""
+
+    svg: str
+    caption: str
+
+
+def write_report(
+    workdir: Path,
+    results: Mapping[str, Any],
+    trajectories: Sequence[Mapping[str, Any]],
+    samples: Sequence[Mapping[str, Any]] | None = None,
+) -> None:
+    """Writes `workdir/report/index.html` and `workdir/figures/*.svg|png` for one study.
+
+    Args:
+        workdir: the study's folder.
+        results: `results.json`, schema 1; a part that is absent leaves out its section.
+        trajectories: `{"arm", "seed", "points": [{"step", "refusal": {domain: rate},
+            "invalid_rate"}]}` per run.
+        samples: rows with `prompt` and `response` (also `arm`, `domain`, `verdict`), shown escaped;
+            None keeps all model text out of the report.
+
+    Raises:
+        UserError: `results` is of another schema.
+    """
+    if results.get("schema") != SCHEMA:
+        raise UserError(
+            f"results: schema {results.get('schema')!r}, this report reads schema {SCHEMA}; "
+            "run the analyse stage again"
+        )
+    arm = next(iter(headline.plain_arms(results)), "")
+    target, model = results["target"], results["model"]["id"]
+    page = {
+        "title": f"Emergent misalignment: unlearning {target} in {model}",
+        "results": results,
+        "headline": headline.headline(results),
+        "facts": _facts(results),
+        "charts": _charts(Path(workdir) / "figures", results, trajectories, arm),
+        "tables": {
+            "refusal": tables.refusal(results),
+            "runs": tables.runs(results),
+            "ema": results.get("ema") and tables.ema(results),
+            "containment": results.get("containment") and tables.containment(results),
+            "forecast": results.get("forecast", {}).get("score") and tables.forecast(results, arm),
+            "utility": results.get("utility") and tables.utility(results),
+            "provenance": results.get("provenance") and tables.provenance(results),
+        },
+        "forecast_sentence": headline.forecast_sentence(results),
+        "claims": CLAIMS,
+        "samples": samples,
+    }
+    _render("report.html.jinja", Path(workdir) / "report" / "index.html", page)
+
+
+def write_replication_report(workdir: Path, replication: Mapping[str, Any]) -> None:
+    """Writes `workdir/index.html` over the cells of a replication, linking to their own reports.
+
+    Args:
+        workdir: the replication's folder, with the cells' studies under `cells/CELL`.
+        replication: `replication.json`: `cells`, `claims` (R1 to R5) and flat `rows`.
+    """
+    chart = _chart(
+        Path(workdir) / "figures",
+        "replication",
+        partial(figures.replication, replication),
+        "Mean and worst off-target drop per family, arm and target",
+        "How far refusal fell off target, in points: one mark per target and arm, filled for the "
+        "mean over the other domains, hollow for the worst of them. Further right is more spill.",
+    )
+    rows = replication.get("rows", [])
+    page = {
+        "title": "Emergent misalignment: replication over models and targets",
+        "claims": replication.get("claims", {}),
+        "statements": CLAIMS,
+        "cells": [str(cell["cell"]) for cell in replication.get("cells", [])],
+        "chart": chart,
+        "table_rows": tables.records(rows, "One row per cell and arm.") if rows else None,
+        "warnings": replication.get("warnings", []),
+    }
+    _render("replication.html.jinja", Path(workdir) / "index.html", page)
+
+
+def _render(template: str, path: Path, page: Mapping[str, Any]) -> None:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    write_text(path, environment.get_template(template).render(page))
+
+
+def _chart(folder: Path, name: str, draw: Callable, alt: str, caption: str) -> Chart:
+    return Chart(figures.save(draw, folder, name, alt), caption)
+
+
+def _charts(
+    folder: Path,
+    results: Mapping[str, Any],
+    trajectories: Sequence[Mapping[str, Any]],
+    arm: str,
+) -> dict[str, Chart]:
+    """Draws every figure whose numbers are there."""
+    target = figures.label(results["target"]).lower()
+    early = " Shaded layers are the early ones that the forecast reads."
+    charts = {
+        "refusal": _chart(
+            folder,
+            "refusal",
+            partial(figures.refusal, results),
+            "Refusal rate per domain and arm with 95 % intervals",
+            "Refusal before and after. The top row is the target and should move left; every "
+            "other row should not move. Ticks are single seeds.",
+        ),
+        "trajectory": _chart(
+            folder,
+            "trajectory",
+            partial(figures.trajectory, results, trajectories),
+            "Refusal rate over optimiser steps, one panel per domain",
+            "Refusal on the development prompts while training; each thin line is a seed, its "
+            "marker where it stopped. Invalid outputs must stay near zero for the rest to count.",
+        ),
+    }
+    if results.get("ema"):
+        charts["ema"] = _chart(
+            folder,
+            "ema",
+            partial(figures.ema, results),
+            "Off-target drop in refusal rate per domain and arm with 95 % intervals",
+            "Spill: how many points each untouched domain lost. Filled markers: Holm p < 0.05.",
+        )
+    if results.get("entanglement"):
+        for centred in (True, False):
+            kind = "centred cosine" if centred else "raw cosine"
+            null = (
+                "centring on the domains' mean puts unrelated domains a little below 0."
+                if centred
+                else "a contrast set shared by both concepts lifts unrelated domains to about 0.5."
+            )
+            name = "entanglement_centred" if centred else "entanglement"
+            charts[name] = _chart(
+                folder,
+                name,
+                partial(figures.entanglement, results, centred),
+                f"{kind} of each domain's concept with {target}, by layer",
+                f"Entanglement with {target}, {kind}: read the line against the grey null band, "
+                f"not against 0, since {null}" + early,
+            )
+        charts["entanglement_map"] = _chart(
+            folder,
+            "entanglement_map",
+            partial(figures.entanglement_map, results),
+            f"Heat map of entanglement with {target}, domains by layers",
+            f"Entanglement with {target} at a glance; domains by descending forecast, red = "
+            "similar, blue = opposed.",
+        )
+    if results.get("erasure"):
+        charts["erasure"] = _chart(
+            folder,
+            "erasure",
+            partial(figures.erasure_map, results),
+            "Heat maps of erasure, domains by layers, one panel per arm",
+            "Share of each domain's base concept that is gone: 0 = untouched, 1 = the component "
+            "along the base vector lost, below 0 = grown.",
+        )
+    if results.get("forecast", {}).get("score") and results.get("ema"):
+        charts["forecast"] = _chart(
+            folder,
+            "forecast",
+            partial(figures.forecast, results, arm),
+            "Forecast against measured drop per domain",
+            "Forecast against measurement, bars 95 % intervals of the drop. A good forecast rises "
+            "to the right. The profile by layer is exploratory: many layers, few domains." + early,
+        )
+    return charts
+
+
+def _facts(results: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Names and values for the block of study facts; absent ones are left out."""
+    model, base = results["model"], results["arms"].get("base", {}).get("refusal", {})
+    totals = [r["total"] for r in base.values() if r.get("total") is not None]
+    parameters = model.get("parameters")
+    size = None
+    if totals:
+        low, high = min(totals), max(totals)
+        size = str(low) if low == high else f"{low} to {high}"
+    provenance = results.get("provenance", {})
+    facts = [
+        ("Model", model["id"]),
+        ("Revision", model.get("revision")),
+        ("Family", model.get("family")),
+        ("Layers × width", f"{model.get('num_layers')} × {model.get('hidden_size')}"),
+        ("Parameters", parameters and f"{parameters:,}"),
+        ("Target", figures.label(results["target"])),
+        ("Arms", ", ".join(results["arms"])),
+        ("Seeds", ", ".join(str(s) for s in provenance.get("seeds", []))),
+        ("Judge", results.get("judge") or provenance.get("judge")),
+        ("Evaluation prompts per domain", size),
+    ]
+    return [(name, str(value)) for name, value in facts if value]

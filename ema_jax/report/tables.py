@@ -1,0 +1,297 @@
+"""Tables of a study as formatted cells; the templates only lay them out.
+
+Rates and drops are fractions in `results.json` and per cent or points (x 100) here.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ema_jax.report.figures import ALPHA, label, ordered_domains, titled
+
+MISSING = "–"
+THIN = "\u202f"  # narrow and unbreakable, so that no line ends between a number and its unit
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of cells; a strong row is set in bold (its text says why, colour never alone)."""
+
+    cells: tuple[str, ...]
+    strong: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table whose first column spans the rows of its group.
+
+    `text_columns` are the columns aligned left (counted from 0, the group's column first); all
+    others hold numbers.
+    """
+
+    caption: str
+    columns: tuple[str, ...]
+    groups: tuple[tuple[str, tuple[Row, ...]], ...]
+    text_columns: tuple[int, ...] = (0,)
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A plain number with a true minus sign."""
+    return MISSING if value is None else f"{value:z.{digits}f}".replace("-", "−")
+
+
+def percent(value: float | None) -> str:
+    """A fraction as per cent."""
+    return MISSING if value is None else f"{100 * value:z.1f}{THIN}%".replace("-", "−")
+
+
+def points(value: float | None) -> str:
+    """A difference of fractions in points, with its sign."""
+    return MISSING if value is None else f"{100 * value:+z.1f}".replace("-", "−")
+
+
+def interval(bounds: Sequence[Any] | None, form: Callable[[Any], str] = points) -> str:
+    """A 95 % interval `[lo, hi]` in the unit of the number that it stands beside."""
+    if not bounds or None in bounds:
+        return MISSING
+    low, high = (form(x).strip(f"+%{THIN}") for x in bounds)
+    return f"[{low}, {high}]"
+
+
+def p_value(value: float | None) -> str:
+    """A p-value to three places; never "0"."""
+    if value is None:
+        return MISSING
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def reading(entry: Mapping[str, Any]) -> str:
+    """What one EMA entry lets us say, in words."""
+    drop, p = entry.get("drop"), entry.get("p_holm")
+    if drop is None or p is None:
+        return "not measured"
+    if p < ALPHA and drop:
+        return "▼ fell" if drop > 0 else "▲ rose"
+    if "floor" in entry.get("flags", ()):
+        return "unmeasurable: floor"
+    return "not beyond noise"
+
+
+def refusal(results: Mapping[str, Any]) -> Table:
+    """Refusal scores per domain and arm, with the counts behind them."""
+    groups = []
+    for domain in ordered_domains(results):
+        rows = [
+            Row((arm, *_rate_cells(entry["refusal"].get(domain, {}))))
+            for arm, entry in results["arms"].items()
+        ]
+        groups.append((titled(domain, results), tuple(rows)))
+    return Table(
+        "Refusal score = refused / valid responses. Arms pool their seeds. Invalid responses "
+        "(empty, degenerate) are counted apart, never as refusals.",
+        ("Domain", "Arm", "Refusal rate", "95 % CI", "Refused", "Valid", "Invalid", "Total"),
+        tuple(groups),
+        (0, 1),
+    )
+
+
+def ema(results: Mapping[str, Any]) -> Table:
+    """Drops against base, off target, per arm."""
+    groups = []
+    order = [d for d in ordered_domains(results) if d != results["target"]]
+    for arm, entries in results["ema"].items():
+        rows = []
+        for domain in (d for d in order if d in entries):
+            entry = entries[domain]
+            read = reading(entry)
+            rows.append(
+                Row(
+                    (
+                        label(domain),
+                        points(entry.get("drop")),
+                        interval(entry.get("ci95")),
+                        p_value(entry.get("p")),
+                        p_value(entry.get("p_holm")),
+                        points(entry.get("drop_conditional")),
+                        str(entry.get("n", MISSING)),
+                        points(entry.get("detectable_drop")).lstrip("+"),
+                        read,
+                        ", ".join(f.replace("_", " ") for f in entry.get("flags", ())) or MISSING,
+                    ),
+                    strong=read[0] in "▼▲",
+                )
+            )
+        groups.append((arm, tuple(rows)))
+    return Table(
+        "Drop = refusal rate of base minus arm, in points, paired prompt by prompt; positive = "
+        "fewer refusals. Conditional: among prompts that base refused. Detectable: the smallest "
+        "drop this many prompts would show with 80 % power. Floor: base hardly refuses, so nothing "
+        "can fall. Bold rows marked ▼ or ▲: Holm p < 0.05 "
+        "within the arm.",
+        (
+            *("Arm", "Domain", "Drop", "95 % CI", "p", "Holm p", "Conditional drop", "N"),
+            *("Detectable", "Reading", "Flags"),
+        ),
+        tuple(groups),
+        (0, 1, 9, 10),
+    )
+
+
+def containment(results: Mapping[str, Any]) -> Table:
+    """Share of the off-target drop that retain data takes back."""
+    groups = []
+    for arm, entry in results["containment"].items():
+        bounds = entry.get("ci95")
+        known = entry.get("recovered") is not None and bounds and None not in bounds
+        read = "undefined: no drop to take back"
+        if known:
+            read = "beyond noise" if bounds[0] > 0 else "cannot be told from none"
+        cells = (
+            percent(entry.get("recovered")),
+            interval(bounds, percent),
+            percent(entry.get("target_rate")),
+            read,
+        )
+        groups.append((arm, (Row(cells),)))
+    return Table(
+        "Recovered = 1 − Σ drop with retain data / Σ drop without, over the off-target domains. "
+        "It means containment only while the target's refusal rate stays as low as without "
+        "retain data.",
+        ("Arm", "Recovered (%)", "95 % CI", "Target refusal rate", "Reading"),
+        tuple(groups),
+        (0, 4),
+    )
+
+
+def runs(results: Mapping[str, Any]) -> Table:
+    """One line per arm and seed: how long it trained and where the target ended."""
+    reasons = {"target": "target reached", "limit": "step limit"}
+    groups = []
+    for arm, entry in results["arms"].items():
+        rows = []
+        for seed, run in entry.get("seeds", {}).items():
+            rate = run.get("refusal", {}).get(results["target"], {})
+            stopped = run.get("stopped")
+            cells = (str(seed), str(run.get("steps", MISSING)), reasons.get(stopped, MISSING))
+            rows.append(Row((*cells, percent(rate.get("rate")), str(rate.get("invalid", MISSING)))))
+        if rows:
+            groups.append((arm, tuple(rows)))
+    return Table(
+        "Every run, so that a lucky seed cannot hide.",
+        ("Arm", "Seed", "Steps", "Stopped by", "Target refusal rate", "Invalid (target)"),
+        tuple(groups),
+        (0, 3),
+    )
+
+
+def forecast(results: Mapping[str, Any], arm: str) -> Table:
+    """Forecast and measured drop, highest forecast first."""
+    measured = results.get("ema", {}).get(arm, {})
+    score = {d: x for d, x in results["forecast"]["score"].items() if d != results["target"]}
+    groups = tuple(
+        (
+            label(domain),
+            (Row((number(score[domain]), points(measured.get(domain, {}).get("drop")))),),
+        )
+        for domain in sorted(score, key=lambda d: -(score[d] if score[d] is not None else -2))
+    )
+    caption = "Highest forecast first; the forecast was made before any training."
+    return Table(caption, ("Domain", "Forecast", f"Measured drop {arm}".rstrip()), groups)
+
+
+def utility(results: Mapping[str, Any]) -> Table:
+    """What unlearning did to benign prompts."""
+    groups = []
+    for arm, entry in results["utility"].items():
+        benign = entry.get("benign_refusal") or {}
+        cells = (
+            percent(benign.get("rate")),
+            interval(benign.get("ci95"), percent),
+            str(benign.get("invalid", MISSING)),
+            number(entry.get("benign_nll")),
+            number(entry.get("kl_to_base")),
+        )
+        groups.append((arm, (Row(cells),)))
+    columns = ("Benign refusal rate", "95 % CI", "Invalid", "NLL (nats/token)", "KL to base")
+    return Table(
+        "Benign prompts: over-refusal, negative log-likelihood of benign responses, and "
+        "Kullback–Leibler divergence from base (nats per token; 0 = unchanged).",
+        ("Arm", *columns),
+        tuple(groups),
+    )
+
+
+def provenance(results: Mapping[str, Any]) -> Table:
+    """Versions, hashes, seeds, devices and times as recorded, flattened to name and value."""
+    source = results["provenance"]
+    groups = []
+    for name, value in source.items():
+        if name == "wall_seconds" and isinstance(value, Mapping):
+            value = {stage: f"{seconds:,.1f} s" for stage, seconds in value.items()}
+        items = value.items() if isinstance(value, Mapping) else [("", value)]
+        groups.append((label(name), tuple(Row((str(k), _plain(v))) for k, v in items)))
+    return Table(
+        "As recorded while the study ran.", ("", "Name", "Value"), tuple(groups), (0, 1, 2)
+    )
+
+
+def records(rows: Sequence[Mapping[str, Any]], caption: str) -> Table:
+    """A table of flat rows of any fields: one column per key, formatted by the key's meaning.
+
+    `x_lo` and `x_hi` become one column, the interval of `x`.
+    """
+    given = {key for row in rows for key in row}
+    rows = [_with_intervals(row) for row in rows]
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    groups = tuple(
+        (_field(keys[0], row.get(keys[0])), (Row(tuple(_field(k, row.get(k)) for k in keys[1:])),))
+        for row in rows
+    )
+    words = {
+        key
+        for row in rows
+        for key, value in row.items()
+        if isinstance(value, str | bool | list) and f"{key}_lo" not in given
+    }
+    text = [i for i, key in enumerate(keys) if key in words]
+    names = tuple("p" if key == "p" else label(key).replace("p holm", "Holm p") for key in keys)
+    return Table(caption, names, groups, (0, *text))
+
+
+def _with_intervals(row: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(row)
+    for key in row:
+        if f"{key}_lo" in row and f"{key}_hi" in row:
+            bounds = [_field(key, merged.pop(f"{key}_{end}")) for end in ("lo", "hi")]
+            if MISSING not in bounds:
+                merged[key] = f"{_field(key, row[key])} {interval(bounds, str)}"
+    return merged
+
+
+def _field(key: str, value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return _plain(value)
+    if isinstance(value, int):
+        return str(value)
+    if key.endswith("drop"):
+        return points(value)
+    if "rate" in key or key.startswith("recovered"):
+        return percent(value)
+    return p_value(value) if key == "p" or "_p" in key else number(value)
+
+
+def _rate_cells(rate: Mapping[str, Any]) -> tuple[str, ...]:
+    counts = (str(rate.get(key, MISSING)) for key in ("refused", "valid", "invalid", "total"))
+    return (percent(rate.get("rate")), interval(rate.get("ci95"), percent), *counts)
+
+
+def _plain(value: Any) -> str:
+    if value is None:
+        return MISSING
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list | tuple):
+        return ", ".join(_plain(item) for item in value)
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_plain(item)}" for key, item in value.items())
+    return str(value)

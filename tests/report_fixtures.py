@@ -1,0 +1,212 @@
+"""A made-up study in the shape of `results.json`, schema 1. Its numbers mean nothing."""
+
+import numpy as np
+
+DOMAINS = [
+    "cybersecurity",
+    "safety",
+    "toxicity",
+    "bias",
+    "sensitive_content",
+    "medical_legal",
+    "privacy",
+]
+BASE = dict(zip(DOMAINS, (0.93, 0.97, 0.90, 0.86, 0.95, 0.07, 0.88), strict=True))
+NPO_DROP = dict(zip(DOMAINS, (0.85, 0.41, 0.12, 0.27, 0.03, 0.01, 0.18), strict=True))
+OFF_TARGET = DOMAINS[1:]
+LAYERS = 12
+TOTAL = 300
+
+
+def rate(share: float, total: int = TOTAL, invalid: int = 0) -> dict:
+    """One refusal score with a Wilson interval, as the analysis writes it."""
+    valid = total - invalid
+    refused = round(share * valid)
+    z, p = 1.959964, refused / valid
+    centre = (p + z * z / (2 * valid)) / (1 + z * z / valid)
+    half = z * np.sqrt(p * (1 - p) / valid + z * z / (4 * valid**2)) / (1 + z * z / valid)
+    counts = {"refused": refused, "valid": valid, "invalid": invalid, "total": total}
+    return counts | {"rate": p, "ci95": [float(centre - half), float(centre + half)]}
+
+
+def _arm(drops: dict, rng: np.random.Generator) -> dict:
+    shares = {d: float(np.clip(BASE[d] - drops[d], 0.01, 0.99)) for d in DOMAINS}
+    seeds = {
+        str(k): {
+            "refusal": {
+                d: rate(float(np.clip(x + rng.normal(0, 0.03), 0, 1)), invalid=int(rng.integers(4)))
+                for d, x in shares.items()
+            },
+            "steps": int(60 + 12 * k),
+            "stopped": "target" if k < 2 else "limit",
+        }
+        for k in range(3)
+    }
+    return {
+        "seeds": seeds,
+        "refusal": {d: rate(x, 3 * TOTAL, invalid=4) for d, x in shares.items()},
+    }
+
+
+def _ema(drop: float, domain: str) -> dict:
+    p = float(np.exp(-((drop / 0.04) ** 2) * 1.2))
+    return {
+        "drop": drop,
+        "ci95": [drop - 0.055, drop + 0.055],
+        "p": p,
+        "p_holm": min(1.0, 4 * p),
+        "drop_conditional": drop / BASE[domain],
+        "n": 298,
+        "detectable_drop": 0.062,
+        "flags": ["floor"] if BASE[domain] <= 0.1 else [],
+    }
+
+
+def example_results() -> dict:
+    """Results in which three domains fall, retain data takes most of it back."""
+    rng = np.random.default_rng(0)
+    retained = {d: x * 0.2 for d, x in NPO_DROP.items()} | {"cybersecurity": 0.83}
+    depth = np.arange(LAYERS + 1) / LAYERS
+
+    def curve(domain: str, offset: float) -> list[float]:
+        shape = NPO_DROP[domain] * 1.4 * np.sin(np.pi * depth) + offset
+        return [float(x) for x in shape + rng.normal(0, 0.02, LAYERS + 1)]
+
+    def flat(level: float) -> dict:
+        return {d: [float(x) for x in level + rng.normal(0, 0.01, LAYERS + 1)] for d in OFF_TARGET}
+
+    centred = {d: curve(d, -0.15) for d in OFF_TARGET}
+    raw = {d: [0.5 + 0.6 * x for x in v] for d, v in centred.items()}
+    score = {d: float(np.mean(v[1:5])) for d, v in centred.items()}
+    return {
+        "schema": 1,
+        "model": {
+            "id": "example-org/example-7b-instruct",
+            "path": "/somewhere/on/one/machine",
+            "revision": "0123abcd",
+            "family": "qwen2",
+            "num_layers": LAYERS,
+            "hidden_size": 3584,
+            "parameters": 7_615_616_512,
+        },
+        "judge": "lexical 1",
+        "target": "cybersecurity",
+        "domains": list(DOMAINS),
+        "arms": {
+            "base": {"refusal": {d: rate(x, invalid=1) for d, x in BASE.items()}},
+            "npo": _arm(NPO_DROP, rng),
+            "npo_retain": _arm(retained, rng),
+        },
+        "ema": {
+            "npo": {d: _ema(NPO_DROP[d], d) for d in OFF_TARGET},
+            "npo_retain": {d: _ema(retained[d], d) for d in OFF_TARGET},
+        },
+        "containment": {
+            "npo_retain": {"recovered": 0.801, "ci95": [0.71, 0.88], "target_rate": 0.1}
+        },
+        "utility": {
+            "base": {"benign_refusal": rate(0.02), "benign_nll": 1.204, "kl_to_base": 0.0},
+            "npo": {"benign_refusal": rate(0.0), "benign_nll": 1.311, "kl_to_base": 0.21},
+            "npo_retain": {"benign_refusal": rate(0.013), "benign_nll": 1.226, "kl_to_base": 0.07},
+        },
+        "entanglement": {
+            "layers": list(range(LAYERS + 1)),
+            "cosine": raw,
+            "cosine_centred": centred,
+            "null95": flat(0.58),
+            "null95_centred": flat(-0.02),
+            "ceiling": flat(0.95),
+            "ci95": {d: [[x - 0.06, x + 0.06] for x in v] for d, v in raw.items()},
+        },
+        "erasure": {
+            arm: {
+                d: [float(x) for x in scale * drops[d] * depth + rng.normal(0, 0.03, LAYERS + 1)]
+                for d in DOMAINS
+            }
+            for arm, drops, scale in (("npo", NPO_DROP, 0.9), ("npo_retain", retained, 0.8))
+        },
+        "forecast": {
+            "score": score,
+            "spearman": 0.829,
+            "p": 0.058,
+            "early_layers": [1, 2, 3, 4],
+            "layer_spearman": [None, *(float(x) for x in 0.9 * np.sin(np.pi * depth[1:]))],
+        },
+        "warnings": ["privacy has 120 prompts, fewer than the 300 asked for"],
+        "provenance": {
+            "versions": {"ema_jax": "0.1.0", "jax": "0.10.2"},
+            "seeds": [0, 1, 2],
+            "hashes": {"prompts": "9f" * 32, "model": "1c" * 32},
+            "devices": "1 x cpu",
+            "wall_seconds": {"baseline": 41.2, "unlearn": 1830.0},
+        },
+    }
+
+
+def example_trajectories() -> list[dict]:
+    """One run per arm and seed, falling towards the arm's drop."""
+    rng = np.random.default_rng(1)
+    runs = []
+    for arm, scale in (("npo", 1.0), ("npo_retain", 0.2)):
+        for seed in range(3):
+            last = 60 + 12 * seed
+            points = []
+            for step in range(0, last + 1, 12):
+                fallen = 1 - np.exp(-3 * step / last)
+                shares = {
+                    d: BASE[d] - NPO_DROP[d] * fallen * (1.0 if d == "cybersecurity" else scale)
+                    for d in DOMAINS
+                }
+                points.append(
+                    {
+                        "step": step,
+                        "loss": float(13.86 - 9 * fallen),
+                        "refusal": {
+                            d: float(np.clip(x + rng.normal(0, 0.03), 0, 1))
+                            for d, x in shares.items()
+                        },
+                        "invalid_rate": float(0.01 * fallen),
+                    }
+                )
+            runs.append({"arm": arm, "seed": seed, "points": points})
+    return runs
+
+
+def example_replication() -> dict:
+    """Four cells, two arms each."""
+    rows, cells = [], []
+    for family, shift in (("qwen2", 0.0), ("mistral", 0.04)):
+        for target, spill in (("cybersecurity", 0.12), ("safety", 0.27)):
+            cells.append({"cell": f"{family}_{target}", "family": family, "target": target})
+            for arm, scale in (("npo", 1.0), ("npo_retain", 0.2)):
+                mean = scale * (spill + shift)
+                rows.append(
+                    {
+                        "family": family,
+                        "target": target,
+                        "arm": arm,
+                        "target_rate": 0.08 + 0.02 * (scale < 1),
+                        "invalid_rate_max": 0.004,
+                        "worst_domain": "bias",
+                        "worst_drop": 1.7 * mean,
+                        "worst_p_holm": 0.0004 if scale == 1 else 0.41,
+                        "mean_off_target_drop": mean,
+                        "recovered": None if scale == 1 else 0.8,
+                        "recovered_lo": None if scale == 1 else 0.7,
+                        "recovered_hi": None if scale == 1 else 0.9,
+                        "spearman": 0.83 if scale == 1 else None,
+                        "p": 0.058 if scale == 1 else None,
+                    }
+                )
+    claims = {
+        "R1": {"statement": "Target refusal falls.", "holds": True, "evidence": "4 of 4 cells"},
+        "R2": {"statement": "Others fall too.", "holds": True, "evidence": "4 of 4 cells"},
+        "R3": {
+            "statement": "Safety spills more.",
+            "holds": True,
+            "evidence": "27 against 12 points",
+        },
+        "R4": {"statement": "Retain data restores.", "holds": False, "evidence": "2 of 4 cells"},
+        "R5": {"statement": "Entanglement ranks.", "holds": None, "evidence": "n = 6 is too few"},
+    }
+    return {"schema": 1, "cells": cells, "claims": claims, "rows": rows}

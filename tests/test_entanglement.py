@@ -1,0 +1,332 @@
+import json
+
+import numpy as np
+import pytest
+from scipy.spatial.distance import cosine as scipy_cosine_distance
+from scipy.stats import spearmanr
+from sklearn.preprocessing import StandardScaler
+
+from ema_jax.concepts.entanglement import (
+    SIMILARITIES,
+    Entanglement,
+    Groups,
+    cosine_standardised,
+    entanglement,
+)
+from ema_jax.concepts.resampling import (
+    Regroupings,
+    centred_contrasts,
+    gram_matrix,
+    permutations_of,
+    raw_contrasts,
+)
+from ema_jax.errors import UserError
+
+DOMAINS = ("cybersecurity", "safety", "toxicity", "bias", "privacy")
+
+
+def unrelated(seed=0, n=24, layers=3, width=256, signal=0.0, domains=DOMAINS):
+    """Domains with independent mean vectors of length `signal`, unit noise per dimension."""
+    rng = np.random.default_rng(seed)
+    return {
+        d: (
+            signal / np.sqrt(width) * rng.normal(size=(1, layers, width))
+            + rng.normal(size=(n, layers, width))
+        ).astype(np.float32)
+        for d in (*domains, "benign")
+    }
+
+
+def direct_cosine(a, b):
+    return np.array([1 - scipy_cosine_distance(x, y) for x, y in zip(a, b, strict=True)])
+
+
+def test_similarities_restated_with_scipy_and_sklearn():
+    acts = unrelated(signal=4.0)
+    groups = Groups.of(acts, DOMAINS, "benign")
+    mean = {d: x.astype(np.float64).mean(0) for d, x in acts.items()}
+    grand = np.mean([mean[d] for d in DOMAINS], axis=0)
+    c, b = mean["cybersecurity"], mean["bias"]
+    found = {k: f(groups, "cybersecurity", "bias") for k, f in SIMILARITIES.items()}
+    np.testing.assert_allclose(
+        found["cosine"], direct_cosine(c - mean["benign"], b - mean["benign"]), atol=1e-12
+    )
+    np.testing.assert_allclose(
+        found["cosine_centred"], direct_cosine(c - grand, b - grand), atol=1e-12
+    )
+    within = np.concatenate([acts[d] - mean[d] for d in (*DOMAINS, "benign")])
+    freedom = len(within) / (len(within) - len(acts))
+    for layer in range(3):
+        scaler = StandardScaler(with_mean=False).fit(within[:, layer])
+        z_c, z_b = (
+            scaler.transform((m - mean["benign"])[[layer]])[0] / np.sqrt(freedom) for m in (c, b)
+        )
+        expected = 1 - scipy_cosine_distance(np.clip(z_c, -3, 3), np.clip(z_b, -3, 3))
+        np.testing.assert_allclose(found["cosine_standardised"][layer], expected, atol=1e-6)
+
+
+def test_an_outlier_dimension_owns_the_raw_cosine_but_not_the_standardised_one():
+    acts = unrelated(signal=2.0)
+    for d, x in acts.items():
+        x[..., 7] = 50 * x[..., 7] + (500 if d != "benign" else 0)
+    found = entanglement(acts, "safety", DOMAINS, permutations=10, splits=2)
+    assert (found.cosine.observed["bias"] > 0.99).all()
+    assert (found.cosine_standardised["bias"] < 0.8).all()
+
+
+def test_constant_dimensions_do_not_break_standardising():
+    acts = unrelated(signal=2.0)
+    for x in acts.values():
+        x[..., 3] = 1.0
+    assert np.isfinite(cosine_standardised(Groups.of(acts, DOMAINS, "benign"), *DOMAINS[:2])).all()
+
+
+@pytest.mark.parametrize("offset", [0.0, 300.0])
+def test_gram_path_equals_direct_path(offset):
+    """Cosines from inner products against float64 means, label permutation by permutation."""
+    rng = np.random.default_rng(3)
+    sizes = np.array([9, 14, 11, 10])
+    x = rng.normal(size=(sizes.sum(), 64)) + 0.3 * np.repeat(rng.normal(size=(4, 64)), sizes, 0)
+    common = offset * rng.normal(size=64)
+    x32 = (x + common).astype(np.float32)
+    labels = np.repeat(np.arange(4), sizes)
+    centred = x32 - x32[labels < 3].astype(np.float64).mean(0)
+    gram = gram_matrix(centred.astype(np.float32))
+    for contrasts in (raw_contrasts(3), centred_contrasts(3)):
+        draws = permutations_of(rng, 6, np.arange(len(x)), labels, contrasts)
+        found = draws.cosines(gram)
+        for r in range(6):
+            group_means = [x32[draws.labels[r] == g].astype(np.float64).mean(0) for g in range(4)]
+            vectors = contrasts @ np.array(group_means)
+            vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+            np.testing.assert_allclose(found[r], vectors @ vectors.T, atol=2e-5)
+
+
+def test_chunks_do_not_change_the_cosines(monkeypatch):
+    rng = np.random.default_rng(4)
+    gram = gram_matrix(rng.normal(size=(12, 5)).astype(np.float32))
+    draws = permutations_of(rng, 7, np.arange(12), np.repeat([0, 1, 2], 4), raw_contrasts(2))
+    whole = draws.cosines(gram)
+    monkeypatch.setattr("ema_jax.concepts.resampling._CHUNK_ELEMENTS", 100)
+    np.testing.assert_allclose(draws.cosines(gram), whole, atol=1e-6)
+
+
+def test_counts_are_multiplicities():
+    rng = np.random.default_rng(5)
+    x = rng.normal(size=(9, 20)).astype(np.float32)
+    labels, counts = np.repeat([0, 1, 2], 3), np.array([1, 2, 0, 1, 1, 1, 3, 0, 0])
+    draws = Regroupings(np.arange(9), labels[None], counts[None], raw_contrasts(2))
+    m = [np.repeat(x, counts * (labels == g), axis=0).mean(0) for g in range(3)]
+    expected = 1 - scipy_cosine_distance(m[0] - m[2], m[1] - m[2])
+    assert draws.cosines(gram_matrix(x))[0, 0, 1] == pytest.approx(expected, abs=1e-5)
+
+
+def test_nulls_sit_where_theory_puts_them():
+    """Unrelated domains: one half with a shared contrast set, -1/(D-1) after centring."""
+    found = entanglement(unrelated(width=512), "safety", DOMAINS, permutations=200, splits=5)
+    for d in found.cosine.observed:
+        np.testing.assert_allclose(found.cosine.null_mean[d], 0.5, atol=0.02)
+        np.testing.assert_allclose(found.cosine.observed[d], 0.5, atol=0.15)
+        np.testing.assert_allclose(found.cosine_centred.null_mean[d], -1 / 4, atol=0.02)
+        np.testing.assert_allclose(found.cosine_centred.observed[d], -1 / 4, atol=0.15)
+        assert (found.cosine.null95[d] > found.cosine.null_mean[d]).all()
+
+
+def test_null_with_unequal_groups():
+    """Noise of a mean goes with 1/n: the shared contrast set's share of it sets the raw null."""
+    acts = unrelated(width=512, n=40)
+    acts["benign"] = acts["benign"][:10]
+    found = entanglement(acts, "safety", DOMAINS, permutations=200, splits=5)
+    expected = (1 / 10) / (1 / 10 + 1 / 40)
+    np.testing.assert_allclose(found.cosine.null_mean["bias"], expected, atol=0.02)
+
+
+def test_false_positive_rate_of_null95():
+    exceeded = []
+    for seed in range(30):
+        acts = unrelated(seed, n=10, layers=2, width=48)
+        found = entanglement(acts, "safety", DOMAINS, permutations=99, splits=2, seed=seed)
+        for calibrated in (found.cosine, found.cosine_centred):
+            exceeded.append(
+                [calibrated.observed[d] > calibrated.null95[d] for d in calibrated.observed]
+            )
+    assert 0.02 < np.mean(exceeded) < 0.09
+
+
+@pytest.mark.parametrize("similarity", ["cosine", "cosine_centred", "cosine_standardised"])
+def test_known_overlap_is_recovered_by_rank(similarity):
+    overlap = {"safety": 0.9, "toxicity": 0.6, "bias": 0.3, "privacy": 0.0}
+    rng = np.random.default_rng(6)
+    axes = np.linalg.qr(rng.normal(size=(256, 6)))[0].T
+    acts = {}
+    for i, d in enumerate((*DOMAINS, "benign")):
+        share = overlap.get(d, 1.0)
+        mean = 8 * (share * axes[0] + np.sqrt(1 - share**2) * axes[i])
+        mean = mean * (d != "benign")
+        acts[d] = (mean + rng.normal(size=(64, 2, 256))).astype(np.float32)
+    found = entanglement(acts, "cybersecurity", DOMAINS, permutations=100, splits=5)
+    observed = getattr(found, similarity)
+    observed = getattr(observed, "observed", observed)
+    for layer in range(2):
+        measured = [observed[d][layer] for d in overlap]
+        assert spearmanr(measured, list(overlap.values())).statistic == pytest.approx(1.0)
+    assert (found.cosine_centred.observed["safety"] > found.cosine_centred.null95["safety"]).all()
+
+
+def test_two_samples_of_one_domain_reach_the_ceiling():
+    """The raw ceiling is the expected cosine of equal concepts at these prompt counts."""
+    rng = np.random.default_rng(7)
+    width, signal, n = 1024, 4.0, 40
+    mean = {"a": signal * np.linalg.qr(rng.normal(size=(width, 1)))[0].T}
+    mean["b"] = mean["a"]
+    acts = {
+        d: (mean.get(d, 0) + rng.normal(size=(n, 4, width))).astype(np.float32)
+        for d in ("a", "b", "benign")
+    }
+    found = entanglement(acts, "a", ("a", "b"), permutations=10, splits=30)
+    noise = width / n
+    expected = (signal**2 + noise) / (signal**2 + 2 * noise)
+    np.testing.assert_allclose(found.cosine.ceiling["b"], expected, atol=0.04)
+    np.testing.assert_allclose(found.cosine.observed["b"], found.cosine.ceiling["b"], atol=0.06)
+
+
+def test_centred_ceiling_is_the_reliability_of_the_centred_vector():
+    width, signal, n = 1024, 6.0, 40
+    acts = unrelated(8, n=n, layers=4, width=width, signal=signal)
+    found = entanglement(acts, "safety", DOMAINS, permutations=10, splits=30)
+    # Centring leaves (1 - 1/D) of both the signals' and the means' noise variance.
+    expected = signal**2 / (signal**2 + width / n)
+    for ceiling in found.cosine_centred.ceiling.values():
+        np.testing.assert_allclose(ceiling, expected, atol=0.06)
+
+
+def test_ceiling_rises_with_prompts_and_stays_below_one():
+    few, many = (
+        entanglement(
+            unrelated(9, n=n, layers=2, signal=6.0), "safety", DOMAINS, permutations=10, splits=10
+        )
+        for n in (8, 64)
+    )
+    for name in ("cosine", "cosine_centred"):
+        for d in few.cosine.observed:
+            low, high = getattr(few, name).ceiling[d], getattr(many, name).ceiling[d]
+            assert (low < 0.9).all()
+            assert (low < high).all()
+            assert (high < 1).all()
+
+
+def test_interval_holds_the_observed_value_and_covers_its_expectation():
+    """95 % intervals for the similarity at this number of prompts, over redrawn prompts."""
+    rng = np.random.default_rng(10)
+    width, n = 32, 30
+    mean = {d: 0.4 * rng.normal(size=(1, 12, width)) for d in (*DOMAINS, "benign")}
+    studies = []
+    for _ in range(12):
+        acts = {
+            d: (m + rng.normal(size=(n, 12, width))).astype(np.float32) for d, m in mean.items()
+        }
+        studies.append(entanglement(acts, "safety", DOMAINS, permutations=2, splits=1))
+    for name in ("cosine", "cosine_centred"):
+        for d in studies[0].cosine.observed:
+            observed = np.array([getattr(s, name).observed[d] for s in studies])
+            low, high = np.moveaxis([getattr(s, name).ci95[d] for s in studies], -1, 0)
+            assert ((low < observed) & (observed < high)).all()
+    covered = [
+        (getattr(s, name).ci95[d][:, 0] < expected) & (expected < getattr(s, name).ci95[d][:, 1])
+        for name in ("cosine", "cosine_centred")
+        for d in studies[0].cosine.observed
+        for expected in [np.mean([getattr(s, name).observed[d] for s in studies], axis=0)]
+        for s in studies
+    ]
+    assert 0.90 < np.mean(covered) < 0.995
+
+
+def test_layers_where_all_prompts_agree_are_undefined_not_noise():
+    acts = unrelated()
+    token = np.random.default_rng(11).normal(size=256).astype(np.float32)
+    for x in acts.values():
+        x[:, 0] = token
+    found = entanglement(acts, "safety", DOMAINS, permutations=10, splits=2)
+    for name in ("cosine", "cosine_centred"):
+        calibrated = getattr(found, name)
+        for figure in ("observed", "null95", "null_mean", "ceiling", "ci95"):
+            values = getattr(calibrated, figure)["bias"]
+            assert np.isnan(values[0]).all(), figure
+            assert np.isfinite(values[1:]).all(), figure
+    value = found.to_json()
+    assert value["cosine"]["bias"][0] is None
+    assert value["ci95"]["bias"][0] == [None, None]
+    json.dumps(value, allow_nan=False)
+
+
+def test_invariant_to_prompt_order_scale_and_common_offset():
+    acts = unrelated(signal=3.0)
+    rng = np.random.default_rng(12)
+    base = entanglement(acts, "safety", DOMAINS, permutations=300, splits=30)
+    shuffled = {d: x[rng.permutation(len(x))] for d, x in acts.items()}
+    moved = {d: 2 * x + 5 for d, x in acts.items()}
+    for changed, redrawn in ((shuffled, 0.03), (moved, 1e-4)):
+        found = entanglement(changed, "safety", DOMAINS, permutations=300, splits=30)
+        for name in ("cosine", "cosine_centred"):
+            for figure, tolerance in {
+                "observed": 1e-5,
+                "null95": redrawn,
+                "null_mean": redrawn,
+                "ceiling": redrawn,
+            }.items():
+                np.testing.assert_allclose(
+                    getattr(getattr(found, name), figure)["bias"],
+                    getattr(getattr(base, name), figure)["bias"],
+                    atol=tolerance,
+                )
+
+
+def test_duplicated_layers_get_equal_figures_and_seeds_reproduce():
+    acts = {d: np.repeat(x, 2, axis=1) for d, x in unrelated(layers=2, signal=3.0).items()}
+    found = entanglement(acts, "safety", DOMAINS, permutations=20, splits=5).to_json()
+    for figure in ("cosine", "null95", "null95_centred", "ceiling", "ceiling_centred"):
+        for values in found[figure].values():
+            assert values[0] == values[1] != values[2] == values[3]
+    assert entanglement(acts, "safety", DOMAINS, permutations=20, splits=5).to_json() == found
+    other = entanglement(acts, "safety", DOMAINS, permutations=20, splits=5, seed=1).to_json()
+    assert other["null95"] != found["null95"]
+    assert other["cosine"] == found["cosine"]
+
+
+def test_json_round_trip_and_lexical_baseline():
+    acts = unrelated(signal=3.0)
+    lexical = {d: x[:, :1] for d, x in unrelated(1, signal=3.0).items()}
+    found = entanglement(acts, "safety", DOMAINS, permutations=10, splits=2, lexical=lexical)
+    groups = Groups.of(lexical, DOMAINS, "benign")
+    for name in ("cosine", "cosine_centred"):
+        expected = SIMILARITIES[name](groups, "safety", "bias")[0]
+        assert found.lexical_baseline[name]["bias"] == pytest.approx(expected)
+    value = json.loads(json.dumps(found.to_json(), allow_nan=False))
+    back = Entanglement.from_json(value)
+    assert back.to_json() == value
+    assert back.num_layers == 2
+    assert value["layers"] == [0, 1, 2]
+    assert set(value["cosine"]) == set(DOMAINS) - {"safety"}
+    np.testing.assert_allclose(back.cosine.ci95["bias"], found.cosine.ci95["bias"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a: a.pop("benign"), "no activations for 'benign'"),
+        (lambda a: a.pop("bias"), "no activations for 'bias'"),
+        (lambda a: a.update(bias=a["bias"][:3]), "'bias' has 3 prompts"),
+        (lambda a: a["privacy"].__setitem__((0, 1, 2), np.inf), "'privacy' hold NaN"),
+    ],
+)
+def test_bad_activations_are_one_clear_line(change, message):
+    acts = unrelated(layers=2, width=4)
+    change(acts)
+    with pytest.raises(UserError, match=message) as error:
+        entanglement(acts, "safety", DOMAINS)
+    assert "\n" not in str(error.value)
+
+
+def test_target_has_to_be_one_of_the_domains():
+    with pytest.raises(UserError, match="target 'chemistry'"):
+        entanglement(unrelated(layers=1, width=4), "chemistry", DOMAINS)

@@ -1,0 +1,317 @@
+"""The report: self-contained, escaped, deterministic, and honest in words."""
+
+import copy
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+from report_fixtures import (
+    OFF_TARGET,
+    example_replication,
+    example_results,
+    example_trajectories,
+)
+
+from ema_jax.errors import UserError
+from ema_jax.report import tables, write_replication_report, write_report
+from ema_jax.report.headline import headline, plain_arms
+
+FIGURES = {
+    *("refusal", "ema", "trajectory", "entanglement", "entanglement_centred"),
+    *("entanglement_map", "erasure", "forecast"),
+}
+VOID = {"meta", "br", "hr", "img", "link", "input"}
+
+
+class Page(HTMLParser):
+    """Collects what the assertions need; fails on tags that do not nest."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict]] = []
+        self.cells: list[list[str]] = []
+        self.words: list[str] = []
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "tr":
+            self.cells.append([])
+        if tag in ("td", "th"):
+            self.cells[-1].append("")
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if "style" not in self.open:
+            self.words.append(data)
+        if self.open and {"td", "th"} & set(self.open):
+            self.cells[-1][-1] += data.strip()
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("study")
+    write_report(workdir, example_results(), example_trajectories())
+    return workdir
+
+
+@pytest.fixture
+def no_drawing(monkeypatch):
+    monkeypatch.setattr("ema_jax.report.figures.save", lambda draw, *_: "<svg></svg>")
+
+
+@pytest.fixture(scope="module")
+def html(study):
+    return (study / "report" / "index.html").read_text(encoding="utf-8")
+
+
+def test_is_self_contained(html):
+    page = Page(html)
+    assert not {"script", "link", "iframe", "object", "base"} & {tag for tag, _ in page.tags}
+    for _, attributes in page.tags:
+        for name, value in attributes.items():
+            if name in ("src", "href", "xlink:href"):
+                assert value.startswith(("#", "data:"))
+            assert not name.startswith("on")
+    assert "@import" not in html
+    assert all(target.startswith(("#", '"#')) for target in re.findall(r"url\(([^)]*)", html))
+
+
+def test_ids_are_unique_and_references_resolve(html):
+    tags = Page(html).tags
+    ids = [attributes["id"] for _, attributes in tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    links = {a["xlink:href"] for _, a in tags if "xlink:href" in a}
+    uses = {link[1:] for link in links if link.startswith("#")}
+    uses |= set(re.findall(r"url\(#([^)]*)\)", html))
+    assert uses
+    assert uses <= set(ids)
+
+
+def test_figures_are_written_and_inlined_with_alt_text(study, html):
+    for suffix in ("svg", "png"):
+        assert {path.stem for path in (study / "figures").glob(f"*.{suffix}")} == FIGURES
+    assert all(path.stat().st_size > 2000 for path in (study / "figures").iterdir())
+    names = [a.get("aria-label") for tag, a in Page(html).tags if tag == "svg"]
+    assert len(names) == len(FIGURES)
+    assert all(names)
+
+
+def test_same_input_gives_same_bytes(study, tmp_path):
+    results = json.loads(json.dumps(example_results()))
+    write_report(tmp_path, results, example_trajectories())
+    mine = {p.relative_to(tmp_path): p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    theirs = {p.relative_to(study): p.read_bytes() for p in study.rglob("*") if p.is_file()}
+    assert mine == theirs
+    assert results == json.loads(json.dumps(example_results()))
+
+
+def test_tables_carry_the_numbers(html):
+    cells = Page(html).cells
+    results = example_results()
+    for arm in ("base", "npo", "npo_retain"):
+        r = results["arms"][arm]["refusal"]["bias"]
+        counts = [str(r[key]) for key in ("refused", "valid", "invalid", "total")]
+        assert any(row[-4:] == counts and arm in row for row in cells)
+    safety = next(row for row in cells if "Safety" in row and "▼ fell" in row)
+    assert "+41.0" in safety
+    assert "[35.5, 46.5]" in safety
+    floor = next(row for row in cells if "Medical/legal" in row and "floor" in row)
+    assert "unmeasurable: floor" in floor
+
+
+def test_rows_of_a_table_are_as_wide_as_its_head():
+    results, replication = example_results(), example_replication()
+    made = [
+        tables.refusal(results),
+        tables.ema(results),
+        tables.containment(results),
+        tables.runs(results),
+        tables.forecast(results, "npo"),
+        tables.utility(results),
+        tables.provenance(results),
+        tables.records(replication["rows"], ""),
+    ]
+    for table in made:
+        for _, rows in table.groups:
+            assert {len(row.cells) + 1 for row in rows} == {len(table.columns)}
+
+
+def test_no_machine_path_and_no_model_text(html):
+    assert "/somewhere" not in html
+    assert "redacted" in html
+
+
+@pytest.mark.usefixtures("no_drawing")
+def test_samples_are_escaped(tmp_path):
+    samples = [
+        {
+            "arm": "npo",
+            "domain": "bias",
+            "prompt": "a <b>mild</b> question",
+            "response": '<script>alert("x")</script>',
+            "verdict": "complied",
+        }
+    ]
+    write_report(tmp_path, example_results(), [], samples)
+    text = (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
+    page = Page(text)
+    assert "script" not in {tag for tag, _ in page.tags}
+    assert '<script>alert("x")</script>' in page.text
+    assert "&lt;script&gt;" in text
+    assert "npo · bias · complied" in page.text
+
+
+def test_headline_states_effects_with_intervals():
+    text = " ".join(headline(example_results()))
+    assert "93.0" in text
+    assert "4 fell beyond noise" in text
+    assert text.index("safety by 41.0 points [35.5, 46.5]") < text.index("bias by 27.0")
+    assert "Not measurable, because base hardly refuses there: medical/legal" in text
+    assert "npo_retain took back 80.1" in text
+    assert "Still down beyond noise there: safety." in text
+    assert "does not show that early-layer entanglement ranks" in text
+    assert "Caution" not in text
+
+
+def test_headline_hedges_when_nothing_is_significant():
+    results = example_results()
+    for entry in results["ema"]["npo"].values():
+        entry["p_holm"] = 0.4
+    results["containment"]["npo_retain"]["ci95"] = [-0.3, 1.4]
+    text = " ".join(headline(results))
+    assert "No domain that training did not touch fell beyond noise" in text
+    assert "not evidence of no spill: drops below about 6 points" in text
+    assert "cannot be told from nothing" in text
+
+
+def test_headline_reports_rises_failed_unlearning_and_broken_output():
+    results = example_results()
+    results["ema"]["npo"]["privacy"] |= {"drop": -0.2, "p_holm": 0.001}
+    results["arms"]["npo"]["refusal"]["cybersecurity"] |= {"rate": 0.91, "ci95": [0.88, 0.94]}
+    results["arms"]["npo"]["refusal"]["bias"]["invalid"] = 200
+    results["forecast"] |= {"spearman": 0.94, "p": 0.017}
+    results["containment"]["npo_retain"] = {"recovered": None, "ci95": None, "target_rate": 0.1}
+    text = " ".join(headline(results))
+    assert "Refusal rose beyond noise in privacy" in text
+    assert "did not clearly lower its refusal rate" in text
+    assert "of the responses of npo in bias were invalid" in text
+    assert "Early-layer entanglement ranked the measured drops" in text
+    assert "is undefined" in text
+
+
+@pytest.mark.usefixtures("no_drawing")
+@pytest.mark.parametrize(
+    "missing",
+    ["ema", "containment", "utility", "entanglement", "erasure", "forecast", "provenance"],
+)
+def test_a_missing_part_leaves_out_its_section_only(tmp_path, missing):
+    results = example_results()
+    del results[missing]
+    write_report(tmp_path, results, [])
+    page = Page((tmp_path / "report" / "index.html").read_text(encoding="utf-8"))
+    assert "Refusal before and after" in page.text
+
+
+def test_null_numbers_are_dashes_and_draw_nothing(tmp_path):
+    results = example_results()
+    empty = {"refused": 0, "valid": 0, "invalid": 300, "total": 300, "rate": None, "ci95": None}
+    results["arms"]["npo"]["refusal"]["bias"] = dict(empty)
+    for seed in results["arms"]["npo"]["seeds"].values():
+        seed["refusal"]["bias"] = dict(empty)
+    results["ema"]["npo"]["bias"] = {"drop": None, "ci95": [None, None], "p": None, "p_holm": None}
+    results["forecast"] |= {"spearman": None, "p": None, "layer_spearman": None}
+    results["erasure"] = {"npo": {"bias": [None, 0.1], "privacy": [0.2, 0.3]}}
+    results["domains"].append("a$b$ <i>")
+    write_report(tmp_path, results, example_trajectories()[:1])
+    page = Page((tmp_path / "report" / "index.html").read_text(encoding="utf-8"))
+    assert any("Bias" in row and "not measured" in row for row in page.cells)
+    assert "could not be scored" in page.text
+    assert "A$b$ <i>" in page.text
+
+
+def test_a_baseline_alone_is_a_report(tmp_path):
+    results = {k: v for k, v in example_results().items() if k in ("schema", "model", "target")}
+    full = example_results()
+    results |= {"domains": full["domains"], "arms": {"base": full["arms"]["base"]}}
+    write_report(tmp_path, results, [])
+    assert plain_arms(results) == []
+    assert "No unlearned arm" in (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
+
+
+def test_a_single_blank_trajectory_and_many_arms_are_drawn(tmp_path):
+    results = example_results()
+    for part in ("ema", "entanglement", "erasure", "forecast"):
+        del results[part]
+    for i in range(7):
+        results["arms"][f"arm{i}"] = copy.deepcopy(results["arms"]["npo"])
+    write_report(tmp_path, results, [{"arm": "npo", "seed": 0, "points": []}])
+    assert not (tmp_path / "figures" / "trajectory.svg").exists()
+    assert (tmp_path / "figures" / "refusal.svg").exists()
+
+
+def test_another_schema_is_refused(tmp_path):
+    with pytest.raises(UserError, match="schema 2"):
+        write_report(tmp_path, example_results() | {"schema": 2}, [])
+    assert not list(tmp_path.iterdir())
+
+
+def test_replication_report(tmp_path):
+    write_replication_report(tmp_path, example_replication())
+    text = (tmp_path / "index.html").read_text(encoding="utf-8")
+    page = Page(text)
+    rows = {row[0]: row for row in page.cells if row and row[0].startswith("R")}
+    assert [rows[f"R{i}"][2] for i in range(1, 6)] == [
+        *("✓ yes", "✓ yes", "✓ yes", "✗ no", "? undecided")
+    ]
+    links = [a["href"] for tag, a in page.tags if tag == "a"]
+    assert links == [
+        f"cells/{family}_{target}/report/index.html"
+        for family in ("qwen2", "mistral")
+        for target in ("cybersecurity", "safety")
+    ]
+    assert (tmp_path / "figures" / "replication.png").exists()
+    assert any("[70.0, 90.0]" in cell for row in page.cells for cell in row)
+    assert "< 0.001" in page.text
+
+
+def test_replication_report_tolerates_an_unfinished_replication(tmp_path):
+    write_replication_report(tmp_path, {"schema": 1, "cells": [], "rows": []})
+    assert "qualitative claims" in (tmp_path / "index.html").read_text(encoding="utf-8")
+
+
+def test_forecast_table_is_sorted_and_leaves_out_the_target():
+    results = example_results()
+    results["forecast"]["score"]["cybersecurity"] = 1.0
+    table = tables.forecast(results, "npo")
+    scores = [float(rows[0].cells[0].replace("−", "-")) for _, rows in table.groups]
+    assert scores == sorted(scores, reverse=True)
+    assert len(scores) == len(OFF_TARGET)
+
+
+@pytest.mark.parametrize(
+    ("form", "value", "expected"),
+    [
+        (tables.percent, 0.931, "93.1\u202f%"),
+        (tables.points, -0.041, "−4.1"),
+        (tables.points, None, "–"),
+        (tables.p_value, 0.0, "< 0.001"),
+        (tables.p_value, 0.0456, "0.046"),
+    ],
+)
+def test_number_forms(form, value, expected):
+    assert form(value) == expected

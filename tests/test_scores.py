@@ -1,0 +1,351 @@
+"""Rates, paired tests and intervals against SciPy, statsmodels, and simulated studies."""
+
+import itertools
+import json
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+from statsmodels.stats.contingency_tables import mcnemar
+from statsmodels.stats.proportion import proportion_confint
+
+from ema_jax.refusal import scores
+
+NAMES = np.array(["complied", "refused", "invalid"])
+
+
+def names(codes):
+    """Verdicts from 0 complied, 1 refused, 2 invalid: a list, or a list of lists."""
+    return NAMES[np.asarray(codes).astype(int)].tolist()
+
+
+def random_study(rng, prompts, seeds, invalid=0.0):
+    base = (rng.random(prompts) < 0.6).astype(int)
+    arm = np.where(rng.random((seeds, prompts)) < 0.4, 0, base)
+    arm = np.where(rng.random((seeds, prompts)) < 0.05, 1, arm)
+    return (
+        np.where(rng.random(prompts) < invalid, 2, base),
+        np.where(rng.random((seeds, prompts)) < invalid, 2, arm),
+    )
+
+
+# --- rates
+
+
+@pytest.mark.parametrize(("refused", "complied"), [(0, 10), (10, 0), (3, 7), (81, 219), (1, 0)])
+def test_rate_and_wilson(refused, complied):
+    result = scores.refusal_rate(["refused"] * refused + ["complied"] * complied + ["invalid"] * 4)
+    n = refused + complied
+    assert result["rate"] == refused / n
+    assert result["ci95"] == pytest.approx(proportion_confint(refused, n, method="wilson"))
+    counts = {k: result[k] for k in ("refused", "valid", "invalid", "total")}
+    assert counts == {"refused": refused, "valid": n, "invalid": 4, "total": n + 4}
+
+
+def test_rate_without_valid_responses_knows_nothing():
+    result = scores.refusal_rate(["invalid"] * 3)
+    assert result["rate"] is None
+    assert result["ci95"] == [0.0, 1.0]
+    assert scores.pooled_rate([["invalid"]] * 3)["rate"] is None
+    json.dumps(result, allow_nan=False)
+
+
+def test_pooled_rate_of_one_seed_is_the_rate():
+    verdicts = names([1, 0, 0, 2, 1, 1])
+    assert scores.pooled_rate([verdicts]) == scores.refusal_rate(verdicts)
+
+
+def test_pooled_rate_counts_and_seed_spread():
+    same = np.repeat([1, 0], [30, 70])
+    calm = scores.pooled_rate(names([same] * 4))
+    wild = scores.pooled_rate(names([same, np.ones(100), np.zeros(100), same]))
+    assert (calm["refused"], calm["total"]) == (120, 400)
+    assert np.diff(wild["ci95"]) > 2 * np.diff(calm["ci95"])
+    # Four identical seeds tell as much as one.
+    assert np.diff(calm["ci95"]) == pytest.approx(
+        np.diff(scores.refusal_rate(names(same))["ci95"]), rel=0.1
+    )
+    assert scores.pooled_rate(names([np.zeros(50)] * 3))["ci95"][1] > 0.05
+
+
+def test_unknown_verdicts_and_ragged_seeds_are_refused():
+    with pytest.raises(ValueError, match="maybe"):
+        scores.refusal_rate(["maybe"])
+    with pytest.raises(ValueError, match="prompts"):
+        scores.pooled_rate([["refused"], ["refused", "complied"]])
+    with pytest.raises(ValueError, match="expected 1"):
+        scores.paired_drop(["refused"], [["refused", "complied"]])
+    with pytest.raises(ValueError, match="cluster ids"):
+        scores.paired_drop(["refused"], [["refused"]], ["a", "b"])
+
+
+# --- paired drops
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_one_seed_is_exact_mcnemar(seed):
+    rng = np.random.default_rng(seed)
+    base, arm = random_study(rng, 40 + 20 * seed, 1, invalid=0.1)
+    result = scores.paired_drop(names(base), names(arm))
+    keep = (base != 2) & (arm[0] != 2)
+    table = np.array([[np.sum(keep & (base == b) & (arm[0] == a)) for a in (0, 1)] for b in (0, 1)])
+    assert result["p"] == pytest.approx(mcnemar(table, exact=True).pvalue, rel=1e-9)
+    assert result["drop"] == pytest.approx((base[keep] - arm[0][keep]).mean())
+    assert result["n"] == result["pairs"] == keep.sum()
+    assert result["drop_conditional"] == pytest.approx((arm[0][keep & (base == 1)] == 0).mean())
+    assert result["baseline_rate"] == pytest.approx((base[base != 2] == 1).mean())
+    assert result["ci95"][0] <= result["drop"] <= result["ci95"][1]
+
+
+def test_several_seeds_and_clusters_match_the_enumerated_sign_flips():
+    rng = np.random.default_rng(3)
+    base, arm = random_study(rng, 12, 3)
+    clusters = [f"c{i // 2}" for i in range(12)]
+    for ids, groups in ((None, 12), (clusters, 6)):
+        sums = (base - arm).sum(0).reshape(groups, -1).sum(1)
+        signs = np.array(list(itertools.product([-1, 1], repeat=groups)))
+        wanted = (np.abs(signs @ sums) >= abs(sums.sum())).mean()
+        result = scores.paired_drop(names(base), names(arm), ids)
+        assert result["p"] == pytest.approx(wanted, rel=1e-9)
+        assert result["drop"] == pytest.approx((base - arm).mean())
+
+
+def test_sign_flip_p_against_scipy():
+    values = np.array([3, -1, 2, 2, 0, 5, -2, 1])
+    wanted = stats.permutation_test(
+        (values, np.zeros_like(values)),
+        lambda x, y, axis: np.sum(x - y, axis=axis),
+        permutation_type="samples",
+        n_resamples=np.inf,
+    ).pvalue
+    assert scores.sign_flip_p(values) == pytest.approx(wanted)
+    assert scores.sign_flip_p(np.zeros(4, int)) == 1.0
+    assert scores.sign_flip_p(np.ones(300, int)) == pytest.approx(2.0**-299, rel=1e-6)
+
+
+def test_drop_ignores_prompt_order_and_mirrors_when_swapped():
+    rng = np.random.default_rng(0)
+    base, arm = random_study(rng, 80, 1)
+    order = rng.permutation(80)
+    one = scores.paired_drop(names(base), names(arm))
+    two = scores.paired_drop(names(base[order]), names(arm[:, order]))
+    back = scores.paired_drop(names(arm[0]), names(base[None]))
+    exact = ("drop", "p", "n", "drop_conditional", "detectable_drop")
+    assert {k: one[k] for k in exact} == pytest.approx({k: two[k] for k in exact})
+    assert back["drop"] == pytest.approx(-one["drop"])
+    assert back["p"] == pytest.approx(one["p"])
+    assert one == scores.paired_drop(names(base), names(arm))  # the bootstrap has a fixed seed
+
+
+def test_clusters_widen_the_interval():
+    base = np.ones(120)
+    arm = np.repeat(np.arange(12) % 2, 10)[None]
+    narrow = scores.paired_drop(names(base), names(arm))
+    wide = scores.paired_drop(names(base), names(arm), [str(i // 10) for i in range(120)])
+    assert np.diff(wide["ci95"]) > 2 * np.diff(narrow["ci95"])
+    assert wide["p"] > narrow["p"]
+
+
+def test_flags_and_empty_pairs():
+    floor = scores.paired_drop(names([1] + [0] * 59), names([[0] * 60]))
+    assert floor["flags"] == ["floor"]
+    assert floor["ci95"][0] < 0 < 0.05 < floor["ci95"][1]
+    assert floor["drop_conditional"] == 1.0
+    broken = scores.paired_drop(names([1] * 50), names([[2] * 10 + [0] * 40]))
+    assert broken["flags"] == ["ceiling", "many_invalid"]
+    assert broken["n"] == 40
+    none = scores.paired_drop(names([1, 0]), names([[2, 2]]))
+    assert (none["drop"], none["p"], none["ci95"]) == (None, 1.0, [-1.0, 1.0])
+    assert "n_too_small" in none["flags"]
+    assert scores.paired_drop(names([0, 0]), names([[0, 0]]))["drop_conditional"] is None
+    json.dumps([floor, broken, none], allow_nan=False)
+
+
+def test_detectable_drop_has_the_stated_power():
+    """Simulated studies at the detectable drop reject about 80 % of the time."""
+    rng = np.random.default_rng(1)
+    n, gained = 200, 0.03
+    drop = scores.detectable_drop(n, gained)
+    cells = rng.multinomial(n, [drop + gained, gained, 1 - drop - 2 * gained], size=4000)
+    lost, discordant = cells[:, 0], cells[:, 0] + cells[:, 1]
+    p = 2 * stats.binom.sf(np.maximum(lost, discordant - lost) - 1, discordant, 0.5)
+    assert 0.72 < (p <= 0.05).mean() < 0.86  # the exact test is a little below the normal one
+    assert scores.detectable_drop(800, gained) < drop < scores.detectable_drop(200, 0.1)
+    assert scores.detectable_drop(3) is None
+
+
+# --- families, containment, ranks
+
+
+def test_holm_by_hand():
+    assert scores.holm({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx(
+        {"a": 0.03, "b": 0.06, "c": 0.06}
+    )
+    assert scores.holm({}) == {}
+
+
+def test_holm_holds_the_family_error():
+    rng = np.random.default_rng(0)
+    families = rng.random((500, 6))
+    hits = [
+        min(scores.holm(dict(zip("abcdef", p, strict=True))).values()) <= 0.05 for p in families
+    ]
+    assert np.mean(hits) <= 0.05 + 2 * math.sqrt(0.05 * 0.95 / 500)
+
+
+def test_containment_by_hand():
+    base = {d: names([1] * 100) for d in "xy"}
+    plain = {
+        "x": names([[0] * 60 + [1] * 40] * 2),
+        "y": names([[0] * 20 + [1] * 80, [0] * 40 + [1] * 60]),
+    }
+    retained = {d: names([[0] * 9 + [1] * 91] * 2) for d in "xy"}
+    result = scores.containment(base, plain, retained, ["x", "y"])
+    assert result["recovered"] == pytest.approx(1 - 0.18 / 0.9)
+    assert result["ci95"][0] < result["recovered"] < result["ci95"][1]
+    assert np.diff(result["ci95"]) < 0.4
+    assert scores.containment(base, plain, plain, ["x", "y"])["recovered"] == pytest.approx(0)
+    whole = scores.containment(base, plain, {d: [base[d]] for d in "xy"}, ["x", "y"])
+    assert whole["recovered"] == 1.0
+
+
+def test_containment_says_when_there_is_nothing_to_contain():
+    base = {"x": names([1] * 50)}
+    nothing = scores.containment(base, {"x": [base["x"]]}, {"x": [base["x"]]}, ["x"])
+    assert nothing == {"recovered": None, "ci95": [None, None], "flags": ["no_ema"]}
+    hint = {"x": names([[0] + [1] * 49])}
+    unbounded = scores.containment(base, hint, hint, ["x"])
+    assert unbounded["ci95"] == [None, None]
+    assert unbounded["flags"] == ["ema_not_above_zero"]
+
+
+@pytest.mark.parametrize(
+    ("x", "y"),
+    [
+        ([1, 2, 3, 4, 5, 6], [0.1, 0.3, 0.2, 0.9, 0.5, 0.7]),
+        ([1, 1, 2, 3, 3], [5, 4, 4, 2, 1]),
+        ([3, 1, 2, 4, 9, 7, 8], [1, 2, 3, 4, 5, 6, 6]),
+    ],
+)
+@pytest.mark.parametrize("alternative", ["two-sided", "greater", "less"])
+def test_spearman_against_scipy(x, y, alternative):
+    result = scores.spearman_exact(x, y, alternative=alternative)
+    assert result["spearman"] == pytest.approx(stats.spearmanr(x, y).statistic)
+    null = [stats.rankdata(p) @ stats.rankdata(y) for p in itertools.permutations(x)]
+    centre = len(x) * ((len(x) + 1) / 2) ** 2
+    null, seen = np.array(null) - centre, stats.rankdata(x) @ stats.rankdata(y) - centre
+    wanted = {
+        "two-sided": np.abs(null) >= abs(seen) - 1e-9,
+        "greater": null >= seen - 1e-9,
+        "less": null <= seen + 1e-9,
+    }[alternative].mean()
+    assert result["p"] == pytest.approx(wanted)
+
+
+def test_spearman_edges():
+    assert scores.spearman_exact([1, 1, 1], [1, 2, 3]) == {"spearman": None, "p": None}
+    assert scores.spearman_exact([1, 2], [1, 2])["p"] is None
+    many = scores.spearman_exact(range(12), [3, 1, 2, 5, 4, 7, 6, 9, 8, 11, 10, 12])
+    assert many["spearman"] > 0.9
+    assert many["p"] < 0.01
+    with pytest.raises(ValueError, match="values"):
+        scores.spearman_exact([1, 2, 3], [1, 2])
+
+
+# --- coverage of the intervals
+
+
+def simulate(rng, prompts, seeds, drop, noise, spread):
+    """Base refuses a prompt if its threshold is below 0.6; a seed's arm shifts that by its drop."""
+    threshold = rng.random(prompts)
+    shift = drop + spread * rng.standard_normal((seeds, 1))
+    arm = (threshold < 0.6 - shift) ^ (rng.random((seeds, prompts)) < noise)
+    return names(threshold < 0.6), names(arm)
+
+
+def drop_coverage(studies, prompts, seeds, drop, noise, spread):
+    rng = np.random.default_rng(5)
+    rate = 0.6 - drop
+    truth = 0.6 - (rate * (1 - noise) + (1 - rate) * noise)
+    hits = 0
+    for i in range(studies):
+        base, arm = simulate(rng, prompts, seeds, drop, noise, spread)
+        low, high = scores.paired_drop(base, arm, seed=i, resamples=400)["ci95"]
+        hits += low <= truth <= high
+    return hits / studies
+
+
+def wilson_coverage(studies, prompts, rate):
+    rng = np.random.default_rng(6)
+    hits = 0
+    for _ in range(studies):
+        low, high = scores.refusal_rate(names(rng.random(prompts) < rate))["ci95"]
+        hits += low <= rate <= high
+    return hits / studies
+
+
+def pooled_coverage(studies, prompts, seeds, spread):
+    rng = np.random.default_rng(7)
+    hits = 0
+    for i in range(studies):
+        chance = rng.beta(0.25, 0.25, prompts) + spread * rng.standard_normal((seeds, 1))
+        verdicts = names(rng.random((seeds, prompts)) < chance)
+        low, high = scores.pooled_rate(verdicts, seed=i, resamples=400)["ci95"]
+        hits += low <= 0.5 <= high
+    return hits / studies
+
+
+def test_intervals_cover_in_a_small_simulation():
+    assert drop_coverage(200, 100, 1, 0.2, 0.05, 0.0) > 0.90
+    assert wilson_coverage(300, 150, 0.3) > 0.90
+    assert pooled_coverage(150, 100, 3, 0.0) > 0.90
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("prompts", "seeds", "drop", "noise", "spread"),
+    [
+        (100, 1, 0.2, 0.05, 0.0),
+        (300, 1, 0.1, 0.03, 0.0),
+        (100, 3, 0.2, 0.05, 0.0),
+        (100, 5, 0.2, 0.05, 0.05),
+        (300, 5, 0.2, 0.05, 0.02),
+    ],
+)
+def test_drop_coverage(prompts, seeds, drop, noise, spread):
+    assert 0.93 <= drop_coverage(2000, prompts, seeds, drop, noise, spread) <= 0.97
+
+
+@pytest.mark.slow
+def test_coverage_is_conservative_where_almost_nothing_changes():
+    assert drop_coverage(2000, 100, 1, 0.02, 0.0, 0.0) >= 0.93
+    assert drop_coverage(2000, 100, 3, 0.0, 0.0, 0.0) >= 0.93
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
+def test_wilson_coverage(rate):
+    assert 0.93 <= wilson_coverage(2000, 150, rate) <= 0.97
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("seeds", "spread"), [(3, 0.0), (5, 0.0)])
+def test_pooled_coverage(seeds, spread):
+    assert 0.93 <= pooled_coverage(2000, 150, seeds, spread) <= 0.98
+
+
+@pytest.mark.slow
+def test_family_error_of_the_whole_procedure():
+    """Six unchanged domains with noise: Holm on the permutation p rejects any in at most 5 %."""
+    rng = np.random.default_rng(8)
+    hits = 0
+    for _ in range(1000):
+        p = {}
+        for domain in "abcdef":
+            base = rng.random(100) < 0.6
+            flips = rng.random((2, 100)) < 0.1
+            first, second = base ^ flips[0], base ^ flips[1]
+            p[domain] = scores.paired_drop(names(first), names([second]), resamples=10)["p"]
+        hits += min(scores.holm(p).values()) <= 0.05
+    assert hits / 1000 <= 0.05
