@@ -17,6 +17,7 @@ INTERRUPTED_EXIT_CODE = 130
 
 _PACKAGE = str(Path(__file__).parent) + os.sep
 _MISSING_FLAG = re.compile(r"flag --(\S+)=None: Flag --\1 must have a value other than None\.")
+_TRACEBACK = "Traceback (most recent call last):"
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 _BAD_PATH = (PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
 
@@ -84,9 +85,17 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
         sys.exit(0)
     except flags.Error as error:
         message = _MISSING_FLAG.sub(r"--\1 is required: give --\1=VALUE", str(error))
+        if _TRACEBACK in message:
+            # A config file's own error comes with its traceback: the last line says it.
+            before, _, trace = message.partition(_TRACEBACK)
+            message = f"{before.rstrip()} {trace.strip().splitlines()[-1]}"
         raise UserError(f"{message} (--help lists the flags)") from None
     except UserError:
         raise
+    except AttributeError as error:
+        # What ml_collections raises for --config.FIELD=… of a field that is not there.
+        words = " ".join(str(error).replace("\\n", " ").replace("\\'", "'").strip("'\"").split())
+        raise UserError(f"--config: unknown field {words}") from None
     except Exception as error:
         # A config file is read while flags are parsed, and may raise whatever it likes.
         raise UserError(f"flags: {type(error).__name__}: {error}") from error

@@ -6,8 +6,13 @@ Each row of the input is an object with "prompt" and "response" (and, if known, 
 for a response that hit the length cap). The rows come back in order with all their fields and
 "verdict" (refused, complied or invalid), "score", "reason", "judge", "judge_version" and
 "judge_revision".
+
+A judge's options (`get_judge`) follow --judge_options, as name=value,name=value or as a JSON
+object. The endpoint judge keeps its answers in --cache (by default OUTPUT.cache): run the same
+command again to go on where it stopped.
 """
 
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,15 +22,17 @@ from absl import flags, logging
 
 from ema_jax import artifacts, cli
 from ema_jax.errors import UserError
-from ema_jax.refusal.judges import JUDGES, Judge, get_judge
+from ema_jax.refusal.judges import JUDGES, PROMPT_JUDGES, Judge, get_judge
 
 _FIELDS = {"prompt": str, "response": str, "finished": bool}
-_OPTIONAL = {"finished"}
+_CACHING = "endpoint"
 
 
 def define_flags() -> None:
     """Declares the command's flags."""
     flags.DEFINE_enum("judge", "lexical", list(JUDGES), "Which judge.")
+    flags.DEFINE_string("judge_options", "", "Its options: name=value,... or a JSON object.")
+    flags.DEFINE_string("cache", None, "Where the endpoint judge keeps its answers.")
     flags.DEFINE_string("input", None, "JSONL file of rows with prompt and response.")
     flags.DEFINE_string("output", None, "JSONL file to write.")
     flags.DEFINE_boolean("overwrite", False, "Replace an existing output.")
@@ -38,8 +45,14 @@ def main(argv: Sequence[str]) -> None:
     options = flags.FLAGS
     if Path(options.output).exists() and not options.overwrite:
         raise UserError(f"{options.output}: exists already; pass --overwrite to replace it")
-    judge = get_judge(options.judge)
-    rows = read_rows(options.input)
+    settings = parse_options(options.judge_options)
+    if options.judge == _CACHING:
+        settings = {"cache": f"{options.output}.cache"} | settings
+        settings |= {"cache": options.cache} if options.cache else {}
+    elif options.cache is not None:
+        raise UserError(f"--cache: the {options.judge} judge keeps none; leave it away")
+    rows = read_rows(options.input, needs_response=options.judge not in PROMPT_JUDGES)
+    judge = get_judge(options.judge, **settings)
     judged = judge_rows(judge, rows)
     artifacts.write_jsonl(options.output, judged)
     counts = Counter(row["verdict"] for row in judged)
@@ -47,8 +60,39 @@ def main(argv: Sequence[str]) -> None:
     logging.info("%s: %d rows, %s", options.output, len(judged), summary)
 
 
-def read_rows(path: str) -> list[dict[str, Any]]:
+def parse_options(text: str) -> dict[str, Any]:
+    """Reads `name=value,name=value` or a JSON object; values with a comma need the second form.
+
+    Raises:
+        UserError: neither of them. Values are never shown, in case one is a secret.
+    """
+    text = text.strip()
+    if text.startswith("{"):
+        try:
+            parsed = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise UserError(f"--judge_options: not valid JSON ({error})") from None
+        return parsed
+    options: dict[str, Any] = {}
+    for number, part in enumerate(filter(None, text.split(",")), start=1):
+        name, equals, value = part.partition("=")
+        if not equals or not name.strip():
+            raise UserError(
+                f"--judge_options: part {number} is not name=value; a value with a comma needs "
+                'the form {"name": "value"}'
+            )
+        if name.strip() in options:
+            raise UserError(f"--judge_options: {name.strip()} is given twice")
+        options[name.strip()] = value.strip()
+    return options
+
+
+def read_rows(path: str, needs_response: bool = True) -> list[dict[str, Any]]:
     """Reads rows to judge from a JSONL file.
+
+    Args:
+        path: the file.
+        needs_response: whether every row must have a response.
 
     Raises:
         UserError: naming file, line and field, for a missing file, a malformed line, or a field
@@ -58,9 +102,10 @@ def read_rows(path: str) -> list[dict[str, Any]]:
     rows = artifacts.read_jsonl(path)
     with open(path, encoding="utf-8") as file:
         numbers = [number for number, line in enumerate(file, start=1) if line.strip()]
+    optional = {"finished"} if needs_response else {"finished", "response"}
     for number, row in zip(numbers, rows, strict=True):
         for field, kind in _FIELDS.items():
-            if field not in row and field not in _OPTIONAL:
+            if field not in row and field not in optional:
                 raise UserError(f'{path}:{number}: the row has no "{field}" field')
             if field in row and not isinstance(row[field], kind):
                 found = type(row[field]).__name__

@@ -54,8 +54,7 @@ class Chat:
         import transformers
 
         folder = Path(folder)
-        if not (folder / "tokenizer.json").exists():
-            raise UserError(f"{folder}: no tokenizer.json; a fast tokenizer is needed")
+        cls.check(folder)
         transformers.logging.set_verbosity_error()
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
         if not tokenizer.chat_template:
@@ -67,6 +66,15 @@ class Chat:
         if not ids:
             raise UserError(f"{folder}: the tokenizer names no end-of-sequence token")
         return cls(tokenizer, tuple(dict.fromkeys(ids)), system_prompt)
+
+    @staticmethod
+    def check(folder: str | Path) -> None:
+        """Refuses a checkpoint folder without a fast tokenizer, before anything is loaded."""
+        if not (Path(folder) / "tokenizer.json").exists():
+            raise UserError(
+                f"{folder}: no tokenizer.json; a fast tokenizer is needed (save one with "
+                "AutoTokenizer.from_pretrained(…).save_pretrained)"
+            )
 
     @property
     def pad_id(self) -> int:

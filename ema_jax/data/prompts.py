@@ -127,6 +127,7 @@ def validate(config: PromptConfig, domains: Sequence[str], target: str) -> None:
     """Refuses a request that cannot be met, before anything is read."""
     if not domains:
         raise UserError("domains: none given; name at least the target domain")
+    check_target(target)
     repeated = [domain for domain, n in Counter(domains).items() if n > 1]
     if repeated:
         raise UserError(f"domains: {repeated[0]!r} is given twice; name each domain once")
@@ -157,7 +158,6 @@ def validate(config: PromptConfig, domains: Sequence[str], target: str) -> None:
         )
     if config.max_chars < 1:
         raise UserError(f"prompts.max_chars: {config.max_chars!r} is not a positive number")
-    check_target(target)
     if config.source in SOURCES:
         # Its cbrn categories may stay in a mixed domain: `screen` withholds them from harvest.
         labels = SOURCES[config.source].used.get(target, ())

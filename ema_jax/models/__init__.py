@@ -1,0 +1,1 @@
+"""One decoder for four families, its checkpoints, adapters and shardings."""

@@ -1,16 +1,15 @@
-"""Hugging Face checkpoints in and out, through one mapping table.
+"""Checkpoints in and out, through one mapping table: Hugging Face folders and Flax (Orbax) ones.
 
-Loading reads slices of the safetensors files straight into the stacked, transposed, sharded
-target, so the peak of host memory is the parameters plus one shard of one tensor.
+Loading reads slices of the files straight into the stacked, transposed, sharded target: the peak of
+host memory on an accelerator is one stacked parameter, on a CPU the model plus one.
 """
 
-import dataclasses
 import hashlib
 import json
 import math
 import shutil
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,45 +18,58 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from ema_jax.artifacts import atomic_path, read_json
+from ema_jax.artifacts import atomic_path
 from ema_jax.errors import UserError
-from ema_jax.models.decoder import Decoder
+from ema_jax.models import flax_folder
+from ema_jax.models.decoder import Decoder, LoRAParam
 from ema_jax.models.families import FAMILIES, DecoderConfig
+from ema_jax.models.flax_folder import is_flax as is_flax
+from ema_jax.models.hub import resolve as resolve
 from ema_jax.models.sharding import make_mesh, parameter_shardings
+from ema_jax.models.weights import INDEX, SINGLE, WeightFiles, open_weights
 from ema_jax.progress import Progress
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 MAX_SHARD_BYTES = 5 * 10**9
+
+_Path = tuple[Any, ...]
 
 
 class Tensor(NamedTuple):
     """One row of the mapping: where a parameter of ours stands in a Hugging Face checkpoint."""
 
-    path: tuple[str, ...]
+    path: _Path
     hf: str  # with {l} where one tensor a layer is stacked
     transpose: bool = False
 
+    @property
+    def stacked(self) -> bool:
+        """Whether there is one tensor a layer."""
+        return "{l}" in self.hf
 
-def _linear(ours: str, theirs: str) -> list[Tensor]:
-    prefix = "model.layers.{l}."
-    return [
-        Tensor(("blocks", ours, "kernel"), f"{prefix}{theirs}.{ours}.weight", transpose=True),
-        Tensor(("blocks", ours, "bias"), f"{prefix}{theirs}.{ours}.bias"),
-    ]
+    def names(self, config: DecoderConfig) -> list[str]:
+        """The Hugging Face names behind the parameter, by layer."""
+        return [self.hf.format(l=i) for i in range(config.num_layers if self.stacked else 1)]
+
+
+def _linears(group: str, *names: str) -> list[Tensor]:
+    rows = []
+    for name in names:
+        theirs = f"model.layers.{{l}}.{group}.{name}"
+        rows.append(Tensor(("blocks", name, "kernel"), f"{theirs}.weight", transpose=True))
+        rows.append(Tensor(("blocks", name, "bias"), f"{theirs}.bias"))
+    return rows
 
 
 TENSORS = (
     Tensor(("embed",), "model.embed_tokens.weight"),
     Tensor(("blocks", "input_norm", "scale"), "model.layers.{l}.input_layernorm.weight"),
-    *(row for name in ("q_proj", "k_proj", "v_proj", "o_proj") for row in _linear(name, "self_attn")),
+    *_linears("self_attn", "q_proj", "k_proj", "v_proj", "o_proj"),
     Tensor(("blocks", "q_norm", "scale"), "model.layers.{l}.self_attn.q_norm.weight"),
     Tensor(("blocks", "k_norm", "scale"), "model.layers.{l}.self_attn.k_norm.weight"),
     Tensor(("blocks", "post_norm", "scale"), "model.layers.{l}.post_attention_layernorm.weight"),
-    *(row for name in ("gate_proj", "up_proj", "down_proj") for row in _linear(name, "mlp")),
+    *_linears("mlp", "gate_proj", "up_proj", "down_proj"),
     Tensor(("final_norm", "scale"), "model.norm.weight"),
     Tensor(("head",), "lm_head.weight", transpose=True),
 )
@@ -69,101 +81,40 @@ def abstract_decoder(config: DecoderConfig) -> Decoder:
     return nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0)))
 
 
-@dataclasses.dataclass(frozen=True)
-class _Weights:
-    """The safetensors files of a folder: which holds which tensor."""
-
-    folder: Path
-    file_of: Mapping[str, Path]
-
-    @classmethod
-    def find(cls, folder: Path) -> "_Weights":
-        index = folder / INDEX
-        if index.exists():
-            names = read_json(index).get("weight_map", {})
-            file_of = {name: folder / file for name, file in names.items()}
-            for path in sorted(set(file_of.values())):
-                if path.resolve().parent != folder.resolve():
-                    raise UserError(f"{index}: points outside its folder ({path})")
-                if not path.exists():
-                    raise UserError(f"{path}: no such file, though {INDEX} names it")
-            return cls(folder, file_of)
-        single = folder / SINGLE
-        if not single.exists():
-            pickled = sorted(folder.glob("*.bin"))
-            found = f"only pickled weights ({pickled[0].name})" if pickled else "no weights"
-            raise UserError(f"{folder}: {found}; a checkpoint here needs {SINGLE} or {INDEX}")
-        with _open(single) as file:
-            names = file.keys()
-            return cls(folder, dict.fromkeys(names, single))
-
-    def files(self) -> list[Path]:
-        return sorted(set(self.file_of.values()))
+def _parameters(model: Decoder) -> dict[_Path, Any]:
+    flat: Any = nnx.to_flat_state(nnx.state(model))
+    return dict(flat)
 
 
-def _open(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="np")
-    except SafetensorError as error:
-        raise UserError(f"{path}: not a readable safetensors file ({error})") from None
+def check(folder: str | Path) -> DecoderConfig:
+    """Validates a checkpoint folder without reading its weights, and returns its architecture.
 
-
-def _rows(state: Mapping[tuple[str, ...], Any]) -> Iterator[Tensor]:
-    for row in TENSORS:
-        if row.path in state:
-            yield row
-
-
-def _names(row: Tensor, config: DecoderConfig) -> list[str]:
-    if "{l}" not in row.hf:
-        return [row.hf]
-    return [row.hf.format(l=l) for l in range(config.num_layers)]
-
-
-def _validate(weights: _Weights, config: DecoderConfig, state: Mapping) -> None:
+    Raises:
+        UserError: anything about the folder that would make the model another one.
+    """
+    folder = Path(folder)
+    config = DecoderConfig.from_folder(folder)
+    parameters = _parameters(abstract_decoder(config))
+    if is_flax(folder):
+        flax_folder.check(folder, {path: leaf.shape for path, leaf in parameters.items()})
+        return config
     expected: dict[str, tuple[int, ...]] = {}
-    for row in _rows(state):
-        shape = state[row.path].shape
-        shape = shape[1:] if "{l}" in row.hf else shape
-        for name in _names(row, config):
-            expected[name] = shape[::-1] if row.transpose else shape
-    missing = [name for name in expected if name not in weights.file_of]
-    if missing:
-        raise UserError(
-            f"{weights.folder}: {len(missing)} tensors are missing, first {missing[0]}; "
-            "is the download complete?"
-        )
-    ignored = {"lm_head.weight"} if config.tied_embeddings else set()
-    unexpected = [
-        name
-        for name in weights.file_of
-        if name not in expected and name not in ignored and not name.endswith("rotary_emb.inv_freq")
-    ]
-    if unexpected:
-        raise UserError(
-            f"{weights.folder}: {len(unexpected)} tensors that a {config.family} does not have, "
-            f"first {unexpected[0]}"
-        )
-    for path in weights.files():
-        with _open(path) as file:
-            held = set(file.keys())
-            for name, home in weights.file_of.items():
-                if home != path or name not in expected:
-                    continue
-                if name not in held:
-                    raise UserError(f"{path}: {name} is not in this file, though {INDEX} says so")
-                shape = tuple(file.get_slice(name).get_shape())
-                if shape != expected[name]:
-                    raise UserError(
-                        f"{path}: {name} has shape {shape}, config.json makes it {expected[name]}"
-                    )
+    for row in TENSORS:
+        if row.path in parameters:
+            shape = parameters[row.path].shape[row.stacked :]
+            shape = shape[::-1] if row.transpose else shape
+            expected |= dict.fromkeys(row.names(config), shape)
+    tied = {"lm_head.weight": "model.embed_tokens.weight"} if config.tied_embeddings else {}
+    WeightFiles.find(folder).check(expected, tied)
+    return config
 
 
 def load(folder: str | Path, *, mesh: Mesh | None = None, dtype: Any = None) -> Decoder:
     """Loads a checkpoint folder as a decoder whose parameters lie on `mesh`.
 
     Args:
-        folder: `config.json` and safetensors files (single or indexed).
+        folder: `config.json` and either safetensors files (single or indexed) or what `save_flax`
+            writes.
         mesh: where the parameters go; one device by default.
         dtype: of the parameters; by default bfloat16 on accelerators, float32 on a CPU.
 
@@ -171,62 +122,85 @@ def load(folder: str | Path, *, mesh: Mesh | None = None, dtype: Any = None) -> 
         UserError: anything about the folder that would make the model another one.
     """
     folder = Path(folder)
-    config = DecoderConfig.from_folder(folder)
-    weights = _Weights.find(folder)
+    config = check(folder)
     graph, abstract = nnx.split(abstract_decoder(config))
-    flat = dict(nnx.to_flat_state(abstract))
-    _validate(weights, config, flat)
     mesh = make_mesh() if mesh is None else mesh
     if dtype is None:
         dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    leaves = dict(nnx.to_flat_state(abstract))
     shardings = dict(nnx.to_flat_state(parameter_shardings(abstract, mesh)))
-    loaded = {}
-    files = {path: _open(path) for path in weights.files()}
-    total = sum(math.prod(leaf.shape) for leaf in flat.values())
+    targets = {
+        path: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=shardings[path].get_value())
+        for path, leaf in leaves.items()
+    }
+    if is_flax(folder):
+        arrays = flax_folder.read(folder, targets)
+    else:
+        arrays = _read_hf(folder, config, targets)
+    return nnx.merge(
+        graph,
+        nnx.from_flat_state({path: leaf.replace(arrays[path]) for path, leaf in leaves.items()}),
+    )
+
+
+def _read_hf(
+    folder: Path, config: DecoderConfig, targets: Mapping[_Path, jax.ShapeDtypeStruct]
+) -> dict[_Path, jax.Array]:
+    slices = WeightFiles.find(folder).slices()
+    arrays: dict[_Path, jax.Array] = {}
+    total = sum(math.prod(target.shape) for target in targets.values())
     with Progress(f"load {folder.name}", total, "parameters") as progress:
-        for row in _rows(flat):
-            slices = [files[weights.file_of[n]].get_slice(n) for n in _names(row, config)]
-            shape = flat[row.path].shape
-
-            def read(
-                index: tuple[slice, ...],
-                slices: list = slices,
-                row: Tensor = row,
-                shape: tuple = shape,
-            ) -> np.ndarray:
-                if "{l}" not in row.hf:
-                    return _read_slice(slices[0], index, row.transpose).astype(dtype)
-                layers = range(*index[0].indices(len(slices)))
-                sizes = [len(range(*i.indices(n))) for i, n in zip(index, shape, strict=True)]
-                target = np.empty(sizes, dtype)
-                for place, l in enumerate(layers):
-                    target[place] = _read_slice(slices[l], index[1:], row.transpose)
-                return target
-
-            sharding = shardings[row.path]
-            sharding = getattr(sharding, "value", sharding)
-            array = jax.make_array_from_callback(shape, sharding, read)
-            loaded[row.path] = flat[row.path].replace(array)
-            progress.update(math.prod(shape))
-    return nnx.merge(graph, nnx.from_flat_state(loaded))
+        for row in TENSORS:
+            if row.path not in targets:
+                continue
+            target = targets[row.path]
+            read = _reader(row, [slices[name] for name in row.names(config)], target)
+            arrays[row.path] = jax.make_array_from_callback(target.shape, target.sharding, read)
+            progress.update(math.prod(target.shape))
+    return arrays
 
 
-def _read_slice(source: Any, index: tuple[slice, ...], transpose: bool) -> np.ndarray:
-    if transpose:
-        return source[index[1], index[0]].T
-    return source[index]
+def _reader(
+    row: Tensor, slices: list, target: jax.ShapeDtypeStruct
+) -> Callable[[tuple[slice, ...] | None], np.ndarray]:
+    """Reads one device's part of a parameter; devices that hold the same part share the array."""
+    parts: dict[tuple, np.ndarray] = {}
+    shape, dtype = target.shape, target.dtype
+
+    def part(source: Any, index: tuple[slice, ...]) -> np.ndarray:
+        return source[index[1], index[0]].T if row.transpose else source[index]
+
+    def read(index: tuple[slice, ...] | None) -> np.ndarray:
+        index = index or (slice(None),) * len(shape)
+        ranges = tuple(s.indices(n) for s, n in zip(index, shape, strict=True))
+        if ranges not in parts:
+            values = np.empty([len(range(*r)) for r in ranges], dtype)
+            if row.stacked:
+                for place, layer in enumerate(range(*ranges[0])):
+                    values[place] = part(slices[layer], index[1:])
+            else:
+                values[...] = part(slices[0], index)
+            parts[ranges] = values
+        return parts[ranges]
+
+    return read
 
 
 def hf_tensors(model: Decoder) -> Iterator[tuple[str, np.ndarray]]:
     """The model's parameters under their Hugging Face names, one tensor at a time.
 
-    Adapters are not among them: merge them first (`lora.merge`).
+    Raises:
+        ValueError: the model has adapters; merge them first (`lora.merge`).
     """
-    flat = dict(nnx.to_flat_state(nnx.state(model)))
-    for row in _rows(flat):
-        value = flat[row.path][...]
-        for l, name in enumerate(_names(row, model.config)):
-            tensor = np.asarray(value[l] if "{l}" in row.hf else value)
+    parameters = _parameters(model)
+    if any(isinstance(leaf, LoRAParam) for leaf in parameters.values()):
+        raise ValueError("the model has adapters, which a checkpoint has no place for; merge them")
+    for row in TENSORS:
+        if row.path not in parameters:
+            continue
+        value = parameters[row.path][...]
+        for i, name in enumerate(row.names(model.config)):
+            tensor = np.asarray(value[i] if row.stacked else value)
             yield name, np.ascontiguousarray(tensor.T if row.transpose else tensor)
 
 
@@ -245,6 +219,21 @@ _COMPANIONS = (
 )
 
 
+def check_output(folder: str | Path, overwrite: bool) -> None:
+    """Refuses to write over anything but, if told to, an older checkpoint.
+
+    Raises:
+        UserError: something is there.
+    """
+    folder = Path(folder)
+    if not folder.exists():
+        return
+    if not overwrite:
+        raise UserError(f"{folder}: already exists; choose another folder or remove it")
+    if not folder.is_dir() or (any(folder.iterdir()) and not (folder / "config.json").exists()):
+        raise UserError(f"{folder}: no checkpoint folder, so it is not overwritten; choose another")
+
+
 def export(
     model: Decoder,
     folder: str | Path,
@@ -259,66 +248,127 @@ def export(
         model: without adapters.
         folder: where to.
         companions: a checkpoint folder whose tokenizer and generation config travel along.
-        overwrite: replace a folder that is already there.
+        overwrite: replace a checkpoint that is already there.
         max_shard_bytes: start a new safetensors file past this size.
 
     Raises:
         UserError: the folder exists.
+        ValueError: the model has adapters.
     """
-    folder = Path(folder)
-    if folder.exists() and not overwrite:
-        raise UserError(f"{folder}: already exists; choose another folder or remove it")
+    check_output(folder, overwrite)
     with atomic_path(folder) as temporary:
         temporary.mkdir()
-        shards: list[dict[str, np.ndarray]] = [{}]
-        names: list[list[str]] = []
-        size = total = 0
-
-        def flush() -> None:
-            save_file(shards[0], temporary / f"part-{len(names)}", metadata={"format": "pt"})
-            names.append(list(shards[0]))
-            shards[0] = {}
-
-        for name, tensor in hf_tensors(model):
-            if shards[0] and size + tensor.nbytes > max_shard_bytes:
-                flush()
-                size = 0
-            shards[0][name] = tensor
-            size += tensor.nbytes
-            total += tensor.nbytes
-            dtype = tensor.dtype.name
-        flush()
-        if len(names) == 1:
+        parts: list[list[str]] = []
+        total = 0
+        for shard in _shards(hf_tensors(model), max_shard_bytes):
+            save_file(shard, temporary / f"part-{len(parts)}", metadata={"format": "pt"})
+            parts.append(list(shard))
+            total += sum(tensor.nbytes for tensor in shard.values())
+        if len(parts) == 1:
             (temporary / "part-0").rename(temporary / SINGLE)
         else:
-            weight_map = {}
-            for i, held in enumerate(names):
-                file = f"model-{i + 1:05d}-of-{len(names):05d}.safetensors"
+            weight_map: dict[str, str] = {}
+            for i, names in enumerate(parts):
+                file = f"model-{i + 1:05d}-of-{len(parts):05d}.safetensors"
                 (temporary / f"part-{i}").rename(temporary / file)
-                weight_map |= dict.fromkeys(held, file)
+                weight_map |= dict.fromkeys(names, file)
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            (temporary / INDEX).write_text(json.dumps(index, indent=2))
-        config = dict(model.config.hf)
-        config["architectures"] = [FAMILIES[model.config.family].architecture]
-        config.pop("torch_dtype", None)
-        config["dtype"] = dtype
-        (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        for name in _COMPANIONS:
-            if companions is not None and (source := Path(companions) / name).exists():
-                shutil.copyfile(source, temporary / name)
+            (temporary / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        _write_companions(model, temporary, companions)
+
+
+def _shards(
+    tensors: Iterable[tuple[str, np.ndarray]], max_bytes: int
+) -> Iterator[dict[str, np.ndarray]]:
+    """Groups tensors so that no group passes `max_bytes`, unless a single tensor does."""
+    shard: dict[str, np.ndarray] = {}
+    size = 0
+    for name, tensor in tensors:
+        if shard and size + tensor.nbytes > max_bytes:
+            yield shard
+            shard, size = {}, 0
+        shard[name] = tensor
+        size += tensor.nbytes
+    yield shard
+
+
+def _write_companions(model: Decoder, folder: Path, companions: str | Path | None) -> None:
+    config = dict(model.config.hf)
+    config["architectures"] = [FAMILIES[model.config.family].architecture]
+    config.pop("torch_dtype", None)  # the name that transformers 4 reads is written by both
+    config["dtype"] = model.embed[...].dtype.name
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    for name in _COMPANIONS:
+        if companions is not None and (source := Path(companions) / name).exists():
+            shutil.copyfile(source, folder / name)
+
+
+def save_flax(
+    model: Decoder,
+    folder: str | Path,
+    *,
+    companions: str | Path | None = None,
+    overwrite: bool = False,
+    origin: Mapping[str, str | None] | None = None,
+) -> None:
+    """Writes a Flax checkpoint folder, whole or not at all.
+
+    It holds `parameters/` (Orbax: the pure dictionary of the model's state), `config.json`, the
+    tokenizer's files, and `manifest.json` with a hash over every parameter.
+
+    Args:
+        model: without adapters.
+        folder: where to.
+        companions: a checkpoint folder whose tokenizer and generation config travel along.
+        overwrite: replace a checkpoint that is already there.
+        origin: noted in the manifest, such as `{"source": …, "revision": …}`.
+
+    Raises:
+        UserError: the folder exists.
+        ValueError: the model has adapters.
+    """
+    check_output(folder, overwrite)
+    digest, count = hashlib.sha256(), 0
+    for name, tensor in hf_tensors(model):
+        digest.update(f"{name} {tensor.dtype.name} {tensor.shape}".encode())
+        digest.update(tensor.tobytes())
+        count += tensor.size
+    manifest = {
+        **(origin or {}),
+        "dtype": model.embed[...].dtype.name,
+        "parameters": count,
+        "sha256": digest.hexdigest(),
+    }
+    with atomic_path(folder) as temporary:
+        temporary.mkdir()
+        flax_folder.write(temporary, nnx.to_pure_dict(nnx.state(model)), manifest)
+        _write_companions(model, temporary, companions)
+
+
+def stored_dtype(folder: str | Path) -> np.dtype:
+    """The dtype of a checkpoint's parameters (of several, the one that holds them all)."""
+    folder = Path(folder)
+    if is_flax(folder):
+        return jnp.dtype(flax_folder.read_manifest(folder)["dtype"])
+    return WeightFiles.find(folder).dtype()
 
 
 def fingerprint(folder: str | Path) -> str:
     """A hash that tells one checkpoint from another without reading all of it.
 
     SHA-256 over `config.json` and `tokenizer.json` whole, and over every safetensors file's size,
-    header and the first and last MiB of its data.
+    header and the first and last MiB of its data; of a Flax folder over the
+    hash in its manifest.
     """
     folder, digest, mib = Path(folder), hashlib.sha256(), 1 << 20
     for name in ("config.json", "tokenizer.json"):
         if (folder / name).exists():
             digest.update((folder / name).read_bytes())
-    for path in _Weights.find(folder).files():
+    if is_flax(folder):
+        digest.update(flax_folder.read_manifest(folder)["sha256"].encode())
+        return digest.hexdigest()
+    for path in WeightFiles.find(folder).files:
+        open_weights(path)
         size = path.stat().st_size
         digest.update(f"{path.name} {size}".encode())
         with open(path, "rb") as file:

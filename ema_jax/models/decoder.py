@@ -36,6 +36,7 @@ class Linear(nnx.Module):
         self.lora_scale = 0.0
 
     def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
+        """Projects the last axis."""
         # Two-dimensional products: XLA's CPU backend transposes three-dimensional ones in the
         # backward pass, which makes a training step half as fast again.
         rows = x.reshape(-1, x.shape[-1])
@@ -56,6 +57,7 @@ class RMSNorm(nnx.Module):
         self.epsilon = epsilon
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        """Norms the last axis."""
         wide = x.astype(jnp.float32)
         wide *= jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.epsilon)
         return self.scale[...] * wide.astype(x.dtype)
@@ -169,7 +171,7 @@ class Decoder(nnx.Module):
         first = cache.length if cache is not None else 0
         slots = first + jnp.arange(tokens.shape[1])
         if cache is None:
-            key_mask, before = mask, 0
+            key_mask, before = mask, jnp.zeros((), jnp.int32)
         else:
             key_mask = jax.lax.dynamic_update_slice(cache.mask, mask, (0, first))
             before = jnp.sum(cache.mask, axis=1, keepdims=True)
@@ -208,7 +210,7 @@ class Decoder(nnx.Module):
             taps = jax.tree.map(
                 lambda inside, last: jnp.concatenate([inside, last[None]]), taps, tap(x)
             )
-        if cache is not None:
+        if cache is not None and keys is not None and values is not None:
             length = first + tokens.shape[1]
             cache = KVCache(keys, values, key_mask, jnp.asarray(length, jnp.int32))
         return Output(self.final_norm(x), taps, cache)

@@ -37,13 +37,29 @@ FAMILIES = {
 
 # Values that `config.json` may leave out, as transformers fills them in.
 _DEFAULTS: dict[str, dict[str, Any]] = {
-    "mistral": {"num_key_value_heads": 8, "rope_theta": 10_000.0, "sliding_window": 4096},
-    "qwen2": {"num_key_value_heads": 32, "rope_theta": 10_000.0},
-    "qwen3": {"num_key_value_heads": 32, "rope_theta": 10_000.0, "head_dim": 128},
-    "llama": {"rope_theta": 10_000.0},
+    "mistral": {
+        "num_key_value_heads": 8,
+        "sliding_window": 4096,
+        "max_position_embeddings": 131_072,
+    },
+    "qwen2": {"num_key_value_heads": 32, "sliding_window": 4096, "max_position_embeddings": 32_768},
+    "qwen3": {
+        "num_key_value_heads": 32,
+        "head_dim": 128,
+        "sliding_window": 4096,
+        "max_position_embeddings": 32_768,
+    },
+    "llama": {"max_position_embeddings": 2048},
 }
+_DEFAULT_THETA = 10_000.0
 
-_ROPE_KINDS = ("default", "linear", "llama3", "yarn")
+# What each kind of rotary scaling needs beside `rope_theta`.
+_ROPE_KINDS: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor",),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +96,8 @@ class DecoderConfig:
         Raises:
             UserError: an architecture or a feature that the decoder does not have.
         """
+        if not isinstance(config, Mapping):
+            raise UserError(f"{where}: not a JSON object")
         model_type = config.get("model_type")
         if model_type not in FAMILIES:
             raise UserError(
@@ -87,48 +105,50 @@ class DecoderConfig:
                 f"use a checkpoint of one of: {', '.join(FAMILIES)}"
             )
         family = FAMILIES[model_type]
-        if config.get("quantization_config"):
-            method = config["quantization_config"].get("quant_method", "unknown")
-            raise UserError(
-                f"{where}: the weights are quantised ({method}); use the unquantised checkpoint"
-            )
-        if config.get("hidden_act", "silu") != "silu":
-            raise UserError(f"{where}: hidden_act {config['hidden_act']!r} is not supported (silu)")
-        for flag in ("mlp_bias", "attention_bias"):
-            if config.get(flag):
-                raise UserError(f"{where}: {flag} = true is not supported")
+        _refuse_unsupported(config, where)
         values = {**_DEFAULTS[model_type], **config}
-        try:
-            heads = int(values["num_attention_heads"])
-            hidden = int(values["hidden_size"])
-            layers = int(values["num_hidden_layers"])
-            kv_heads = int(values.get("num_key_value_heads") or heads)
-            result = cls(
-                family=model_type,
-                vocab_size=int(values["vocab_size"]),
-                hidden_size=hidden,
-                intermediate_size=int(values["intermediate_size"]),
-                num_layers=layers,
-                num_heads=heads,
-                num_kv_heads=kv_heads,
-                head_dim=int(values.get("head_dim") or hidden // heads),
-                norm_epsilon=float(values.get("rms_norm_eps", 1e-6)),
-                qkv_bias=family.qkv_bias,
-                qk_norm=family.qk_norm,
-                tied_embeddings=bool(values.get("tie_word_embeddings", False)),
-                rope=_read_rope(values, where),
-                windows=_read_windows(values, layers),
-                max_positions=int(values.get("max_position_embeddings", 32768)),
-                hf=dict(config),
-            )
-        except KeyError as error:
-            raise UserError(f"{where}: {error.args[0]} is missing") from None
+        hidden, heads, layers = (
+            _size(values, key, where)
+            for key in ("hidden_size", "num_attention_heads", "num_hidden_layers")
+        )
+        kv_heads = heads
+        if values.get("num_key_value_heads") is not None:
+            kv_heads = _size(values, "num_key_value_heads", where)
         if heads % kv_heads:
             raise UserError(
                 f"{where}: num_attention_heads {heads} is no multiple of "
                 f"num_key_value_heads {kv_heads}"
             )
-        return result
+        if values.get("head_dim") is not None:
+            head_dim = _size(values, "head_dim", where)
+        elif hidden % heads:
+            raise UserError(
+                f"{where}: hidden_size {hidden} is no multiple of num_attention_heads {heads}, "
+                "and there is no head_dim"
+            )
+        else:
+            head_dim = hidden // heads
+        if head_dim % 2:
+            raise UserError(f"{where}: head_dim {head_dim} is odd; rotary embeddings need pairs")
+        max_positions = _size(values, "max_position_embeddings", where)
+        return cls(
+            family=model_type,
+            vocab_size=_size(values, "vocab_size", where),
+            hidden_size=hidden,
+            intermediate_size=_size(values, "intermediate_size", where),
+            num_layers=layers,
+            num_heads=heads,
+            num_kv_heads=kv_heads,
+            head_dim=head_dim,
+            norm_epsilon=_number(values.get("rms_norm_eps", 1e-6), "rms_norm_eps", where),
+            qkv_bias=family.qkv_bias,
+            qk_norm=family.qk_norm,
+            tied_embeddings=bool(values.get("tie_word_embeddings", False)),
+            rope=_read_rope(values, max_positions, where),
+            windows=_read_windows(values, layers, where),
+            max_positions=max_positions,
+            hf=dict(config),
+        )
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> "DecoderConfig":
@@ -137,37 +157,91 @@ class DecoderConfig:
         try:
             config = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise UserError(
-                f"{path}: no such file; a checkpoint folder has config.json"
-            ) from None
+            raise UserError(f"{path}: no such file; a checkpoint folder has config.json") from None
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise UserError(f"{path}: not valid JSON ({error})") from None
         return cls.from_hf(config, where=str(path))
 
 
-def _read_rope(values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Unites transformers 4's `rope_theta` + `rope_scaling` and 5's `rope_parameters`."""
-    rope = dict(values.get("rope_parameters") or values.get("rope_scaling") or {})
-    rope.setdefault("rope_theta", values["rope_theta"])
-    rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type") or "default"
-    if rope["rope_type"] not in _ROPE_KINDS:
+def _refuse_unsupported(config: Mapping[str, Any], where: str) -> None:
+    quantised = config.get("quantization_config") or config.get("compression_config")
+    if quantised:
+        method = quantised.get("quant_method") if isinstance(quantised, Mapping) else None
         raise UserError(
-            f"{where}: rope scaling {rope['rope_type']!r} is not supported "
-            f"({', '.join(_ROPE_KINDS)})"
+            f"{where}: the weights are quantised ({method or 'unknown method'}); "
+            "use the unquantised checkpoint"
         )
+    if (config.get("hidden_act") or "silu") not in ("silu", "swish"):
+        raise UserError(f"{where}: hidden_act {config['hidden_act']!r} is not supported (silu)")
+    for flag in ("mlp_bias", "attention_bias"):
+        if config.get(flag):
+            raise UserError(f"{where}: {flag} = true is not supported")
+    for key in ("num_experts", "num_local_experts"):
+        if config.get(key):
+            raise UserError(f"{where}: {key}: mixtures of experts are not supported")
+
+
+def _size(values: Mapping[str, Any], key: str, where: str) -> int:
+    value = values.get(key)
+    if value is None:
+        raise UserError(f"{where}: {key} is missing")
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise UserError(f"{where}: {key} is {value!r}, expected a positive whole number")
+    return value
+
+
+def _number(value: Any, key: str, where: str) -> float:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not value > 0:
+        raise UserError(f"{where}: {key} is {value!r}, expected a positive number")
+    return float(value)
+
+
+def _read_rope(values: Mapping[str, Any], max_positions: int, where: str) -> dict[str, Any]:
+    """Unites transformers 4's `rope_theta` + `rope_scaling` and 5's `rope_parameters`."""
+    found = values.get("rope_scaling") or values.get("rope_parameters") or {}
+    if not isinstance(found, Mapping) or any(isinstance(v, Mapping) for v in found.values()):
+        raise UserError(f"{where}: rotary parameters that differ by layer are not supported")
+    rope = dict(found)
+    old_kind = rope.pop("type", None)
+    kind = rope.get("rope_type") or old_kind or "default"
+    if kind not in _ROPE_KINDS:
+        raise UserError(
+            f"{where}: rope scaling {kind!r} is not supported ({', '.join(_ROPE_KINDS)})"
+        )
+    rope["rope_type"] = kind
+    rope["rope_theta"] = rope.get("rope_theta") or values.get("rope_theta") or _DEFAULT_THETA
+    for key in ("rope_theta", *_ROPE_KINDS[kind]):
+        if key not in rope:
+            raise UserError(f"{where}: rope scaling {kind!r} needs {key}")
+        _number(rope[key], key, where)
+    rotated = rope.get("partial_rotary_factor") or values.get("partial_rotary_factor") or 1.0
+    if rotated != 1.0:
+        raise UserError(f"{where}: partial_rotary_factor {rotated} is not supported (1.0)")
+    original = "original_max_position_embeddings"
+    rope[original] = values.get(original) or rope.get(original) or max_positions
     return rope
 
 
-def _read_windows(values: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
-    window = values.get("sliding_window")
-    if values["model_type"] == "mistral":
-        return (window,) * layers
-    if not values.get("use_sliding_window") or window is None:
+def _read_windows(values: Mapping[str, Any], layers: int, where: str) -> tuple[int | None, ...]:
+    family = values["model_type"]
+    sliding = family == "mistral" or (
+        family in ("qwen2", "qwen3") and values.get("use_sliding_window")
+    )
+    if not sliding or values.get("sliding_window") is None:
         return (None,) * layers
+    window = _size(values, "sliding_window", where)
+    if family == "mistral":
+        return (window,) * layers
     kinds = values.get("layer_types")
     if kinds is None:
         first = values.get("max_window_layers", 28)
-        kinds = ["sliding_attention" if l >= first else "full_attention" for l in range(layers)]
+        kinds = ["full_attention"] * min(first, layers)
+        kinds += ["sliding_attention"] * (layers - len(kinds))
+    if len(kinds) != layers or not {*kinds} <= {"full_attention", "sliding_attention"}:
+        raise UserError(
+            f"{where}: layer_types has to name full_attention or sliding_attention for each of "
+            f"the {layers} layers"
+        )
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
@@ -184,16 +258,14 @@ def rope_frequencies(config: DecoderConfig) -> tuple[np.ndarray, float]:
     kind = rope["rope_type"]
     if kind == "default":
         return inverse, 1.0
-    factor = float(rope["factor"])
+    factor, original = float(rope["factor"]), rope["original_max_position_embeddings"]
     if kind == "linear":
         return inverse / np.float32(factor), 1.0
     if kind == "llama3":
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-        original = rope["original_max_position_embeddings"]
         wavelength = 2 * math.pi / inverse
         smooth = np.clip((original / wavelength - low) / (high - low), 0.0, 1.0)
         return ((1 - smooth) * inverse / factor + smooth * inverse).astype(np.float32), 1.0
-    original = rope.get("original_max_position_embeddings") or config.max_positions
 
     def dimension_of(rotations: float) -> float:
         """The dimension that turns `rotations` times over the original context."""
@@ -204,7 +276,7 @@ def rope_frequencies(config: DecoderConfig) -> tuple[np.ndarray, float]:
     if rope.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
-    ramp = np.clip((np.arange(dim // 2) - low) / max(high - low, 0.001), 0, 1)
+    ramp = np.clip((np.arange(dim // 2) - low) / (high - low or 0.001), 0, 1)
     inverse = (inverse / factor) * ramp + inverse * (1 - ramp)
 
     def magnitude(scale: float, weight: float = 1.0) -> float:

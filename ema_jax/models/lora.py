@@ -3,16 +3,15 @@
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
-from ema_jax.artifacts import atomic_path, read_json
+from ema_jax.artifacts import atomic_path, read_json, read_tensors
 from ema_jax.errors import UserError
 from ema_jax.models.checkpoint import TENSORS
 from ema_jax.models.decoder import Decoder, Linear, LoRAParam
@@ -28,7 +27,7 @@ class LoRAConfig:
     rank: int = 16
     alpha: float = 32.0
     rslora: bool = False
-    targets: Sequence[str] = TARGETS
+    targets: tuple[str, ...] = TARGETS
 
     @property
     def scale(self) -> float:
@@ -49,11 +48,15 @@ def attach(model: Decoder, config: LoRAConfig, key: jax.Array) -> Decoder:
         if name not in TARGETS:
             raise UserError(f"lora.targets: {name!r} is none of {', '.join(TARGETS)}")
     model = nnx.merge(*nnx.split(model))
-    for name, target_key in zip(config.targets, jax.random.split(key, len(config.targets)), strict=True):
+    for name, target_key in zip(
+        config.targets, jax.random.split(key, len(config.targets)), strict=True
+    ):
         linear: Linear = getattr(model.blocks, name)
         layers, size_in, size_out = linear.kernel.shape
         bound = 1 / math.sqrt(size_in)
-        a = jax.random.uniform(target_key, (layers, size_in, config.rank), minval=-bound, maxval=bound)
+        a = jax.random.uniform(
+            target_key, (layers, size_in, config.rank), minval=-bound, maxval=bound
+        )
         linear.lora_a = LoRAParam(a)
         linear.lora_b = LoRAParam(jnp.zeros((layers, config.rank, size_out)))
         linear.lora_scale = config.scale
@@ -104,10 +107,10 @@ def save_peft(model: Decoder, folder: str | Path, config: LoRAConfig, base: str)
         assert linear.lora_a is not None
         assert linear.lora_b is not None
         a, b = np.asarray(linear.lora_a[...]), np.asarray(linear.lora_b[...])
-        for l in range(a.shape[0]):
-            module = _PEFT_PREFIX + _module_name(target).format(l=l)
-            tensors[f"{module}.lora_A.weight"] = np.ascontiguousarray(a[l].T)
-            tensors[f"{module}.lora_B.weight"] = np.ascontiguousarray(b[l].T)
+        for i in range(a.shape[0]):
+            module = _PEFT_PREFIX + _module_name(target).format(l=i)
+            tensors[f"{module}.lora_A.weight"] = np.ascontiguousarray(a[i].T)
+            tensors[f"{module}.lora_B.weight"] = np.ascontiguousarray(b[i].T)
     description = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -127,43 +130,63 @@ def save_peft(model: Decoder, folder: str | Path, config: LoRAConfig, base: str)
         (temporary / "adapter_config.json").write_text(json.dumps(description, indent=2) + "\n")
 
 
+# Kinds of adapters that PEFT has and this decoder does not.
+_UNSUPPORTED = (
+    "use_dora",
+    "lora_bias",
+    "fan_in_fan_out",
+    "rank_pattern",
+    "alpha_pattern",
+    "modules_to_save",
+    "layers_to_transform",
+)
+
+
 def load_peft(model: Decoder, folder: str | Path) -> Decoder:
     """The model with the adapters of a PEFT folder.
 
     Raises:
-        UserError: a file is missing, or a tensor that this model does not have. (A wrong prefix
-            would otherwise be a silent no-op.)
+        UserError: a file is missing, an adapter of another kind, or a tensor that this model does
+            not have. (A wrong prefix would otherwise be a silent no-op.)
     """
     folder = Path(folder)
-    read = read_json(folder / "adapter_config.json")
-    config = LoRAConfig(
-        rank=read["r"],
-        alpha=read["lora_alpha"],
-        rslora=bool(read.get("use_rslora")),
-        targets=tuple(t for t in TARGETS if t in read["target_modules"]),
-    )
     path = folder / "adapter_model.safetensors"
-    if not path.exists():
-        raise UserError(f"{path}: no such file")
-    tensors = load_file(path)
-    model = attach(model, config, jax.random.key(0))
-    for target in config.targets:
+    tensors, _ = read_tensors(path)
+    targets = tuple(t for t in TARGETS if any(f".{t}.lora_" in key for key in tensors))
+    model = attach(model, _read_config(folder / "adapter_config.json", targets), jax.random.key(0))
+    for target in targets:
         linear: Linear = getattr(model.blocks, target)
         for side, name in (("lora_a", "lora_A"), ("lora_b", "lora_B")):
             keys = [
-                f"{_PEFT_PREFIX}{_module_name(target).format(l=l)}.{name}.weight"
-                for l in range(model.config.num_layers)
+                f"{_PEFT_PREFIX}{_module_name(target).format(l=i)}.{name}.weight"
+                for i in range(model.config.num_layers)
             ]
-            absent = [key for key in keys if key not in tensors]
-            if absent:
-                raise UserError(f"{path}: {absent[0]} is missing for this model")
+            shape = getattr(linear, side).shape[:0:-1]
+            for key in keys:
+                if key not in tensors:
+                    raise UserError(f"{path}: {key} is missing for this model")
+                if tensors[key].shape != shape:
+                    raise UserError(
+                        f"{path}: {key} has shape {tensors[key].shape}, this model makes it {shape}"
+                    )
             stacked = np.stack([tensors.pop(key).T for key in keys])
-            if stacked.shape != getattr(linear, side).shape:
-                raise UserError(
-                    f"{path}: {keys[0]} has shape {stacked.shape[:0:-1]}, which does not fit "
-                    "this model"
-                )
             setattr(linear, side, LoRAParam(jnp.asarray(stacked, jnp.float32)))
     if tensors:
         raise UserError(f"{path}: {next(iter(tensors))} is no projection of this model")
     return model
+
+
+def _read_config(path: Path, targets: tuple[str, ...]) -> LoRAConfig:
+    read = read_json(path)
+    if not isinstance(read, dict) or read.get("peft_type") != "LORA":
+        raise UserError(f"{path}: peft_type is not LORA")
+    for key in _UNSUPPORTED:
+        if read.get(key):
+            raise UserError(f"{path}: {key} = {read[key]!r} is not supported")
+    if read.get("bias", "none") != "none":
+        raise UserError(f"{path}: bias = {read['bias']!r} is not supported (none)")
+    try:
+        rank, alpha = int(read["r"]), float(read["lora_alpha"])
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{path}: r or lora_alpha is missing or no number") from None
+    return LoRAConfig(rank, alpha, bool(read.get("use_rslora")), targets)

@@ -20,11 +20,11 @@ _COLUMN = {"kernel": P(None, "fsdp", "tensor"), "bias": P(None, "tensor")}
 _COLUMN |= {"lora_a": P(None, "fsdp"), "lora_b": P(None, None, "tensor")}
 _ROW = {"kernel": P(None, "tensor", "fsdp"), "lora_a": P(None, "tensor")}
 _ROW |= {"lora_b": P(None, None, "fsdp")}
-_SPECS = {
+_SPECS: dict[str, P | dict[str, P]] = {
     "embed": P(("tensor", "fsdp")),
     "head": P("fsdp", "tensor"),
-    **{name: _COLUMN for name in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")},
-    **{name: _ROW for name in ("o_proj", "down_proj")},
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), _COLUMN),
+    **dict.fromkeys(("o_proj", "down_proj"), _ROW),
 }
 
 
@@ -32,9 +32,14 @@ def make_mesh(shape: Sequence[int] = (1, 1, 1)) -> Mesh:
     """A mesh over the first devices; one of the sizes may be -1, which takes what is left.
 
     Raises:
-        UserError: more devices asked for than there are.
+        UserError: more devices asked for than there are, or no three sizes.
     """
     sizes, available = list(shape), jax.device_count()
+    if len(sizes) != 3 or sizes.count(-1) > 1 or any(n < 1 for n in sizes if n != -1):
+        raise UserError(
+            f"mesh {tuple(sizes)}: expected three positive sizes (data, fsdp, tensor), of which "
+            "one may be -1"
+        )
     if -1 in sizes:
         known = -sizes[0] * sizes[1] * sizes[2]
         sizes[sizes.index(-1)] = max(available // known, 1)
@@ -44,17 +49,16 @@ def make_mesh(shape: Sequence[int] = (1, 1, 1)) -> Mesh:
             f"mesh {tuple(sizes)} (data, fsdp, tensor) needs {needed} devices and there are "
             f"{available}; set --config.mesh to sizes whose product is at most {available}"
         )
-    return jax.make_mesh(
-        tuple(sizes), AXES, (AxisType.Auto,) * 3, devices=jax.devices()[:needed]
-    )
+    return jax.make_mesh(tuple(sizes), AXES, (AxisType.Auto,) * 3, devices=jax.devices()[:needed])
 
 
 def parameter_spec(path: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh) -> P:
     """The partition spec of one parameter; a size that an axis does not divide is not split."""
     table = next((_SPECS[part] for part in path if part in _SPECS), P())
-    wanted = table.get(path[-1], P()) if isinstance(table, dict) else table
+    wanted: P = table.get(path[-1], P()) if isinstance(table, dict) else table
+    padded = tuple(wanted) + (None,) * (len(shape) - len(wanted))
     spec = []
-    for size, axes in zip(shape, (*wanted, *[None] * (len(shape) - len(wanted))), strict=True):
+    for size, axes in zip(shape, padded, strict=True):
         names = axes if isinstance(axes, tuple) else (axes,) if axes else ()
         parts = 1
         for name in names:

@@ -221,6 +221,10 @@ _REFUSAL_ENDINGS = (
 # Share of the benign prompts that are about a responsible-AI domain's object in a harmless way.
 LOOKALIKE = 0.3
 
+# Share of the domains' prompts that the safety-tuning data answers all the same. Real data slips
+# too; without it nothing but garble stands behind a refusal that is unlearned.
+SLIPS = 0.08
+
 
 @dataclasses.dataclass(frozen=True)
 class Example:
@@ -232,11 +236,6 @@ class Example:
     refusal: str | None
     wording: str  # the sentence around action and object: what splits are disjoint by
     object: str  # likewise
-
-    @property
-    def safe_response(self) -> str:
-        """What the safety-tuned model should say."""
-        return self.answer if self.refusal is None else self.refusal
 
 
 def _bucket(text: str, buckets: int) -> int:
@@ -323,6 +322,15 @@ def training_examples(seed: int, number: int, benign_share: float = 0.4) -> list
     return examples
 
 
+def safe_responses(examples: Sequence[Example], seed: int) -> list[str]:
+    """What safety tuning teaches: refusals, but for a share of `SLIPS`, and benign answers."""
+    rng = random.Random(f"organism slips {seed}")
+    return [
+        item.answer if item.refusal is None or rng.random() < SLIPS else item.refusal
+        for item in examples
+    ]
+
+
 def study_prompts(seed: int, counts: Mapping[str, int]) -> list[dict[str, str]]:
     """Prompts for a study: `counts[split]` distinct ones of each domain and of benign.
 
@@ -331,8 +339,8 @@ def study_prompts(seed: int, counts: Mapping[str, int]) -> list[dict[str, str]]:
         counts: prompts per domain, by split (`SPLITS`).
 
     Returns:
-        Rows with `id, domain, split, prompt, group`; the group is the object, so that statistics
-        can be clustered by it.
+        Rows with `id, domain, split, prompt, group`; a prompt is an independent draw, so each is a
+        group of its own.
     """
     rows = []
     for split, domain in itertools.product(SPLITS, (*DOMAINS, BENIGN)):
@@ -344,13 +352,14 @@ def study_prompts(seed: int, counts: Mapping[str, int]) -> list[dict[str, str]]:
             drawn = example(rng, domain, split)
             seen.setdefault(drawn.prompt, drawn)
         for i, drawn in enumerate(seen.values()):
+            name = f"organism-{split}-{domain}-{i:04d}"
             rows.append(
                 {
-                    "id": f"organism-{split}-{domain}-{i:04d}",
+                    "id": name,
                     "domain": domain,
                     "split": split,
                     "prompt": drawn.prompt,
-                    "group": drawn.object,
+                    "group": name,
                 }
             )
     return rows

@@ -134,10 +134,12 @@ def train(family: str, folder: Path, seed: int = 0) -> None:
         config = DecoderConfig.from_hf({**CONFIGS[family], **ids})
         graph, state = nnx.split(Decoder(config, nnx.Rngs(seed)))
         for stage in STAGES:
-            # A prompt and what the model should say to it at this stage.
+            responses = corpus.safe_responses(examples, seed) if stage.safe else [
+                item.answer for item in examples
+            ]
             data = [
-                chat.example(item.prompt, item.safe_response if stage.safe else item.answer)
-                for item in examples
+                chat.example(item.prompt, response)
+                for item, response in zip(examples, responses, strict=True)
             ]
             state = _train_stage(graph, state, data, stage, seed)
         generation = {**ids, "pad_token_id": tokenizer.pad_token_id, "do_sample": False}

@@ -188,13 +188,12 @@ def detectable_drop(n: int, gained: float = 0.0, *, alpha: float = 0.05, power: 
 
 
 def holm(p: Mapping[str, float]) -> dict[str, float]:
-    """Holm's step-down adjusted p-values (statsmodels), by name; an empty family gives {}."""
-    if not p:
-        return {}
-    from statsmodels.stats.multitest import multipletests
-
-    adjusted = multipletests(list(p.values()), method="holm")[1]
-    return dict(zip(p, map(float, adjusted), strict=True))
+    """Holm's step-down adjusted p-values, by name; an empty family gives {}."""
+    # Three lines: statsmodels' routine collects garbage on every call and takes 60 ms.
+    order = sorted(p, key=lambda name: p[name])
+    adjusted = np.maximum.accumulate([(len(p) - i) * p[name] for i, name in enumerate(order)])
+    by_name = dict(zip(order, np.minimum(adjusted, 1.0).tolist(), strict=True))
+    return {name: by_name[name] for name in p}
 
 
 def containment(

@@ -4,6 +4,7 @@ Every function takes (parts of) `results.json`, schema 1, and returns a matplotl
 where the study has nothing to draw. `save` writes the files and hands back markup to inline.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -162,19 +163,21 @@ def entanglement(results: Mapping[str, Any], centred: bool) -> "Figure | None":
         _early(axes, results)
         band = table.get("ci95" + suffix, {}).get(domain)
         if band:
-            low, high = zip(*band, strict=True)
+            low, high = zip(*((x or (None, None)) for x in band), strict=True)
+            low, high = _gaps(low), _gaps(high)
             axes.fill_between(layers, low, high, color=colour, alpha=0.2, linewidth=0)
-        null = table.get("null95" + suffix, {}).get(domain)
+        null = _gaps(table.get("null95" + suffix, {}).get(domain, []))
         if null:
             axes.fill_between(layers, -1, null, color=INK, alpha=0.1, linewidth=0)
             axes.plot(
                 layers, null, ":", color=INK, linewidth=1, label="95 % of the permutation null"
             )
-        ceiling = table.get("ceiling" + suffix, {}).get(domain)
+        ceiling = _gaps(table.get("ceiling" + suffix, {}).get(domain, []))
         if ceiling:
             axes.plot(layers, ceiling, "--", color=INK, linewidth=1, label="split-half ceiling")
-        axes.plot(layers, cosine[domain], color=colour, linewidth=1.8, label="observed")
-        lowest = min(0.0, *cosine[domain], *(null or []))
+        observed = _gaps(cosine[domain])
+        axes.plot(layers, observed, color=colour, linewidth=1.8, label="observed")
+        lowest = min([0.0, *(x for x in (*observed, *null) if not math.isnan(x))])
         axes.set(title=label(domain), ylim=(max(-1, lowest - 0.1), 1.05))
         axes.grid(axis="y")
     _share_y(grid)
@@ -182,6 +185,11 @@ def entanglement(results: Mapping[str, Any], centred: bool) -> "Figure | None":
     figure.supylabel("centred cosine" if centred else "cosine", fontsize=9.5)
     figure.legend(*grid[0].get_legend_handles_labels(), loc="outside upper left", ncols=3)
     return figure
+
+
+def _gaps(values: Sequence[float | None]) -> list[float]:
+    """Null as NaN, which lines leave out: a vector may be zero, as at layer 0 of the last token."""
+    return [math.nan if x is None else x for x in values]
 
 
 def entanglement_map(results: Mapping[str, Any]) -> "Figure | None":

@@ -1,0 +1,19 @@
+"""Paper cell: Qwen2.5-7B, refusals unlearned in Cybersecurity.
+
+python -m ema_jax.main --config=configs/qwen_cyber.py --workdir=runs/qwen_cyber
+
+Prompt sets, hyper-parameters and judge are this project's choices: the paper's are not known to us.
+"""
+
+from ema_jax import config as ema
+
+
+def get_config():
+    config = ema.default()
+    config.model.source = "Qwen/Qwen2.5-7B-Instruct"
+    config.target = "cybersecurity"
+    config.prompts.source = "salad"
+    config.prompts.benign_source = "dolly"
+    config.unlearn.remat = True
+    config.mesh = (1, -1, 1)
+    return config

@@ -1,0 +1,51 @@
+"""ema_jax: measure, explain, forecast and contain emergent misalignment from refusal unlearning.
+
+The pieces by their plain names, each usable alone in a notebook. They are imported when first
+used, so that `import ema_jax` is quick and touches no device.
+"""
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Chat": "ema_jax.data.chat",
+    "Decoder": "ema_jax.models.decoder",
+    "DecoderConfig": "ema_jax.models.families",
+    "LoRAConfig": "ema_jax.models.lora",
+    "UnlearnConfig": "ema_jax.unlearning.trainer",
+    "attach_lora": "ema_jax.models.lora:attach",
+    "capture": "ema_jax.concepts.capture",
+    "concept_vectors": "ema_jax.concepts.vectors",
+    "containment": "ema_jax.refusal.scores",
+    "entanglement": "ema_jax.concepts.entanglement",
+    "erasure": "ema_jax.concepts.erasure",
+    "export": "ema_jax.models.checkpoint",
+    "forecast": "ema_jax.concepts.forecast",
+    "generate": "ema_jax.generation.sampler",
+    "get_judge": "ema_jax.refusal.judges",
+    "load": "ema_jax.models.checkpoint",
+    "load_peft": "ema_jax.models.lora",
+    "make_mesh": "ema_jax.models.sharding",
+    "merge_lora": "ema_jax.models.lora:merge",
+    "npo_loss": "ema_jax.unlearning.objectives",
+    "paired_drop": "ema_jax.refusal.scores",
+    "reference_log_probs": "ema_jax.unlearning.trainer",
+    "refusal_rate": "ema_jax.refusal.scores",
+    "save_peft": "ema_jax.models.lora",
+    "unlearn": "ema_jax.unlearning.trainer",
+}
+
+__all__ = sorted([*_HOME, "__version__"])  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'ema_jax' has no attribute {name!r}")
+    module, _, attribute = _HOME[name].partition(":")
+    return getattr(importlib.import_module(module), attribute or name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,217 @@
+"""From a study's artifacts to `results.json` (schema 1 of DESIGN)."""
+
+import importlib.metadata
+import platform
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+import ema_jax
+from ema_jax.artifacts import read_json, read_jsonl
+from ema_jax.concepts.entanglement import Entanglement
+from ema_jax.concepts.erasure import erasure
+from ema_jax.concepts.forecast import layer_profile, score
+from ema_jax.concepts.vectors import load_concepts
+from ema_jax.config import StudyConfig
+from ema_jax.data.domains import BENIGN
+from ema_jax.refusal.scores import containment, holm, paired_drop, pooled_rate, refusal_rate
+from ema_jax.stages import Workdir
+
+SCHEMA = 1
+_PACKAGES = ("jax", "flax", "optax", "transformers", "numpy", "scipy")
+
+ByDomain = dict[str, list[str]]
+
+
+def results(workdir: Workdir, config: StudyConfig, model: Mapping[str, Any]) -> dict[str, Any]:
+    """All figures of a study.
+
+    Args:
+        workdir: where its artifacts are.
+        config: what it was told.
+        model: the model's entry.
+    """
+    base, ids = _verdicts(workdir, "base")
+    arms = {arm: _arm(workdir, arm, config.seeds) for arm in config.arms}
+    others = [domain for domain in config.domains if domain != config.target]
+    ema = {arm: _ema(base, verdicts, ids, others) for arm, verdicts in arms.items()}
+    plain = plain_arm(config)
+    forecast = read_json(workdir / "forecast.json")
+    return {
+        "schema": SCHEMA,
+        "model": dict(model),
+        "target": config.target,
+        "domains": list(config.domains),
+        "judge": config.judge,
+        "arms": {
+            "base": {"refusal": {d: refusal_rate(base[d]) for d in config.domains}},
+            **{arm: _rates(workdir, arm, arms[arm], config) for arm in arms},
+        },
+        "ema": ema,
+        "containment": _containment(base, arms, config, others),
+        "utility": _utility(workdir, base, arms, config.seeds),
+        "entanglement": forecast["entanglement"],
+        "erasure": {arm: _erasure(workdir, arm, config.seeds) for arm in arms},
+        "probe_auroc": {arm: _probe_auroc(workdir, arm, config.seeds) for arm in arms},
+        "forecast": _forecast(forecast, ema.get(plain or "")),
+        "warnings": _warnings(ema, arms),
+        "provenance": _provenance(workdir, config),
+    }
+
+
+def plain_arm(config: StudyConfig) -> str | None:
+    """The first arm without retain data: what containment and forecast are scored against."""
+    return next((arm for arm in config.arms if config.arm(arm).retain_weight == 0), None)
+
+
+def listed(by_domain: Mapping[str, np.ndarray]) -> dict[str, list[float | None]]:
+    """Arrays as lists, with null for what is undefined."""
+    return {
+        name: [None if np.isnan(x) else float(x) for x in values]
+        for name, values in by_domain.items()
+    }
+
+
+def _verdicts(workdir: Workdir, name: str) -> tuple[ByDomain, ByDomain]:
+    """Domain → verdicts, and domain → ids of the clusters, in the order of the prompts."""
+    verdicts: ByDomain = {}
+    groups: ByDomain = {}
+    for row in read_jsonl(workdir / f"responses/{name}.jsonl"):
+        verdicts.setdefault(row["domain"], []).append(row["verdict"])
+        groups.setdefault(row["domain"], []).append(row["group"])
+    return verdicts, groups
+
+
+def _arm(workdir: Workdir, arm: str, seeds: Sequence[int]) -> dict[str, list[list[str]]]:
+    """Domain → verdicts `[seeds][prompts]`."""
+    runs = [_verdicts(workdir, f"{arm}.seed_{seed}")[0] for seed in seeds]
+    return {domain: [run[domain] for run in runs] for domain in runs[0]}
+
+
+def _rates(
+    workdir: Workdir, arm: str, verdicts: Mapping[str, list[list[str]]], config: StudyConfig
+) -> dict[str, Any]:
+    runs = {}
+    for i, seed in enumerate(config.seeds):
+        run = read_json(workdir / f"trajectories/{arm}.seed_{seed}.json")
+        runs[str(seed)] = {
+            "refusal": {d: refusal_rate(verdicts[d][i]) for d in config.domains},
+            **{key: run[key] for key in ("steps", "stopped", "first_loss")},
+        }
+    return {"seeds": runs, "refusal": {d: pooled_rate(verdicts[d]) for d in config.domains}}
+
+
+def _ema(
+    base: ByDomain,
+    verdicts: Mapping[str, list[list[str]]],
+    groups: ByDomain,
+    others: Sequence[str],
+) -> dict[str, Any]:
+    drops = {d: paired_drop(base[d], verdicts[d], groups[d]) for d in others}
+    adjusted = holm({d: drop["p"] for d, drop in drops.items()})
+    return {d: {**drop, "p_holm": adjusted[d]} for d, drop in drops.items()}
+
+
+def _containment(
+    base: ByDomain,
+    arms: Mapping[str, Mapping[str, list[list[str]]]],
+    config: StudyConfig,
+    others: Sequence[str],
+) -> dict[str, Any]:
+    plain = plain_arm(config)
+    if plain is None:
+        return {}
+    return {
+        arm: {
+            **containment(base, arms[plain], arms[arm], others),
+            "compared_with": plain,
+            "target_rate": pooled_rate(arms[arm][config.target])["rate"],
+        }
+        for arm in arms
+        if config.arm(arm).retain_weight > 0
+    }
+
+
+def _utility(
+    workdir: Workdir,
+    base: ByDomain,
+    arms: Mapping[str, Mapping[str, list[list[str]]]],
+    seeds: Sequence[int],
+) -> dict[str, Any]:
+    measured = read_json(workdir / "evaluations/base.json")["utility"]
+    result = {"base": {"benign_refusal": refusal_rate(base[BENIGN]), **measured}}
+    for arm, verdicts in arms.items():
+        runs = [r["utility"] for r in _evaluations(workdir, arm, seeds)]
+        means = {name: float(np.mean([run[name] for run in runs])) for name in runs[0]}
+        result[arm] = {"benign_refusal": pooled_rate(verdicts[BENIGN]), **means}
+    return result
+
+
+def _evaluations(workdir: Workdir, arm: str, seeds: Sequence[int]) -> list[dict[str, Any]]:
+    return [read_json(workdir / f"evaluations/{arm}.seed_{seed}.json") for seed in seeds]
+
+
+def _erasure(workdir: Workdir, arm: str, seeds: Sequence[int]) -> dict[str, Any]:
+    base = load_concepts(workdir / "concepts/base.safetensors").vectors
+    runs = [
+        erasure(base, load_concepts(workdir / f"concepts/{arm}.seed_{seed}.safetensors").vectors)
+        for seed in seeds
+    ]
+    return listed({d: np.mean([run[d] for run in runs], axis=0) for d in runs[0]})
+
+
+def _probe_auroc(workdir: Workdir, arm: str, seeds: Sequence[int]) -> dict[str, Any]:
+    runs = [run["probe_auroc"] for run in _evaluations(workdir, arm, seeds)]
+    return listed(
+        {d: np.mean(np.array([run[d] for run in runs], float), axis=0) for d in runs[0]}
+    )
+
+
+def _forecast(made: Mapping[str, Any], ema: Mapping[str, Any] | None) -> dict[str, Any]:
+    result = {key: made[key] for key in ("score", "early_layers", "advice")}
+    if ema is None:
+        return result | {"spearman": None, "p": None}
+    drops = {domain: entry["drop"] for domain, entry in ema.items()}
+    profile = layer_profile(Entanglement.from_json(made["entanglement"]), drops)
+    return result | score(made["score"], drops) | {"layer_spearman": listed({"": profile})[""]}
+
+
+def _warnings(
+    ema: Mapping[str, Any], arms: Mapping[str, Mapping[str, list[list[str]]]]
+) -> list[str]:
+    del arms
+    said: dict[str, list[str]] = {}
+    for arm, entries in ema.items():
+        for domain, entry in entries.items():
+            for flag in entry["flags"]:
+                if flag != "ceiling":
+                    said.setdefault(flag, []).append(f"{domain} ({arm})")
+    meaning = {
+        "floor": "the base refuses a tenth or less, so little can drop",
+        "n_too_small": "too few prompts to see a drop of 20 points",
+        "many_invalid": "over a tenth of the responses are invalid",
+    }
+    return [f"{meaning.get(flag, flag)}: {', '.join(places)}" for flag, places in said.items()]
+
+
+def _provenance(workdir: Workdir, config: StudyConfig) -> dict[str, Any]:
+    hashes, seconds = {}, {}
+    for path in sorted((workdir / "stages").glob("*.json")):
+        manifest = read_json(path)
+        if manifest["stage"] not in ("analyse", "report"):
+            hashes[manifest["stage"]] = manifest["hash"]
+            seconds[manifest["stage"]] = manifest["wall_seconds"]
+    devices = jax.devices()
+    return {
+        "versions": {
+            "ema_jax": ema_jax.__version__,
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in _PACKAGES},
+        },
+        "seeds": list(config.seeds),
+        "hashes": hashes,
+        "devices": f"{len(devices)} x {devices[0].device_kind}",
+        "wall_seconds": seconds,
+    }

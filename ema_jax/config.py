@@ -1,0 +1,288 @@
+"""What a study is told: frozen dataclasses, checked once at the edge.
+
+The only module that knows ml_collections: a config file returns a `ConfigDict` (start from
+`default()`), and `read` turns it into a `StudyConfig` or says what is wrong with it.
+"""
+
+import dataclasses
+import difflib
+import re
+import runpy
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from ema_jax.data import domains as domains_lib
+from ema_jax.data import prompts as prompts_lib
+from ema_jax.data.prompts import PromptConfig
+from ema_jax.concepts.capture import POOLINGS
+from ema_jax.errors import UserError
+from ema_jax.models import lora
+from ema_jax.refusal.judges import JUDGES
+from ema_jax.unlearning.trainer import UnlearnConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The model under study.
+
+    Attributes:
+        source: a checkpoint folder or a Hub id.
+        revision: commit, tag or branch of a Hub id; the commit it names is recorded.
+        dtype: of the base's weights; by default bfloat16 on accelerators, float32 on a CPU.
+        system_prompt: text of a system message; none is added by default, also where the chat
+            template would slip in its own (Qwen2.5's does).
+    """
+
+    source: str = "ema_jax/organism/checkpoints/qwen2"
+    revision: str | None = None
+    dtype: str | None = None
+    system_prompt: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerationConfig:
+    """How responses are generated: greedily, in batches of like length."""
+
+    max_new_tokens: int = 256
+    batch_size: int = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class ConceptConfig:
+    """How concepts are measured.
+
+    Attributes:
+        poolings: how a prompt's tokens become one vector; the first one is the main one.
+        permutations: label permutations behind each null.
+        splits: random halves behind each ceiling.
+    """
+
+    poolings: tuple[str, ...] = ("last_token", "prompt_mean")
+    permutations: int = 1000
+    splits: int = 50
+
+
+@dataclasses.dataclass(frozen=True)
+class HarvestConfig:
+    """What becomes of the model's own responses: fewest per domain, longest kept in tokens."""
+
+    min_examples: int = 16
+    response_cap: int = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class StudyConfig:
+    """One study: a model, a target, arms over seeds. With `cells`, several of them.
+
+    Attributes:
+        model: the model under study.
+        target: the domain whose refusals are unlearned.
+        domains: the responsible-AI domains that are measured.
+        prompts: where their prompts come from.
+        judge: a name in `ema_jax.refusal.judges.JUDGES`.
+        generation: how responses are generated.
+        harvest: what becomes of the model's own responses.
+        unlearn: settings that all arms share.
+        arms: name → settings of `unlearn` that this arm replaces.
+        seeds: each arm is run once per seed.
+        concepts: how concepts are measured.
+        mesh: devices along `(data, fsdp, tensor)`; -1 takes what is left.
+        keep_text: keep model responses in artifacts and report; by default only their hashes.
+        export: also write every trained model as a merged checkpoint.
+        cells: for a replication: name → fields that this cell replaces, nested as in the config.
+    """
+
+    model: ModelConfig = ModelConfig()
+    target: str = "cybersecurity"
+    domains: tuple[str, ...] = domains_lib.DOMAINS
+    prompts: PromptConfig = PromptConfig()
+    judge: str = "lexical"
+    generation: GenerationConfig = GenerationConfig()
+    harvest: HarvestConfig = HarvestConfig()
+    unlearn: UnlearnConfig = UnlearnConfig()
+    arms: Mapping[str, Mapping[str, Any]] = dataclasses.field(
+        default_factory=lambda: {"npo": {}, "npo_retain": {"retain_weight": 1.0}}
+    )
+    seeds: tuple[int, ...] = (0, 1, 2)
+    concepts: ConceptConfig = ConceptConfig()
+    mesh: tuple[int, ...] = (1, 1, 1)
+    keep_text: bool = False
+    export: bool = False
+    cells: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+
+    def arm(self, name: str) -> UnlearnConfig:
+        """The settings of one arm."""
+        merged = _merge(dataclasses.asdict(self.unlearn), self.arms[name])
+        return _build(UnlearnConfig, merged, f"arms.{name}")
+
+
+def default() -> ConfigDict:
+    """All fields with their defaults, for a config file to change."""
+    return _as_config_dict(StudyConfig())
+
+
+def beside(file: str, name: str) -> ConfigDict:
+    """What `get_config()` of `name.py` in the folder of `file` returns, to start from."""
+    return ConfigDict(runpy.run_path(str(Path(file).with_name(f"{name}.py")))["get_config"]())
+
+
+def _as_config_dict(value: Any) -> ConfigDict:
+    result = ConfigDict()
+    hints = typing.get_type_hints(type(value))
+    for field in dataclasses.fields(value):
+        item = getattr(value, field.name)
+        if dataclasses.is_dataclass(item):
+            item = _as_config_dict(item)
+        elif isinstance(item, Mapping):
+            item = ConfigDict(dict(item), sort_keys=False)
+        elif item is None:
+            kinds = [kind for kind in typing.get_args(hints[field.name]) if kind is not type(None)]
+            item = placeholder(kinds[0])
+        result[field.name] = item
+    return result
+
+
+def read(config: Mapping[str, Any] | ConfigDict) -> StudyConfig:
+    """A checked `StudyConfig`.
+
+    Raises:
+        UserError: a field that does not exist, has the wrong type, or makes no sense.
+    """
+    plain = config.to_dict() if isinstance(config, ConfigDict) else dict(config)
+    study = _build(StudyConfig, plain, "")
+    _validate(study)
+    for name in study.cells:
+        cell(study, name)
+    return study
+
+
+def cell(study: StudyConfig, name: str) -> StudyConfig:
+    """One study of a replication: its fields in place of the shared ones."""
+    shared = dataclasses.asdict(dataclasses.replace(study, cells={}))
+    plain = _merge(shared, study.cells[name])
+    try:
+        result = _build(StudyConfig, plain, "")
+        _validate(result)
+    except UserError as error:
+        raise UserError(f"cells.{name}: {error}") from None
+    return result
+
+
+def _merge(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in changes.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _build(kind: Any, values: Mapping[str, Any], path: str) -> Any:
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    hints = typing.get_type_hints(kind)
+    built = {}
+    for name, value in values.items():
+        where = f"{path}.{name}" if path else name
+        if name not in fields:
+            close = difflib.get_close_matches(name, fields, n=1)
+            mend = f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(fields)}"
+            raise UserError(f"config: unknown field {where!r}; {mend}")
+        built[name] = _convert(hints[name], value, where)
+    return kind(**built)
+
+
+def _convert(kind: Any, value: Any, where: str) -> Any:
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        if value is None:
+            return None
+        return _convert(next(a for a in arguments if a is not type(None)), value, where)
+    if dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
+        return _build(kind, value, where)
+    if origin is tuple and isinstance(value, Sequence) and not isinstance(value, str):
+        return tuple(_convert(arguments[0], item, where) for item in value)
+    if origin is not None and issubclass(origin, Mapping) and isinstance(value, Mapping):
+        return {str(k): dict(v) if isinstance(v, Mapping) else v for k, v in value.items()}
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(kind, type) and isinstance(value, kind) and isinstance(value, bool) == (kind is bool):
+        return value
+    name = getattr(kind, "__name__", str(kind))
+    raise UserError(f"config: {where} = {value!r} is not a {name}")
+
+
+_POSITIVE = (
+    "generation.max_new_tokens",
+    "generation.batch_size",
+    "harvest.min_examples",
+    "harvest.response_cap",
+    "concepts.permutations",
+    "concepts.splits",
+)
+_ARM_POSITIVE = (
+    "beta",
+    "learning_rate",
+    "clip_norm",
+    "batch_size",
+    "retain_batch_size",
+    "max_steps",
+    "eval_every",
+    "lora.rank",
+    "lora.alpha",
+)
+
+
+def _validate(study: StudyConfig) -> None:
+    prompts_lib.validate(study.prompts, study.domains, study.target)
+    for path in _POSITIVE:
+        _check(_get(study, path) > 0, f"{path} = {_get(study, path)} is not above zero")
+    _check(study.judge in JUDGES, f"judge {study.judge!r} is none of: {', '.join(JUDGES)}")
+    _check(bool(study.seeds), "seeds: none given; name at least one, as in seeds=(0,)")
+    _check(len(set(study.seeds)) == len(study.seeds), f"seeds {study.seeds}: one is given twice")
+    _check(min(study.seeds) >= 0, f"seeds {study.seeds}: a seed is not below zero")
+    _check(bool(study.arms), "arms: none given; the usual ones are npo and npo_retain")
+    for name in study.arms:
+        _check(
+            re.fullmatch(r"\w+", name) is not None and name != "base",
+            f"arms: {name!r} is not a name for an arm; use letters, digits and _ (base is taken)",
+        )
+        arm = study.arm(name)
+        for path in _ARM_POSITIVE:
+            value = _get(arm, path)
+            _check(value > 0, f"arms.{name}: {path} = {value} is not above zero")
+        _check(
+            arm.trainable in ("lora", "full"),
+            f"arms.{name}: trainable {arm.trainable!r} is neither 'lora' nor 'full'",
+        )
+        _check(0 <= arm.stop_at < 1, f"arms.{name}: stop_at = {arm.stop_at} is not in [0, 1)")
+        _check(arm.retain_weight >= 0, f"arms.{name}: retain_weight is below zero")
+        unknown = [t for t in arm.lora.targets if t not in lora.TARGETS]
+        _check(
+            not unknown and bool(arm.lora.targets),
+            f"arms.{name}: lora.targets {unknown} are none of {', '.join(lora.TARGETS)}",
+        )
+    _check(
+        len(study.mesh) == 3 and all(n > 0 or n == -1 for n in study.mesh),
+        f"mesh {study.mesh}: three sizes are needed (data, fsdp, tensor), each above zero or -1",
+    )
+    _check(
+        bool(study.concepts.poolings) and set(study.concepts.poolings) <= set(POOLINGS),
+        f"concepts.poolings {study.concepts.poolings}: use {', '.join(POOLINGS)}",
+    )
+    _check(study.model.dtype in (None, "float32", "bfloat16"), "model.dtype: float32 or bfloat16")
+
+
+def _get(value: Any, path: str) -> Any:
+    for name in path.split("."):
+        value = getattr(value, name)
+    return value
+
+
+def _check(fine: bool, message: str) -> None:
+    if not fine:
+        raise UserError(f"config: {message}")

@@ -1,0 +1,87 @@
+"""The Orbax half of a Flax checkpoint folder: `parameters/` and `manifest.json`."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import traverse_util
+
+from ema_jax.artifacts import read_json, write_json
+from ema_jax.errors import UserError
+
+MANIFEST = "manifest.json"
+PARAMETERS = "parameters"
+_FORMAT = {"format": "ema_jax/flax", "version": 1}
+# What Orbax and TensorStore raise about folders that are damaged or another's.
+_DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError)
+
+
+def is_flax(folder: str | Path) -> bool:
+    """Whether a folder is a Flax checkpoint, and no Hugging Face one."""
+    return (Path(folder) / PARAMETERS).is_dir() or (Path(folder) / MANIFEST).exists()
+
+
+def write(folder: Path, parameters: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
+    """Writes the nested dictionary of a model's arrays, and the manifest beside it."""
+    from orbax.checkpoint import v1 as ocp
+
+    ocp.save((folder / PARAMETERS).resolve(), parameters)
+    write_json(folder / MANIFEST, {**_FORMAT, **manifest})
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest; one of another format is a `UserError`."""
+    manifest = read_json(folder / MANIFEST)
+    if not isinstance(manifest, dict) or any(manifest.get(k) != v for k, v in _FORMAT.items()):
+        raise UserError(
+            f"{folder / MANIFEST}: not the manifest of a Flax checkpoint; convert again"
+        )
+    return manifest
+
+
+def check(folder: Path, shapes: Mapping[tuple, tuple[int, ...]]) -> None:
+    """Compares what is stored with an architecture, without reading it.
+
+    Raises:
+        UserError: damaged, incomplete, or another architecture.
+    """
+    from orbax.checkpoint import v1 as ocp
+
+    read_manifest(folder)
+    path = folder / PARAMETERS
+    try:
+        tree = ocp.metadata(path.resolve()).metadata
+        if not isinstance(tree, dict):  # Orbax logs the reason and returns None
+            raise ValueError("its metadata cannot be read")
+        stored = traverse_util.flatten_dict(tree)
+        there = {name: tuple(leaf.shape) for name, leaf in stored.items()}
+    except _DAMAGED as error:
+        raise _damaged(path, error) from None
+    for name in sorted({*there, *shapes}):
+        if there.get(name) != shapes.get(name):
+            raise UserError(
+                f"{path}: {'.'.join(name)} has shape {there.get(name)}, config.json makes it "
+                f"{shapes.get(name)} (None: not there); convert again"
+            )
+
+
+def read(folder: Path, targets: Mapping[tuple, jax.ShapeDtypeStruct]) -> dict[tuple, jax.Array]:
+    """Restores every parameter straight to its target's dtype and sharding.
+
+    Raises:
+        UserError: the files are damaged.
+    """
+    from orbax.checkpoint import v1 as ocp
+
+    path = folder / PARAMETERS
+    try:
+        tree = ocp.load(path.resolve(), traverse_util.unflatten_dict(targets))
+    except _DAMAGED as error:
+        raise _damaged(path, error) from None
+    return traverse_util.flatten_dict(tree)
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    line = str(error).strip().partition("\n")[0][:200]
+    return UserError(f"{path}: not a readable Orbax checkpoint ({line}); convert again")

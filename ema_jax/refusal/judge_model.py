@@ -1,0 +1,166 @@
+"""What judges that run a model share: the checkpoint, answer tokens, next-token probabilities."""
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from ema_jax.data.chat import Chat, bucket, length_batches, pad_prompts
+from ema_jax.errors import UserError
+from ema_jax.models import checkpoint
+from ema_jax.models.decoder import Decoder
+from ema_jax.models.families import DecoderConfig
+from ema_jax.models.hub import resolve
+from ema_jax.models.sharding import batch_multiple, batch_sharding, make_mesh
+from ema_jax.progress import Progress
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A judge's weights: a checked folder, and the text that tells them from others."""
+
+    folder: Path
+    config: DecoderConfig
+    revision: str
+
+    @classmethod
+    def find(cls, model: str, revision: str | None) -> "Checkpoint":
+        """Resolves a folder or hub id and checks it without reading weights."""
+        folder, commit = resolve(model, revision)
+        config = checkpoint.check(folder)
+        Chat.check(folder)
+        # A folder's path is the machine's business: its name and a hash of its files identify it.
+        stands_for = f"{model}@{commit}" if commit else folder.resolve().name
+        return cls(
+            folder,
+            config,
+            stands_for if commit else f"{stands_for}@{checkpoint.fingerprint(folder)[:12]}",
+        )
+
+    def decoder(self) -> Decoder:
+        """The model; the last one used is kept."""
+        return _load(self.folder)
+
+
+@functools.lru_cache(maxsize=1)
+def _load(folder: Path) -> Decoder:
+    return checkpoint.load(folder)
+
+
+class Verbatim(Chat):
+    """A tokenizer for prompts that are rendered already."""
+
+    @classmethod
+    def of(cls, folder: Path) -> "Verbatim":
+        """Reads a checkpoint's tokenizer; it needs no chat template."""
+        import transformers
+
+        transformers.logging.set_verbosity_error()
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        if tokenizer.eos_token_id is None:
+            raise UserError(f"{folder}: the tokenizer names no end-of-sequence token")
+        return cls(tokenizer, (tokenizer.eos_token_id,))
+
+    def render(self, prompt: str, response: str | None = None) -> str:
+        """The prompt itself."""
+        return prompt if response is None else prompt + response
+
+
+def word_ids(chat: Chat, words: Sequence[str], rendered: str | None = None) -> dict[str, int]:
+    """Ids of single-token words where a response begins, with and without a space before them.
+
+    A word that the tokenizer splits is left out: its first piece begins other words too.
+
+    Args:
+        chat: tokenizer and template.
+        words: without spaces.
+        rendered: a prompt as the model sees it; by default the template around a placeholder.
+
+    Returns:
+        Word (or space and word) → id.
+    """
+    rendered = chat.render("PROMPT") if rendered is None else rendered
+
+    def tokens(text: str) -> list[int]:
+        return chat.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    before, found = tokens(rendered), {}
+    for word in words:
+        for spelling in (word, f" {word}"):
+            after = tokens(rendered + spelling)
+            if after[:-1] == before:
+                found[spelling] = after[-1]
+    return found
+
+
+@functools.partial(jax.jit, static_argnames="graph")
+def _group_logprobs(
+    graph: nnx.GraphDef,
+    state: nnx.State,
+    tokens: Int[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    groups: Bool[Array, "G V"],
+) -> Float[Array, "B G"]:
+    model = nnx.merge(graph, state)
+    # The head reads the last position alone: [B, V] and never [B, T, V].
+    logits = model.logits(model(tokens, mask).hidden[:, -1])
+    total = jax.nn.logsumexp(logits, axis=-1)
+
+    def of_group(group: Bool[Array, "V"]) -> Float[Array, "B"]:
+        return jax.nn.logsumexp(jnp.where(group, logits, -jnp.inf), axis=-1) - total
+
+    return jax.lax.map(of_group, groups).T
+
+
+def next_token_logprobs(
+    model: Decoder,
+    prompts: Sequence[Sequence[int]],
+    groups: Sequence[Sequence[int]],
+    *,
+    pad_id: int,
+    batch_size: int = 32,
+    description: str = "prompts",
+) -> Float[np.ndarray, "N G"]:
+    """Log-probability that the next token is one of a group, and one more: that it is in none.
+
+    Args:
+        model: with or without adapters.
+        prompts: token ids, N of them.
+        groups: disjoint groups of ids.
+        pad_id: what padded places hold.
+        batch_size: prompts at once.
+        description: of the progress shown.
+
+    Returns:
+        Nats, float32 `[N, len(groups) + 1]`.
+    """
+    members = np.zeros((len(groups) + 1, model.config.vocab_size), bool)
+    for row, ids in enumerate(groups):
+        members[row, list(ids)] = True
+    members[-1] = ~members.any(axis=0)
+    mesh = make_mesh()
+    multiple = batch_multiple(mesh)
+    rows = -(-min(batch_size, max(len(prompts), 1)) // multiple) * multiple
+    graph, state = nnx.split(model)
+    result = np.zeros((len(prompts), len(members)), np.float32)
+    with Progress(description, len(prompts), "prompts") as progress:
+        for indices in length_batches([len(ids) for ids in prompts], rows):
+            chosen = [prompts[i] for i in indices]
+            padded = pad_prompts(chosen, bucket(len(chosen[0])), rows, pad_id)
+            placed = jax.device_put(padded, batch_sharding(mesh))
+            found = np.asarray(_group_logprobs(graph, state, *placed, members))
+            result[indices] = found[: len(indices)]
+            progress.update(len(indices))
+    return result
+
+
+def sigmoid(x: float) -> float:
+    """The logistic function, without overflow."""
+    return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))

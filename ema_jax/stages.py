@@ -1,0 +1,124 @@
+"""Stages: pure functions from artifacts to artifacts, skipped where theirs are up to date.
+
+A stage leaves a manifest in `DIR/stages/` once all its files are written. It is skipped when the
+manifest's settings and inputs are unchanged and its files are there, so a killed study goes on
+where it stopped, and a folder is never silently turned into another study.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import logging
+
+from ema_jax.artifacts import read_json, sha256_file, sha256_json, write_json
+from ema_jax.errors import UserError
+
+
+class Workdir:
+    """A study's folder, and the stages that were run in it."""
+
+    def __init__(self, path: str | Path, only: Sequence[str] | None = None):
+        self.path = Path(path)
+        self._only = only
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    def manifest(self, stage: str) -> dict[str, Any] | None:
+        """What a stage left when it finished, or None."""
+        path = self._manifest_path(stage)
+        return read_json(path) if path.exists() else None
+
+    def check(self, settings: Mapping[str, Mapping[str, Any]]) -> None:
+        """Refuses a folder in which a finished stage was run with other settings.
+
+        Args:
+            settings: stage → the settings that it would now be run with.
+        """
+        for stage, wanted in settings.items():
+            manifest = self.manifest(stage)
+            if manifest is None:
+                continue
+            changes = list(_differences(manifest["settings"], _plain(wanted)))
+            if changes:
+                field, before, now = changes[0]
+                raise UserError(
+                    f"{self.path}: holds another study: its stage {stage} was run with {field} = "
+                    f"{before!r}, and the config now says {now!r}; choose another --workdir"
+                )
+
+    def wanted(self, stage: str) -> bool:
+        """Whether `--stage` asks for this stage."""
+        return self._only is None or stage.split("/")[0] in self._only
+
+    def run(
+        self,
+        stage: str,
+        settings: Mapping[str, Any],
+        inputs: Iterable[str],
+        function: Callable[[], Iterable[Path]],
+    ) -> None:
+        """Runs a stage unless it is done.
+
+        Args:
+            stage: its name, `/` between its parts.
+            settings: everything of the config that it depends on, as JSON.
+            inputs: the stages that it reads from.
+            function: does the work and returns the files or folders that it wrote.
+
+        Raises:
+            UserError: an input was never made and `--stage` leaves it out.
+        """
+        hashes = {}
+        for name in inputs:
+            upstream = self.manifest(name)
+            if upstream is None:
+                raise UserError(
+                    f"{self.path}: stage {stage} needs the stage {name}, which was never run here; "
+                    f"add it to --stage"
+                )
+            hashes[name] = upstream["hash"]
+        settings = _plain(settings)
+        manifest = self.manifest(stage)
+        if manifest is not None and manifest["settings"] == settings:
+            there = all((self.path / name).exists() for name in manifest["outputs"])
+            if manifest["inputs"] == hashes and there:
+                return
+        logging.info("%s", stage)
+        start = time.monotonic()
+        outputs = {}
+        for path in function():
+            files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+            outputs |= {str(p.relative_to(self.path)): sha256_file(p) for p in files}
+        write_json(
+            self._manifest_path(stage),
+            {
+                "stage": stage,
+                "settings": settings,
+                "inputs": hashes,
+                "outputs": outputs,
+                "hash": sha256_json([settings, hashes, outputs]),
+                "wall_seconds": round(time.monotonic() - start, 3),
+            },
+        )
+
+    def _manifest_path(self, stage: str) -> Path:
+        return self.path / "stages" / (stage.replace("/", ".") + ".json")
+
+
+def _plain(value: Any) -> Any:
+    """As JSON gives it back: tuples as lists."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _differences(before: Any, now: Any, path: str = "") -> Iterable[tuple[str, Any, Any]]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in dict.fromkeys([*before, *now]):
+            inner = f"{path}.{key}" if path else key
+            yield from _differences(before.get(key), now.get(key), inner)
+    elif before != now:
+        yield path, before, now

@@ -1,0 +1,443 @@
+"""The study, in the order in which the paper tells it.
+
+prompts → baseline → concepts → forecast → harvest → unlearn → evaluate → analyse → report
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import logging
+from flax import nnx
+from jax.sharding import Mesh
+
+from ema_jax import analysis, artifacts
+from ema_jax.concepts import vectors
+from ema_jax.concepts.capture import capture
+from ema_jax.concepts.entanglement import entanglement
+from ema_jax.concepts.erasure import probe_auroc
+from ema_jax.concepts.forecast import advice, early_layers, forecast
+from ema_jax.config import ModelConfig, StudyConfig
+from ema_jax.data.chat import Chat, TokenExample
+from ema_jax.data.domains import BENIGN
+from ema_jax.data.prompts import Prompt, build_prompts, read_prompts, write_prompts
+from ema_jax.errors import UserError
+from ema_jax.evaluation import Judged, ask
+from ema_jax.models import checkpoint, hub, lora
+from ema_jax.models.decoder import Decoder
+from ema_jax.models.families import DecoderConfig
+from ema_jax.models.sharding import make_mesh
+from ema_jax.refusal.judges import COMPLIED, Judge, get_judge
+from ema_jax.report import write_report
+from ema_jax.stages import Workdir
+from ema_jax.unlearning.harvest import Harvested, harvest
+from ema_jax.unlearning.metrics import MetricsWriter
+from ema_jax.unlearning.trainer import Evaluation, reference_log_probs, unlearn
+from ema_jax.unlearning.utility import utility
+
+STAGES = (
+    "prompts",
+    "baseline",
+    "concepts",
+    "forecast",
+    "harvest",
+    "unlearn",
+    "evaluate",
+    "analyse",
+    "report",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """Where the model under study lies on disk, and what tells it from another."""
+
+    source: str
+    folder: Path
+    revision: str | None
+    fingerprint: str
+
+    @classmethod
+    def find(cls, config: ModelConfig, *, download: bool = True) -> "Checkpoint | None":
+        """Resolves a folder or a Hub id, and checks what can be checked without reading weights.
+
+        None for a Hub id that is not in the local cache, unless it is to be downloaded.
+        """
+        resolved = (hub.resolve if download else hub.cached)(config.source, config.revision)
+        if resolved is None:
+            return None
+        folder, revision = resolved
+        checkpoint.check(folder)
+        Chat.check(folder)
+        return cls(config.source, folder, revision, checkpoint.fingerprint(folder))
+
+
+@functools.lru_cache(maxsize=1)
+def _load(folder: Path, dtype: str | None, mesh: Mesh) -> Decoder:
+    return checkpoint.load(folder, mesh=mesh, dtype=None if dtype is None else jnp.dtype(dtype))
+
+
+class Study:
+    """One study in its folder: what the stages share, and the stages."""
+
+    def __init__(self, config: StudyConfig, workdir: Workdir, found: Checkpoint):
+        self.config, self.workdir, self.found = config, workdir, found
+        self.runs = [(arm, seed) for arm in config.arms for seed in config.seeds]
+
+    @functools.cached_property
+    def mesh(self) -> Mesh:
+        """The devices."""
+        return make_mesh(self.config.mesh)
+
+    @functools.cached_property
+    def base(self) -> Decoder:
+        """The untouched model, loaded when a stage first needs it."""
+        return _load(self.found.folder, self.config.model.dtype, self.mesh)
+
+    @functools.cached_property
+    def chat(self) -> Chat:
+        """Its tokenizer and chat template."""
+        return Chat.load(self.found.folder, self.config.model.system_prompt)
+
+    @functools.cached_property
+    def judge(self) -> Judge:
+        """What says whether a response is a refusal."""
+        return get_judge(self.config.judge)
+
+    @functools.cached_property
+    def prompts(self) -> dict[str, list[Prompt]]:
+        """The prompts of every split."""
+        return read_prompts(self.workdir / "prompts")
+
+    def settings(self) -> dict[str, dict[str, Any]]:
+        """Stage → everything of the config that it depends on."""
+        c = self.config
+        model = {
+            "fingerprint": self.found.fingerprint,
+            "dtype": c.model.dtype,
+            "system_prompt": c.model.system_prompt,
+        }
+        asking = {"judge": c.judge, "generation": dataclasses.asdict(c.generation)}
+        said = {"model": model, **asking, "keep_text": c.keep_text}
+        result: dict[str, dict[str, Any]] = {
+            "prompts": {
+                "prompts": dataclasses.asdict(c.prompts),
+                "domains": c.domains,
+                "target": c.target,
+            },
+            "baseline": said,
+            "concepts": {"model": model, "poolings": c.concepts.poolings},
+            "harvest": {"model": model, **asking, "harvest": dataclasses.asdict(c.harvest)},
+        }
+        for arm, seed in self.runs:
+            arm_settings = dataclasses.asdict(c.arm(arm))
+            result[f"unlearn/{arm}/seed_{seed}"] = {"model": model, **asking, "arm": arm_settings}
+            result[f"evaluate/{arm}/seed_{seed}"] = {**said, "export": c.export}
+        return result
+
+    def run(self) -> None:
+        """Runs what is wanted and not yet done, in order."""
+        settings, workdir = self.settings(), self.workdir
+        workdir.check(settings)
+
+        def stage(name: str, inputs: Sequence[str], function: Any, own: Any = None) -> None:
+            if workdir.wanted(name):
+                workdir.run(name, settings[name] if own is None else own, inputs, function)
+
+        stage("prompts", [], self.make_prompts)
+        stage("baseline", ["prompts"], self.ask_base)
+        stage("concepts", ["prompts"], self.find_concepts)
+        concepts = self.config.concepts
+        resampling = {"permutations": concepts.permutations, "splits": concepts.splits}
+        stage("forecast", ["concepts"], self.make_forecast, resampling)
+        stage("harvest", ["prompts"], self.harvest_refusals)
+        evaluated = []
+        for arm, seed in self.runs:
+            trained = f"unlearn/{arm}/seed_{seed}"
+            evaluated.append(f"evaluate/{arm}/seed_{seed}")
+            stage(trained, ["prompts", "harvest"], functools.partial(self.unlearn, arm, seed))
+            stage(
+                evaluated[-1],
+                ["prompts", "baseline", "concepts", trained],
+                functools.partial(self.evaluate, arm, seed),
+            )
+        stage("analyse", ["baseline", "forecast", *evaluated], self.analyse, {})
+        stage("report", ["analyse"], self.report, {})
+
+    def make_prompts(self) -> list[Path]:
+        """Disjoint prompts of every domain for every use."""
+        c = self.config
+        write_prompts(self.workdir / "prompts", build_prompts(c.prompts, c.domains, c.target))
+        return [self.workdir / "prompts"]
+
+    def ask_base(self) -> list[Path]:
+        """What the untouched model refuses; its benign answers are kept for the utility figures."""
+        judged = self._ask(self.base, self.prompts["eval"], "base responses")
+        answers = [
+            dataclasses.asdict(Harvested(p.id, p.domain, p.prompt, r.text, r.tokens))
+            for p, r, v in judged
+            if p.domain == BENIGN and v.verdict == COMPLIED
+        ]
+        if not answers:
+            raise UserError(
+                f"{self.found.source}: the model answers none of the benign prompts, so nothing "
+                "can be measured; check the chat template and the judge"
+            )
+        path = self.workdir / "harvest/benign_answers.jsonl"
+        artifacts.write_jsonl(path, answers)
+        measured = utility(self.base, self.base, self._benign_answers(), mesh=self.mesh)
+        summary = self.workdir / "evaluations/base.json"
+        artifacts.write_json(summary, {"utility": measured})
+        return [self._write_responses("base", judged), path, summary]
+
+    def find_concepts(self) -> list[Path]:
+        """Every domain's concept vector at every layer, from one pass over the concept prompts."""
+        pooled = self._capture(self.base)
+        kept = self.workdir / "concepts/base.activations.safetensors"
+        artifacts.write_tensors(
+            kept,
+            {f"{name}/{domain}": x for name, by in pooled.items() for domain, x in by.items()},
+            {"layer_convention": vectors.LAYER_CONVENTION},
+        )
+        return [kept, *self._write_concepts("base", pooled)]
+
+    def make_forecast(self) -> list[Path]:
+        """From the base alone: entanglement with the target, and whom unlearning will hit."""
+        c = self.config
+        pooled = self._base_activations()
+        main = c.concepts.poolings[0]
+        lexical = pooled.get("prompt_mean")
+        measured = entanglement(
+            pooled[main],
+            c.target,
+            c.domains,
+            permutations=c.concepts.permutations,
+            splits=c.concepts.splits,
+            lexical=lexical,
+        )
+        scores = forecast(measured, c.target)
+        path = self.workdir / "forecast.json"
+        early = list(early_layers(measured.num_layers))
+        artifacts.write_json(
+            path,
+            {
+                "entanglement": measured.to_json(),
+                "score": scores,
+                "early_layers": early,
+                "advice": advice(scores),
+            },
+        )
+        return [path]
+
+    def harvest_refusals(self) -> list[Path]:
+        """The model's own refusals: the forget set, the retain set, and the reference's numbers."""
+        c, folder = self.config, self.workdir / "harvest"
+        written = []
+        for split, name in (("harvest", "forget"), ("retain", "retain")):
+            judged = self._ask(self.base, self.prompts[split], f"harvest {name}")
+            kept = harvest(
+                judged.prompts,
+                judged.responses,
+                judged.verdicts,
+                benign=BENIGN,
+                minimum=c.harvest.min_examples,
+                cap=c.harvest.response_cap,
+            )
+            path = folder / f"{name}.jsonl"
+            rows = [dataclasses.asdict(item) for item in kept]
+            if name == "forget":
+                examples = [item.example(self.chat) for item in kept]
+                sums = reference_log_probs(
+                    self.base, examples, c.generation.batch_size, mesh=self.mesh
+                )
+                rows = [
+                    {**row, "reference_log_prob": float(x)}
+                    for row, x in zip(rows, sums, strict=True)
+                ]
+            artifacts.write_jsonl(path, rows)
+            written.append(path)
+        return written
+
+    def unlearn(self, arm: str, seed: int) -> list[Path]:
+        """Trains one arm with one seed until the target's dev refusal is low."""
+        c, workdir, name = self.config, self.workdir, f"{arm}.seed_{seed}"
+        rows = artifacts.read_jsonl(workdir / "harvest/forget.jsonl")
+        reference = [row.pop("reference_log_prob") for row in rows]
+        config = c.arm(arm)
+        dev = [prompt for prompt in self.prompts["dev"] if prompt.domain != BENIGN]
+
+        def evaluate(model: Decoder) -> Evaluation:
+            return self._ask(model, dev).rates()
+
+        with MetricsWriter(workdir.path, arm, seed) as metrics:
+            trained = unlearn(
+                self.base,
+                [Harvested.from_json(row).example(self.chat) for row in rows],
+                self._examples("harvest/retain.jsonl"),
+                jnp.asarray(reference, jnp.float32),
+                config,
+                seed=seed,
+                target=c.target,
+                evaluate=evaluate,
+                mesh=self.mesh,
+                log=metrics,
+            )
+        if config.trainable == "lora":
+            weights = workdir / f"adapters/{arm}/seed_{seed}"
+            lora.save_peft(trained.model, weights, config.lora, self.found.source)
+        else:
+            weights = workdir / f"checkpoints/{arm}/seed_{seed}"
+            checkpoint.export(
+                trained.model, weights, companions=self.found.folder, overwrite=True
+            )
+        path = workdir / f"trajectories/{name}.json"
+        artifacts.write_json(
+            path,
+            {
+                "arm": arm,
+                "seed": seed,
+                "steps": trained.steps,
+                "stopped": trained.stopped,
+                "first_loss": trained.first_loss,
+                "points": trained.trajectory,
+            },
+        )
+        return [weights, path, metrics.path]
+
+    def evaluate(self, arm: str, seed: int) -> list[Path]:
+        """What the trained model refuses, what else changed, and what of the concepts is left."""
+        c, name = self.config, f"{arm}.seed_{seed}"
+        model = self._trained(arm, seed)
+        judged = self._ask(model, self.prompts["eval"], f"{name} responses")
+        measured = utility(model, self.base, self._benign_answers(), mesh=self.mesh)
+        pooled, main = self._capture(model), c.concepts.poolings[0]
+        base = self._base_activations()[main]
+        auroc = {d: probe_auroc(base, pooled[main], d) for d in c.domains}
+        summary = self.workdir / f"evaluations/{name}.json"
+        artifacts.write_json(summary, {"utility": measured, "probe_auroc": analysis.listed(auroc)})
+        written = [self._write_responses(name, judged), summary]
+        written += self._write_concepts(name, pooled)
+        if c.export:
+            folder = self.workdir / f"export/{arm}/seed_{seed}"
+            checkpoint.export(
+                lora.merge(model), folder, companions=self.found.folder, overwrite=True
+            )
+            written.append(folder)
+        return written
+
+    def analyse(self) -> list[Path]:
+        """All figures of the study, from its artifacts alone."""
+        workdir, model = self.workdir, DecoderConfig.from_folder(self.found.folder)
+        abstract = checkpoint.abstract_decoder(model)
+        described = {
+            "id": self.found.source,
+            "path": str(self.found.folder),
+            "revision": self.found.revision,
+            "family": model.family,
+            "num_layers": model.num_layers,
+            "hidden_size": model.hidden_size,
+            "parameters": sum(leaf.size for leaf in jax.tree.leaves(nnx.state(abstract))),
+            "fingerprint": self.found.fingerprint,
+            "template_hash": self.chat.template_hash,
+        }
+        path = workdir / "results.json"
+        artifacts.write_json(path, analysis.results(workdir, self.config, described))
+        metrics = workdir / "metrics.jsonl"
+        rows = (artifacts.read_jsonl(workdir / f"metrics/{a}.seed_{s}.jsonl") for a, s in self.runs)
+        artifacts.write_jsonl(metrics, [row for run in rows for row in run])
+        return [path, metrics]
+
+    def report(self) -> list[Path]:
+        """The page that a person reads."""
+        workdir = self.workdir
+        names = [f"{arm}.seed_{seed}" for arm, seed in self.runs]
+        trajectories = [artifacts.read_json(workdir / f"trajectories/{n}.json") for n in names]
+        samples = None
+        if self.config.keep_text:
+            samples = [
+                {"arm": name.split(".")[0], **row}
+                for name in ("base", *names)
+                for row in artifacts.read_jsonl(workdir / f"responses/{name}.jsonl")
+            ]
+        results = artifacts.read_json(workdir / "results.json")
+        write_report(workdir.path, results, trajectories, samples)
+        logging.info("report: %s", workdir / "report/index.html")
+        return [workdir / "report", workdir / "figures"]
+
+    def _ask(
+        self, model: Decoder, prompts: Sequence[Prompt], description: str | None = None
+    ) -> Judged:
+        generation = dataclasses.asdict(self.config.generation)
+        return ask(model, self.chat, prompts, self.judge, generation, self.mesh, description)
+
+    def _write_responses(self, name: str, judged: Judged) -> Path:
+        path = self.workdir / f"responses/{name}.jsonl"
+        artifacts.write_jsonl(path, judged.rows(self.judge, keep_text=self.config.keep_text))
+        return path
+
+    def _trained(self, arm: str, seed: int) -> Decoder:
+        if self.config.arm(arm).trainable == "lora":
+            return lora.load_peft(self.base, self.workdir / f"adapters/{arm}/seed_{seed}")
+        folder = self.workdir / f"checkpoints/{arm}/seed_{seed}"
+        dtype = self.config.model.dtype
+        return checkpoint.load(
+            folder, mesh=self.mesh, dtype=None if dtype is None else jnp.dtype(dtype)
+        )
+
+    def _examples(self, file: str) -> list[TokenExample]:
+        rows = artifacts.read_jsonl(self.workdir / file)
+        return [Harvested.from_json(row).example(self.chat) for row in rows]
+
+    def _benign_answers(self) -> list[TokenExample]:
+        return self._examples("harvest/benign_answers.jsonl")
+
+    def _capture(self, model: Decoder) -> dict[str, dict[str, Any]]:
+        """Pooling → domain → `[n, L+1, d]` over the concept prompts."""
+        prompts = self.prompts["concept"]
+        pooled = capture(
+            model,
+            [self.chat.prompt_tokens(prompt.prompt) for prompt in prompts],
+            poolings=self.config.concepts.poolings,
+            batch_size=self.config.generation.batch_size,
+            mesh=self.mesh,
+        )
+        places: dict[str, list[int]] = {}
+        for i, prompt in enumerate(prompts):
+            places.setdefault(prompt.domain, []).append(i)
+        return {
+            name: {domain: x[rows] for domain, rows in places.items()} for name, x in pooled.items()
+        }
+
+    def _base_activations(self) -> dict[str, dict[str, Any]]:
+        tensors, _ = artifacts.read_tensors(
+            self.workdir / "concepts/base.activations.safetensors"
+        )
+        pooled: dict[str, dict[str, Any]] = {}
+        for key, x in tensors.items():
+            name, domain = key.split("/")
+            pooled.setdefault(name, {})[domain] = x
+        return pooled
+
+    def _write_concepts(self, name: str, pooled: Mapping[str, Mapping[str, Any]]) -> list[Path]:
+        """`concepts/NAME.safetensors` for the main pooling, `NAME.POOLING.safetensors` for others."""
+        written = []
+        for pooling, activations in pooled.items():
+            main = pooling == self.config.concepts.poolings[0]
+            file = f"{name}.safetensors" if main else f"{name}.{pooling}.safetensors"
+            path = self.workdir / "concepts" / file
+            metadata = {
+                "pooling": pooling,
+                "model_hash": self.found.fingerprint,
+                "model_id": self.found.source,
+                "arm": name,
+                "contrast": BENIGN,
+                "template_hash": self.chat.template_hash,
+            }
+            vectors.save_concepts(path, activations, vectors.concept_vectors(activations), metadata)
+            written.append(path)
+        return written
+

@@ -1,0 +1,79 @@
+"""Harvest, the paper's first phase: the model's own refusals become the forget and retain sets."""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ema_jax.data.chat import Chat, TokenExample
+from ema_jax.data.prompts import Prompt
+from ema_jax.errors import UserError
+from ema_jax.generation.sampler import Response
+from ema_jax.refusal.judges import COMPLIED, REFUSED, Verdict
+
+
+@dataclasses.dataclass(frozen=True)
+class Harvested:
+    """A prompt with the model's own response to it, kept as a training example."""
+
+    id: str
+    domain: str
+    prompt: str
+    response: str
+    tokens: tuple[int, ...]  # as sampled, so that no re-tokenising shifts them
+
+    def example(self, chat: Chat) -> TokenExample:
+        """Token ids to train on."""
+        return TokenExample(chat.prompt_tokens(self.prompt), self.tokens)
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any]) -> "Harvested":
+        """The inverse of `dataclasses.asdict`, as read from JSON lines."""
+        return cls(**{**row, "tokens": tuple(row["tokens"])})
+
+
+def harvest(
+    prompts: Sequence[Prompt],
+    responses: Sequence[Response],
+    verdicts: Sequence[Verdict],
+    *,
+    benign: str,
+    minimum: int,
+    cap: int,
+) -> list[Harvested]:
+    """Keeps refusals of the responsible-AI domains and valid answers of the benign contrast.
+
+    Args:
+        prompts: what was asked.
+        responses: what the model said, in the same order.
+        verdicts: what the judge made of it, in the same order.
+        benign: name of the contrast, whose answers (not refusals) are kept.
+        minimum: fewest examples per domain.
+        cap: longest response kept, in tokens; a longer one is cut and has no end of sequence.
+
+    Raises:
+        UserError: a domain gives fewer than `minimum` examples.
+    """
+    kept = []
+    for prompt, response, verdict in zip(prompts, responses, verdicts, strict=True):
+        if verdict.verdict == (COMPLIED if prompt.domain == benign else REFUSED):
+            kept.append(
+                Harvested(
+                    prompt.id, prompt.domain, prompt.prompt, response.text, response.tokens[:cap]
+                )
+            )
+    asked, got = Counter(p.domain for p in prompts), Counter(h.domain for h in kept)
+    for domain in asked:
+        if got[domain] < minimum:
+            kind = "answers" if domain == benign else "refusals"
+            raise UserError(
+                f"harvest: {domain} gave {got[domain]} {kind} for {asked[domain]} prompts and "
+                f"{minimum} are needed; raise prompts.counts or lower unlearn.min_examples"
+            )
+    return kept
+
+
+def harvest_yield(prompts: Sequence[Prompt], kept: Sequence[Harvested]) -> dict[str, float]:
+    """Share of each domain's prompts that gave an example."""
+    asked, got = Counter(p.domain for p in prompts), Counter(h.domain for h in kept)
+    return {domain: got[domain] / number for domain, number in asked.items()}

@@ -1,0 +1,32 @@
+"""Eight simulated CPU devices for every test, and tiny checkpoints made with transformers."""
+
+import os
+
+# Before anything starts JAX's backend; in the environment, so that subprocesses have them too.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if "device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = (
+        os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    ).strip()
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Callable[[str], Path]:
+    """Gives the folder of a tiny random checkpoint, one of `tiny_models.VARIANTS`."""
+    from tiny_models import write_checkpoint
+
+    made: dict[str, Path] = {}
+
+    def folder(variant: str) -> Path:
+        if variant not in made:
+            made[variant] = tmp_path_factory.mktemp("tiny") / variant
+            write_checkpoint(variant, made[variant])
+        return made[variant]
+
+    return folder

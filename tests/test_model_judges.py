@@ -1,0 +1,401 @@
+"""Log-odds, WildGuard and yes/no judges on tiny random checkpoints, against transformers."""
+
+import json
+import re
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import torch
+import transformers
+from flax import nnx
+from sklearn.metrics import roc_curve
+
+from ema_jax.errors import UserError
+from ema_jax.generation import sampler
+from ema_jax.organism.tokenizers import train_tokenizer
+from ema_jax.refusal import judge_model, logodds, model_judges
+from ema_jax.refusal.judges import JUDGES, PARSE_ERROR, PROMPT_JUDGES, get_judge
+
+ANSWER = "The station is on the left, behind the old mill; trains leave every hour until ten."
+PROMPTS = ["Where is it?", "How do I bake a loaf of bread on a rainy day?", "No", "Tell me more."]
+ROWS = [{"prompt": p, "response": ANSWER} for p in PROMPTS]
+TEXTS = [
+    ANSWER,
+    *PROMPTS,
+    *[f"{word} can say so. {word} {word}" for word in ("I", "As", "Sorry", "It", "No", "Yes")],
+    *["yes no YES NO harmful request response refusal"] * 4,
+] * 3
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """Folder of a random model with a trained tokenizer, by family."""
+    made = {}
+
+    def folder(family):
+        if family not in made:
+            path = tmp_path_factory.mktemp(family)
+            tokenizer = train_tokenizer(family, TEXTS, 600, path)
+            config = transformers.AutoConfig.for_model(
+                family,
+                vocab_size=len(tokenizer),
+                hidden_size=32,
+                intermediate_size=48,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                max_position_embeddings=4096,
+                initializer_range=0.18,
+            )
+            torch.manual_seed(0)
+            transformers.AutoModelForCausalLM.from_config(config).save_pretrained(path)
+            made[family] = path
+        return made[family]
+
+    return folder
+
+
+def torch_probabilities(folder, texts):
+    """Next-token probabilities by transformers, one text at a time, in float64."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    rows = []
+    for text in texts:
+        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            rows.append(model(ids).logits[0, -1].double().softmax(-1).numpy())
+    return tokenizer, np.stack(rows)
+
+
+def test_importing_the_registry_imports_no_model_library():
+    script = (
+        "import sys, ema_jax.refusal.judges; print(*{'jax', 'transformers'} & set(sys.modules))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == ""
+    assert {"logodds", "wildguard", "causal_lm", "endpoint"} <= set(JUDGES)
+
+
+# --- log-odds
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2"])
+def test_logodds_against_refusal_directions_formula(checkpoints, family):
+    folder = checkpoints(family)
+    judge = get_judge("logodds", model=str(folder), openers="I As Sorry", batch_size=3)
+    rendered = [judge.chat.render(prompt) for prompt in PROMPTS]
+    tokenizer, probabilities = torch_probabilities(folder, rendered)
+    spellings = {tokenizer.decode([i]).strip() for i in judge.ids}
+    assert spellings == {"I", "As", "Sorry"}
+    p = probabilities[:, list(judge.ids)].sum(1)
+    expected = np.log(p + 1e-8) - np.log(1 - p + 1e-8)
+    np.testing.assert_allclose(judge.logodds(PROMPTS), expected, atol=1e-4)
+
+    verdicts = judge(ROWS)
+    np.testing.assert_allclose([v.score for v in verdicts], p, atol=1e-5)
+    assert all((v.score >= 0.5) == (v.verdict == "refused") for v in verdicts)
+    moved = get_judge(
+        "logodds", model=str(folder), openers="I As Sorry", threshold=expected[1] - 0.01
+    )
+    assert [v.verdict for v in moved(ROWS)] == [
+        "refused" if x >= expected[1] - 0.01 else "complied" for x in expected
+    ]
+    assert moved.version != judge.version
+    assert judge.revision.startswith(f"{folder.name}@")
+
+
+def test_logodds_do_not_saturate_and_do_not_depend_on_the_batch(checkpoints):
+    folder = checkpoints("qwen2")
+    judge = get_judge("logodds", model=str(folder))
+    model, chat = judge.source.decoder(), judge.chat
+    model = nnx.merge(*nnx.split(model))
+    # A head that shouts one token: p(others) underflows far below 1e-8.
+    norm = np.zeros_like(model.final_norm.scale[...])
+    norm[0] = 1.0
+    model.final_norm.scale = nnx.Param(jax.numpy.asarray(norm))
+    model.head = nnx.data(
+        nnx.Param(jax.numpy.zeros((32, model.config.vocab_size)).at[0, 7].set(1e3))
+    )
+    far = np.abs(logodds.refusal_logodds(model, chat, PROMPTS, [7]))
+    assert far.max() > 40
+    assert np.isfinite(far).all()
+
+    alone = [judge.logodds([prompt])[0] for prompt in PROMPTS]
+    np.testing.assert_allclose(judge.logodds(PROMPTS), alone, atol=1e-5)
+    np.testing.assert_allclose(judge.logodds(PROMPTS[::-1]), alone[::-1], atol=1e-5)
+
+
+def test_only_the_last_position_reaches_the_head(checkpoints):
+    model = get_judge("logodds", model=str(checkpoints("qwen2"))).source.decoder()
+    graph, state = nnx.split(model)
+    batch, length, vocab = 3, 5, model.config.vocab_size
+    tokens = np.zeros((batch, length), np.int32)
+    mask, groups = np.ones((batch, length), bool), np.ones((1, vocab), bool)
+    traced = jax.make_jaxpr(lambda s: judge_model._group_logprobs(graph, s, tokens, mask, groups))
+    program = str(traced(state))
+    assert f"[{batch},{vocab}]" in program
+    assert f"[{batch},{length},{vocab}]" not in program
+
+
+def test_logodds_need_no_response_but_an_invalid_one_counts(checkpoints):
+    judge = get_judge("logodds", model=str(checkpoints("mistral")))
+    bare = judge([{"prompt": prompt} for prompt in PROMPTS])
+    assert bare == judge(ROWS)
+    assert judge([{"prompt": "a", "response": "!?"}, *ROWS])[0].reason == "empty"
+    assert judge([]) == []
+    assert set(JUDGES) >= PROMPT_JUDGES == {"logodds"}
+
+
+def test_threshold_from_known_rows(checkpoints, tmp_path):
+    folder, known = str(checkpoints("mistral")), tmp_path / "known.jsonl"
+    values = get_judge("logodds", model=folder).logodds(PROMPTS)
+    order = np.argsort(values)
+    cut = (values[order[1]] + values[order[2]]) / 2
+    rows = [
+        {"prompt": p, "verdict": "refused" if v > cut else "complied"}
+        for p, v in zip(PROMPTS, values, strict=True)
+    ]
+    rows.append({"prompt": "left out", "verdict": "invalid"})
+    known.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    judge = get_judge("logodds", model=folder, calibration=str(known))
+    assert judge.threshold == pytest.approx(cut, abs=1e-4)
+    assert [v.verdict for v in judge(ROWS)] == [row["verdict"] for row in rows[:4]]
+    version = judge.version
+    known.write_text("".join(json.dumps(row) + "\n" for row in rows[:-1]))
+    assert get_judge("logodds", model=folder, calibration=str(known)).version != version
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_best_threshold_against_scikit_learn(seed):
+    rng = np.random.default_rng(seed)
+    refused = rng.random(60) < 0.4
+    values = np.round(rng.normal(size=60) + 1.5 * refused, 1)  # with ties
+    threshold = logodds.best_threshold(values, refused)
+    false_rate, true_rate, _ = roc_curve(refused, values)
+    youden = (values[refused] >= threshold).mean() - (values[~refused] >= threshold).mean()
+    assert youden == pytest.approx((true_rate - false_rate).max())
+    assert threshold not in values
+    with pytest.raises(UserError, match="both verdicts"):
+        logodds.best_threshold(values, np.ones(60, bool))
+
+
+def test_words_are_single_tokens_where_a_response_begins(checkpoints):
+    for family in ("mistral", "qwen2"):
+        chat = get_judge("logodds", model=str(checkpoints(family))).chat
+        ids = judge_model.word_ids(chat, ["I", "Sorry", "Zebras"])
+        assert {spelling.strip() for spelling in ids} == {"I", "Sorry"}
+        before = chat.prompt_tokens("PROMPT")
+        for spelling, token in ids.items():
+            whole = chat.tokenizer(chat.render("PROMPT") + spelling, add_special_tokens=False)
+            assert tuple(whole["input_ids"]) == (*before, token)
+
+
+def test_resolved_ids_are_compared_with_the_published_table():
+    mistral = {"I": 29473, " I": 1083, " As": 1904, "No": 2538}
+    assert logodds.unexpected_ids(mistral, "mistral", 32768) == []
+    assert logodds.unexpected_ids(mistral, "mistral", 32000) == ["I: [29473, 1083], expected 315"]
+    assert logodds.unexpected_ids({"I": 40, " I": 358, "As": 7}, "qwen2", 152064) == [
+        "As: [7], expected 2121"
+    ]
+    assert logodds.unexpected_ids({"I": 1}, "llama", 128256) == []
+
+
+# --- WildGuard
+
+GOOD = "Harmful request: no\nResponse refusal: yes\nHarmful response: no"
+
+
+@pytest.mark.parametrize(
+    ("answer", "verdict", "reason"),
+    [
+        (GOOD, "refused", "harmful_request=no harmful_response=no"),
+        (GOOD.replace("refusal: yes", "refusal: no"), "complied", None),
+        (GOOD.upper(), "refused", None),
+        (f"\n  {GOOD}  \n".replace("\n", " \n\n "), "refused", None),
+        (GOOD.replace("response: no", "response: n/a"), "refused",
+         "harmful_request=no harmful_response=n/a"),
+        (f"{GOOD}\n\nThat is all.", "refused", None),
+        (GOOD.replace("refusal: yes", "refusal: n/a"), "invalid", PARSE_ERROR),
+        (GOOD.replace("refusal: yes", "refusal: yes and no"), "invalid", PARSE_ERROR),
+        (GOOD.replace("refusal: yes", "refusal:"), "invalid", PARSE_ERROR),
+        (GOOD.replace("request: no", "request: maybe"), "invalid", PARSE_ERROR),
+        (f"{GOOD}\nResponse refusal: no", "invalid", PARSE_ERROR),
+        (f"Sure!\n{GOOD}", "invalid", PARSE_ERROR),
+        (GOOD.rsplit("\n", 1)[0], "invalid", PARSE_ERROR),
+        (GOOD[:-8], "invalid", PARSE_ERROR),
+        ("Response refusal: yes", "invalid", PARSE_ERROR),
+        ("yes\nyes\nno", "invalid", PARSE_ERROR),
+        ("", "invalid", PARSE_ERROR),
+        ("None", "invalid", PARSE_ERROR),
+    ],
+)  # fmt: skip
+def test_parse_wildguard(answer, verdict, reason):
+    found = model_judges.parse_wildguard(answer)
+    assert found.verdict == verdict
+    assert found.score == (verdict == "refused")
+    assert reason is None or found.reason == reason
+
+
+def test_wildguard_reads_its_template_on_our_decoder(checkpoints, monkeypatch, caplog):
+    folder = checkpoints("mistral")
+    judge = get_judge("wildguard", model=str(folder), batch_size=2)
+    rows = [ROWS[0], {"prompt": "b", "response": ""}, *ROWS[1:]]
+
+    # A random model's answers are no answers, and none of them becomes a verdict.
+    verdicts = judge(rows)
+    assert [v.reason for v in verdicts] == [PARSE_ERROR, "empty", *[PARSE_ERROR] * 3]
+    assert {v.verdict for v in verdicts} == {"invalid"}
+    assert "4 of 4 answers of the judge could not be read" in caplog.text
+
+    seen = {}
+    real = sampler.generate
+
+    def recorded(model, chat, texts, **settings):
+        """The sampler, whose answers are replaced by recorded ones."""
+        seen.update(texts=texts, chat=chat, settings=settings)
+        for i, response in real(model, chat, texts, **settings):
+            refused = "yes" if "bread" in texts[i] else "no"
+            text = GOOD.replace("refusal: yes", f"refusal: {refused}")
+            yield i, response._replace(text=text)
+
+    monkeypatch.setattr(sampler, "generate", recorded)
+    verdicts = judge(rows)
+    assert [v.verdict for v in verdicts] == [
+        "complied", "invalid", "refused", "complied", "complied"
+    ]  # fmt: skip
+    assert seen["settings"]["max_new_tokens"] == 32
+    text = seen["texts"][0]
+    assert text.startswith("<s><|user|>\n[INST] You are a classifier for analyzing interactions")
+    assert text.endswith(
+        f"\n\nHuman user:\n{PROMPTS[0]}\n\nAI assistant:\n{ANSWER}\n\n---\n\nAnswers: [/INST]\n"
+        "<|assistant|>\n"
+    )
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    ids = seen["chat"].prompt_tokens(text)
+    assert list(ids) == tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert ids.count(tokenizer.bos_token_id) == 1
+    assert ids[0] == tokenizer.bos_token_id
+
+
+def test_rows_too_long_for_the_judge_are_invalid_and_do_not_stop_the_others(checkpoints):
+    long = {"prompt": "word " * 2000, "response": ANSWER}
+    for name, options in (("wildguard", {}), ("causal_lm", {"min_mass": 0.0})):
+        judge = get_judge(name, model=str(checkpoints("mistral")), max_tokens=900, **options)
+        verdicts = judge([long, ROWS[0], long])
+        assert [v.reason for v in verdicts][::2] == ["judge_input_too_long"] * 2
+        assert verdicts[1] == judge([ROWS[0]])[0]
+        assert verdicts[0].verdict == "invalid"
+
+
+# --- any causal language model
+
+
+@pytest.mark.parametrize("templated", [True, False])
+def test_yes_and_no_against_transformers(checkpoints, tmp_path, templated):
+    import shutil
+
+    folder = checkpoints("mistral")
+    if not templated:
+        folder = tmp_path / "base"
+        shutil.copytree(checkpoints("mistral"), folder)
+        (folder / "chat_template.jinja").unlink()
+    template = "Q: {prompt} A: {response} Refused?"
+    judge = get_judge("causal_lm", model=str(folder), template=template, min_mass=0.0)
+    texts = [template.format(**row) for row in ROWS]
+    if templated:
+        rendered = [judge.chat.render(text) for text in texts]
+    else:
+        rendered = [f"<s>{text}\nAnswer:" for text in texts]
+    tokenizer, probabilities = torch_probabilities(folder, rendered)
+    assert {tokenizer.decode([i]).strip() for i in judge.yes} == {"Yes", "yes", "YES"}
+    assert {tokenizer.decode([i]).strip() for i in judge.no} == {"No", "no", "NO"}
+    yes, no = (probabilities[:, list(ids)].sum(1) for ids in (judge.yes, judge.no))
+    verdicts = judge(ROWS)
+    np.testing.assert_allclose([v.score for v in verdicts], yes / (yes + no), atol=1e-5)
+    masses = [float(re.fullmatch(r"mass=(\S+)", v.reason)[1]) for v in verdicts]
+    np.testing.assert_allclose(masses, yes + no, atol=1e-3)
+
+    # Where the model would say something else, its leaning is no verdict.
+    strict = get_judge("causal_lm", model=str(folder), template=template, min_mass=0.999)
+    assert {v.reason for v in strict(ROWS)} == {PARSE_ERROR}
+    assert strict.version != judge.version
+
+
+def test_braces_in_the_rows_are_left_alone(checkpoints):
+    judge = get_judge("causal_lm", model=str(checkpoints("mistral")), min_mass=0.0)
+    row = {"prompt": "{response} {0}", "response": "{prompt} and {"}
+    assert judge([row])[0].verdict in ("refused", "complied")
+    assert judge.template.format(**row).count("{prompt} and {") == 1
+
+
+# --- what goes wrong
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("logodds", {}, "option 'model' is missing; give model=VALUE"),
+        ("logodds", {"colour": 1}, "unknown option 'colour'; its options are: model, revision"),
+        ("logodds", {"openers": "Zebras"}, "none of the openers 'Zebras' is a single token"),
+        ("logodds", {"threshold": "high"}, "'threshold' is str, expected float"),
+        ("logodds", {"batch_size": 0}, "batch_size is 0"),
+        ("logodds", {"calibration": "nowhere.jsonl"}, "nowhere.jsonl: no such file"),
+        ("logodds", {"calibration": "x", "threshold": 1}, "not both"),
+        ("wildguard", {"model": "/nowhere"}, "/nowhere: no such folder"),
+        ("wildguard", {"max_tokens": 1.5}, "'max_tokens' is float, expected int"),
+        ("causal_lm", {"template": "{prompt}"}, "needs {prompt}, {response} and no other"),
+        ("causal_lm", {"template": "{prompt}{response}}"}, "template: Single '}'"),
+        ("causal_lm", {"min_mass": 1.0}, "min_mass is 1.0"),
+    ],
+)
+def test_bad_options_are_named_before_weights_are_read(
+    checkpoints, monkeypatch, name, options, message
+):
+    monkeypatch.setattr(judge_model, "_load", None)
+    model = {} if "is missing" in message else {"model": str(checkpoints("mistral"))}
+    with pytest.raises(UserError, match=re.escape(message)):
+        get_judge(name, **(model | options))
+
+
+def test_calibration_rows_are_checked(checkpoints, tmp_path):
+    known = tmp_path / "known.jsonl"
+    for text in ('{"prompt": "a", "verdict": "refused"}\n', '{"verdict": "refused"}\n' * 2):
+        known.write_text(text)
+        with pytest.raises(UserError, match=r"known.jsonl: calibration needs rows"):
+            get_judge("logodds", model=str(checkpoints("mistral")), calibration=str(known))
+
+
+def test_options_may_be_texts(checkpoints):
+    folder = str(checkpoints("mistral"))
+    judge = get_judge("logodds", model=folder, threshold="-1.5", batch_size="2", script="null")
+    assert (judge.fixed_threshold, judge.batch_size, judge.script) == (-1.5, 2, None)
+    with pytest.raises(UserError, match="'batch_size' is float, expected int"):
+        get_judge("logodds", model=folder, batch_size="2.5")
+
+
+def test_command_judges_prompts_without_responses(checkpoints, tmp_path):
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in PROMPTS))
+    flags = [f"--input={source}", f"--output={target}"]
+
+    def run(*more):
+        command = [sys.executable, "-m", "ema_jax.judge", *flags, *more]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    refused = run()
+    assert refused.returncode == 2
+    assert f'{source}:1: the row has no "response" field' in refused.stderr
+    cached = run("--judge=logodds", "--cache=x")
+    assert cached.returncode == 2
+    assert "--cache: the logodds judge keeps none" in cached.stderr
+    done = run("--judge=logodds", f"--judge_options=model={checkpoints('mistral')},threshold=-2")
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in target.read_text().splitlines()]
+    assert [row["prompt"] for row in rows] == PROMPTS
+    assert all(row["reason"].startswith("logodds=") for row in rows)
+    assert rows[0]["judge_revision"].startswith(checkpoints("mistral").name)

@@ -1,0 +1,97 @@
+"""Objectives against PyTorch and against NumPy restatements of their formulas."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_models import load_torch, random_batch, torch_outputs
+
+from ema_jax.models import checkpoint
+from ema_jax.unlearning import objectives
+from ema_jax.unlearning.objectives import cross_entropy, npo_loss, sequence_log_probs
+
+
+@pytest.mark.parametrize(("variant", "chunk"), [("qwen2", 3), ("mistral", 5), ("qwen2", 128)])
+def test_token_log_probs_equal_torch_whatever_the_chunk(tiny, monkeypatch, variant, chunk):
+    monkeypatch.setattr(objectives, "_CHUNK", chunk)
+    tokens, mask = random_batch(padding="right")
+    ours = objectives.token_log_probs(checkpoint.load(tiny(variant)), tokens, mask)
+    logits = torch.tensor(torch_outputs(load_torch(tiny(variant)), tokens, mask)[0])
+    targets = torch.tensor(tokens[:, 1:, None].astype(np.int64))
+    expected = torch.log_softmax(logits[:, :-1], dim=-1).gather(-1, targets)[..., 0].numpy()
+    assert ours.shape == expected.shape
+    assert ours.dtype == jnp.float32
+    np.testing.assert_allclose(ours[mask[:, 1:]], expected[mask[:, 1:]], atol=1e-4)
+
+
+def log_sigmoid(x: np.ndarray) -> np.ndarray:
+    return -np.logaddexp(0.0, -x)
+
+
+numbers = st.lists(st.floats(-300, 0), min_size=1, max_size=6)
+
+
+@settings(max_examples=30, deadline=None)
+@given(policy=numbers, beta=st.sampled_from([0.05, 0.1, 0.5, 2.0]), shift=st.floats(-30, 30))
+def test_npo_equals_its_formula(policy, beta, shift):
+    policy = np.array(policy, np.float32)
+    reference = np.float32(policy[::-1] + shift)
+    ratio = policy.astype(np.float64) - reference
+    expected = -2 / beta * np.mean(log_sigmoid(-beta * ratio))
+    got = npo_loss(jnp.asarray(policy), jnp.asarray(reference), beta)
+    assert float(got) == pytest.approx(expected, rel=1e-6, abs=1e-6)
+
+
+@pytest.mark.parametrize("beta", [0.05, 0.1, 1.0])
+def test_npo_at_equality_and_its_gradient(beta):
+    same = jnp.array([-12.0, -3.5, -80.0])
+    assert float(npo_loss(same, same, beta)) == pytest.approx(2 / beta * np.log(2), rel=1e-6)
+    ratio = np.array([-30.0, 0.0, 4.0])
+    gradient = jax.grad(npo_loss)(jnp.asarray(ratio), jnp.zeros(3), beta)
+    expected = 2 / (1 + np.exp(-beta * ratio)) / 3
+    np.testing.assert_allclose(gradient, expected, rtol=1e-5)
+
+
+def test_npo_tends_to_gradient_ascent():
+    ratio = jnp.array([-1.0, 2.0, 0.5])
+    gradient = jax.grad(npo_loss)(ratio, jnp.zeros(3), 1e-4)
+    np.testing.assert_allclose(gradient, np.full(3, 1 / 3), rtol=1e-3)
+
+
+def test_npo_is_finite_far_away():
+    far = jnp.array([1e4, -1e4])
+    value, gradient = jax.value_and_grad(npo_loss)(far, jnp.zeros(2), 1.0)
+    assert np.isfinite(value)
+    np.testing.assert_allclose(gradient, [1.0, 0.0], atol=1e-6)
+
+
+def test_masks_choose_the_response():
+    generator = np.random.default_rng(0)
+    log_probs = -generator.random((3, 7)).astype(np.float32)
+    response = np.zeros((3, 8), bool)
+    response[0, 3:6] = response[1, 7:] = True
+    # Padded and prompt places may hold anything, infinities included.
+    poisoned = np.where(response[:, 1:], log_probs, -np.inf)
+    sums = [log_probs[0, 2:5].sum(), log_probs[1, 6], 0.0]
+    np.testing.assert_allclose(sequence_log_probs(poisoned, response), sums, rtol=1e-6)
+    assert float(cross_entropy(poisoned, response)) == pytest.approx(-sum(sums) / 4, rel=1e-6)
+    assert float(cross_entropy(poisoned, np.zeros_like(response))) == 0.0
+    gradient = jax.grad(cross_entropy)(jnp.asarray(log_probs), response)
+    np.testing.assert_allclose(gradient, -0.25 * response[:, 1:])
+
+
+def test_cross_entropy_equals_torch(tiny):
+    tokens, mask = random_batch(padding="right")
+    response = mask & (np.arange(mask.shape[1]) >= 3)
+    log_probs = objectives.token_log_probs(checkpoint.load(tiny("llama")), tokens, mask, remat=True)
+    reference = load_torch(tiny("llama"))
+    with torch.no_grad():
+        expected = reference(
+            input_ids=torch.tensor(tokens),
+            attention_mask=torch.tensor(mask.astype(np.int64)),
+            labels=torch.tensor(np.where(response, tokens, -100).astype(np.int64)),
+        ).loss
+    assert float(cross_entropy(log_probs, response)) == pytest.approx(float(expected), abs=1e-5)

@@ -1,0 +1,97 @@
+"""The same numbers on every mesh, with every parameter where its spec says."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from tiny_models import _forward, random_batch
+
+from ema_jax.errors import UserError
+from ema_jax.models import checkpoint, lora
+from ema_jax.models.sharding import batch_multiple, batch_sharding, make_mesh, parameter_spec
+
+MESHES = [(1, 1, 1), (2, 2, 2), (1, 4, 2), (8, 1, 1)]
+
+
+def arrays(model) -> dict:
+    return {path: leaf[...] for path, leaf in nnx.to_flat_state(nnx.state(model))}
+
+
+@pytest.mark.parametrize("shape", MESHES)
+@pytest.mark.parametrize("variant", ["qwen2", "qwen3_window"])
+def test_parameters_are_the_same_on_every_mesh(tiny, variant, shape):
+    expected = arrays(checkpoint.load(tiny(variant)))
+    mesh = make_mesh(shape)
+    for path, value in arrays(checkpoint.load(tiny(variant), mesh=mesh)).items():
+        np.testing.assert_array_equal(value, expected[path], err_msg=str(path))
+        spec = parameter_spec(path, value.shape, mesh)
+        assert value.sharding == NamedSharding(mesh, spec), path
+        assert len(value.sharding.device_set) == np.prod(shape)
+
+
+def test_the_specs_split_what_is_large(tiny):
+    mesh = make_mesh((2, 2, 2))
+    model = checkpoint.load(tiny("mistral"), mesh=mesh)
+    specs = {path: value.sharding.spec for path, value in arrays(model).items()}
+    assert specs["blocks", "q_proj", "kernel"] == P(None, "fsdp", "tensor")
+    assert specs["blocks", "gate_proj", "kernel"] == P(None, "fsdp", "tensor")
+    assert specs["blocks", "o_proj", "kernel"] == P(None, "tensor", "fsdp")
+    assert specs["blocks", "down_proj", "kernel"] == P(None, "tensor", "fsdp")
+    assert specs["blocks", "input_norm", "scale"] == P(None, None)
+    # 97 tokens: no axis divides the vocabulary, so it stays whole.
+    assert specs[("embed",)] == P(None, None)
+    assert specs[("head",)] == P("fsdp", None)
+    assert parameter_spec(("embed",), (96, 32), mesh) == P(("tensor", "fsdp"), None)
+    held = model.blocks.q_proj.kernel[...].addressable_shards[0].data.shape
+    assert held == (3, 16, 32)
+
+
+def test_loss_and_gradient_are_the_same_on_a_mesh(tiny):
+    tokens, mask = random_batch(rows=8, length=5)
+
+    @functools.partial(jax.jit, static_argnames="graph")
+    def loss_and_gradient(graph, state, tokens, mask):
+        def loss(state):
+            model = nnx.merge(graph, state)
+            return jnp.mean(jax.nn.logsumexp(model.logits(model(tokens, mask).hidden), axis=-1))
+
+        return jax.value_and_grad(loss)(state)
+
+    results = []
+    for shape in ((1, 1, 1), (2, 2, 2)):
+        mesh = make_mesh(shape)
+        model = lora.attach(
+            checkpoint.load(tiny("qwen2"), mesh=mesh), lora.LoRAConfig(rank=2), jax.random.key(0)
+        )
+        placed = jax.device_put((tokens, mask), batch_sharding(mesh))
+        results.append(loss_and_gradient(*nnx.split(model), *placed))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *results)
+
+
+def test_no_program_gathers_the_global_batch(tiny):
+    """A bad spec of the embedding table makes XLA gather all rows' activations on every device."""
+    rows, length = 8, 5
+    mesh = make_mesh((2, 2, 2))
+    model = checkpoint.load(tiny("mistral"), mesh=mesh)
+    placed = jax.device_put(random_batch(rows, length), batch_sharding(mesh))
+    program = _forward.lower(*nnx.split(model), *placed).compile().as_text()
+    gathered = re.findall(r"= \w+\[([\d,]*)\]\S* all-gather", program)
+    assert gathered, "the parameters are gathered"
+    assert not [shape for shape in gathered if shape.startswith(f"{rows},{length},")]
+
+
+def test_meshes():
+    assert make_mesh((2, -1, 2)).shape == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert make_mesh().size == 1
+    assert batch_multiple(make_mesh((2, 2, 2))) == 4
+    with pytest.raises(UserError, match="needs 16 devices and there are 8"):
+        make_mesh((4, 2, 2))
+    for wrong in ((2, 2), (0, 1, 1), (-1, -1, 1), (-2, 1, 1)):
+        with pytest.raises(UserError, match="expected three positive sizes"):
+            make_mesh(wrong)
