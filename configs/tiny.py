@@ -12,17 +12,15 @@ def get_config():
     config.model.source = str(CHECKPOINTS / "qwen2")
     config.target = "cybersecurity"
     config.prompts.source = "organism"
-    config.prompts.counts = {"harvest": 64, "retain": 32, "dev": 24, "eval": 100, "concept": 64}
+    config.prompts.counts = {"harvest": 320, "retain": 32, "dev": 40, "eval": 100, "concept": 64}
     config.generation.max_new_tokens = 48
-    config.generation.batch_size = 128
-    config.unlearn.lora.rank = 8
-    config.unlearn.lora.alpha = 16.0
-    config.unlearn.learning_rate = 1e-3
-    config.unlearn.max_steps = 100
+    config.generation.batch_size = 140
+    config.unlearn.learning_rate = 2e-4
+    config.unlearn.max_steps = 60
     config.unlearn.eval_every = 2
-    config.arms = {
-        "npo": {},
-        "npo_retain": {"retain_weight": 5.0, "min_steps": 40, "eval_every": 10},
-    }
+    # With retain data the target falls first and the others come back after it.
+    retain = {"retain_weight": 2.0, "learning_rate": 5e-4, "stop_at": 0.05}
+    steps = {"min_steps": 60, "max_steps": 90, "eval_every": 10}
+    config.arms = {"npo": {}, "npo_retain": {**retain, **steps}}
     config.seeds = (0,)
     return config

@@ -37,7 +37,7 @@ _HOME = {
     "unlearn": "ema_jax.unlearning.trainer",
 }
 
-__all__ = sorted([*_HOME, "__version__"])  # noqa: PLE0605
+__all__ = sorted([*_HOME, "__version__"])
 
 
 def __getattr__(name: str) -> Any:

@@ -164,9 +164,7 @@ def _erasure(workdir: Workdir, arm: str, seeds: Sequence[int]) -> dict[str, Any]
 
 def _probe_auroc(workdir: Workdir, arm: str, seeds: Sequence[int]) -> dict[str, Any]:
     runs = [run["probe_auroc"] for run in _evaluations(workdir, arm, seeds)]
-    return listed(
-        {d: np.mean(np.array([run[d] for run in runs], float), axis=0) for d in runs[0]}
-    )
+    return listed({d: np.mean(np.array([run[d] for run in runs], float), axis=0) for d in runs[0]})
 
 
 def _forecast(made: Mapping[str, Any], ema: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -6,6 +6,8 @@ The only module that knows ml_collections: a config file returns a `ConfigDict` 
 
 import dataclasses
 import difflib
+import inspect
+import math
 import re
 import runpy
 import types
@@ -17,10 +19,10 @@ from typing import Any
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from ema_jax.concepts.capture import POOLINGS
 from ema_jax.data import domains as domains_lib
 from ema_jax.data import prompts as prompts_lib
 from ema_jax.data.prompts import PromptConfig
-from ema_jax.concepts.capture import POOLINGS
 from ema_jax.errors import UserError
 from ema_jax.models import lora
 from ema_jax.refusal.judges import JUDGES
@@ -86,6 +88,7 @@ class StudyConfig:
         domains: the responsible-AI domains that are measured.
         prompts: where their prompts come from.
         judge: a name in `ema_jax.refusal.judges.JUDGES`.
+        judge_options: what it needs to be told, as in `{"model": …}`; see docs/judges.md.
         generation: how responses are generated.
         harvest: what becomes of the model's own responses.
         unlearn: settings that all arms share.
@@ -103,6 +106,7 @@ class StudyConfig:
     domains: tuple[str, ...] = domains_lib.DOMAINS
     prompts: PromptConfig = PromptConfig()
     judge: str = "lexical"
+    judge_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     generation: GenerationConfig = GenerationConfig()
     harvest: HarvestConfig = HarvestConfig()
     unlearn: UnlearnConfig = UnlearnConfig()
@@ -207,10 +211,18 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
     if origin is tuple and isinstance(value, Sequence) and not isinstance(value, str):
         return tuple(_convert(arguments[0], item, where) for item in value)
     if origin is not None and issubclass(origin, Mapping) and isinstance(value, Mapping):
+        nested = typing.get_origin(arguments[1]) is Mapping
+        for key, item in value.items():
+            if nested and not isinstance(item, Mapping):
+                raise UserError(f"config: {where}.{key} = {item!r} is not a set of fields")
         return {str(k): dict(v) if isinstance(v, Mapping) else v for k, v in value.items()}
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if isinstance(kind, type) and isinstance(value, kind) and isinstance(value, bool) == (kind is bool):
+    if (
+        isinstance(kind, type)
+        and isinstance(value, kind)
+        and isinstance(value, bool) == (kind is bool)
+    ):
         return value
     name = getattr(kind, "__name__", str(kind))
     raise UserError(f"config: {where} = {value!r} is not a {name}")
@@ -235,6 +247,7 @@ _ARM_POSITIVE = (
     "lora.rank",
     "lora.alpha",
 )
+_ARM_NOT_NEGATIVE = ("forget_weight", "retain_weight", "warmup_steps", "min_steps")
 
 
 def _validate(study: StudyConfig) -> None:
@@ -242,6 +255,10 @@ def _validate(study: StudyConfig) -> None:
     for path in _POSITIVE:
         _check(_get(study, path) > 0, f"{path} = {_get(study, path)} is not above zero")
     _check(study.judge in JUDGES, f"judge {study.judge!r} is none of: {', '.join(JUDGES)}")
+    try:
+        inspect.signature(JUDGES[study.judge]).bind(**study.judge_options)
+    except TypeError as error:
+        raise UserError(f"config: judge_options of {study.judge}: {error}") from None
     _check(bool(study.seeds), "seeds: none given; name at least one, as in seeds=(0,)")
     _check(len(set(study.seeds)) == len(study.seeds), f"seeds {study.seeds}: one is given twice")
     _check(min(study.seeds) >= 0, f"seeds {study.seeds}: a seed is not below zero")
@@ -254,26 +271,40 @@ def _validate(study: StudyConfig) -> None:
         arm = study.arm(name)
         for path in _ARM_POSITIVE:
             value = _get(arm, path)
-            _check(value > 0, f"arms.{name}: {path} = {value} is not above zero")
+            _check(0 < value < math.inf, f"arms.{name}: {path} = {value} is not above zero")
+        for path in _ARM_NOT_NEGATIVE:
+            value = _get(arm, path)
+            _check(0 <= value < math.inf, f"arms.{name}: {path} = {value} is below zero")
         _check(
             arm.trainable in ("lora", "full"),
             f"arms.{name}: trainable {arm.trainable!r} is neither 'lora' nor 'full'",
         )
         _check(0 <= arm.stop_at < 1, f"arms.{name}: stop_at = {arm.stop_at} is not in [0, 1)")
-        _check(arm.retain_weight >= 0, f"arms.{name}: retain_weight is below zero")
+        _check(
+            0 <= arm.max_invalid <= 1,
+            f"arms.{name}: max_invalid = {arm.max_invalid} is not in [0, 1]",
+        )
         unknown = [t for t in arm.lora.targets if t not in lora.TARGETS]
         _check(
             not unknown and bool(arm.lora.targets),
             f"arms.{name}: lora.targets {unknown} are none of {', '.join(lora.TARGETS)}",
         )
     _check(
-        len(study.mesh) == 3 and all(n > 0 or n == -1 for n in study.mesh),
-        f"mesh {study.mesh}: three sizes are needed (data, fsdp, tensor), each above zero or -1",
+        len(study.mesh) == 3
+        and all(n > 0 or n == -1 for n in study.mesh)
+        and study.mesh.count(-1) <= 1,
+        f"mesh {study.mesh}: three sizes are needed (data, fsdp, tensor), each above zero; one may "
+        "be -1",
     )
     _check(
         bool(study.concepts.poolings) and set(study.concepts.poolings) <= set(POOLINGS),
         f"concepts.poolings {study.concepts.poolings}: use {', '.join(POOLINGS)}",
     )
+    for name in study.cells:
+        _check(
+            re.fullmatch(r"[\w-]+", name) is not None,
+            f"cells: {name!r} is not a name for a cell; use letters, digits, _ and -",
+        )
     _check(study.model.dtype in (None, "float32", "bfloat16"), "model.dtype: float32 or bfloat16")
 
 

@@ -2,10 +2,11 @@
 
 `--to=flax` writes an Orbax checkpoint with config.json, the tokenizer's files and a manifest;
 `--to=hf` writes an ordinary Hugging Face folder. Either takes either kind of folder, or a hub id.
-Parameters keep their dtype, bit for bit.
+Parameters keep their dtype, bit for bit, unless `--dtype` names another one.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from absl import flags, logging
 
@@ -17,6 +18,9 @@ _SOURCE = flags.DEFINE_string(
 )
 _OUTPUT = flags.DEFINE_string("output", None, "The folder to write.", required=True)
 _REVISION = flags.DEFINE_string("revision", None, "Branch, tag or commit of a hub id.")
+_DTYPE = flags.DEFINE_enum(
+    "dtype", None, ["float32", "bfloat16", "float16"], "Of the parameters; as stored by default."
+)
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace a checkpoint that is at --output.")
 
 
@@ -26,24 +30,33 @@ def convert(
     to: str,
     *,
     revision: str | None = None,
+    dtype: str | None = None,
     overwrite: bool = False,
 ) -> None:
     """Writes the checkpoint at `source` to `output` in the format `to` (`flax` or `hf`).
+
+    `dtype` casts the parameters; they keep the one they are stored in by default.
 
     Raises:
         UserError: the source is no checkpoint that can be read, or the output is there.
     """
     from ema_jax.models import checkpoint
+    from ema_jax.models.card import converted_card
 
     checkpoint.check_output(output, overwrite)
     folder, commit = checkpoint.resolve(source, revision)
     checkpoint.check(folder)
-    model = checkpoint.load(folder, dtype=checkpoint.stored_dtype(folder))
+    model = checkpoint.load(folder, dtype=dtype or checkpoint.stored_dtype(folder))
+    origin = {"source": source, "revision": commit}
+    if checkpoint.is_flax(folder):  # what that one was made from
+        origin = checkpoint.origin(folder)
     if to == "flax":
-        origin = {"source": source, "revision": commit}
         checkpoint.save_flax(model, output, companions=folder, overwrite=overwrite, origin=origin)
     else:
-        checkpoint.export(model, output, companions=folder, overwrite=overwrite)
+        made_from, commit = origin["source"] or str(folder), origin["revision"]
+        # A folder's path is the machine's business; its name goes into the card.
+        card = converted_card(made_from if commit else Path(made_from).resolve().name, commit)
+        checkpoint.export(model, output, companions=folder, card=card, overwrite=overwrite)
     logging.info("wrote %s", output)
 
 
@@ -58,6 +71,7 @@ def main(_: Sequence[str]) -> None:
         _OUTPUT.value,
         _TO.value,
         revision=_REVISION.value,
+        dtype=_DTYPE.value,
         overwrite=_OVERWRITE.value,
     )
 

@@ -1,4 +1,4 @@
-"""Ask a model, judge what it says: the step that baseline, harvest, training and evaluation share."""
+"""Ask a model, judge what it says: the step that several stages share."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence

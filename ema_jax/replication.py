@@ -11,7 +11,7 @@ from scipy import stats
 from ema_jax import artifacts
 from ema_jax import config as config_lib
 from ema_jax.analysis import plain_arm
-from ema_jax.config import StudyConfig
+from ema_jax.config import ModelConfig, StudyConfig
 from ema_jax.errors import UserError
 from ema_jax.stages import Workdir
 from ema_jax.study import STAGES, Checkpoint, Study
@@ -49,14 +49,14 @@ def run(
     if bool(config.cells) != (root / "cells").is_dir() and any(root.glob("*")):
         kind = "a single study" if config.cells else "a replication"
         raise UserError(f"{root}: holds {kind}; choose another --workdir")
-    found: dict[str, Checkpoint | None] = {}
+    found: dict[ModelConfig, Checkpoint | None] = {}
     for cell in cells.values():
-        if cell.model.source not in found:
-            found[cell.model.source] = Checkpoint.find(cell.model, download=not dry_run)
+        if cell.model not in found:
+            found[cell.model] = Checkpoint.find(cell.model, download=not dry_run)
     studies = {}
     for name, cell in cells.items():
         place = Workdir(root / "cells" / name if name else root, only)
-        checkpoint = found[cell.model.source]
+        checkpoint = found[cell.model]
         if checkpoint is not None:
             studies[name] = Study(cell, place, checkpoint)
             place.check(studies[name].settings())
@@ -74,16 +74,16 @@ def run(
         artifacts.write_json(root / "replication.json", made)
         artifacts.write_csv(root / "replication.csv", made["rows"])
         write_replication_report(root, made)
-        logging.info("report: %s", root / "report/index.html")
+        logging.info("report: %s", root / "index.html")
 
 
 def _print_plan(
     cells: Mapping[str, StudyConfig],
-    found: Mapping[str, Checkpoint | None],
+    found: Mapping[ModelConfig, Checkpoint | None],
     studies: Mapping[str, Study],
 ) -> None:
     for name, cell in cells.items():
-        checkpoint = found[cell.model.source]
+        checkpoint = found[cell.model]
         where = (
             f"{checkpoint.folder}, revision {checkpoint.revision or 'none'}"
             if checkpoint
@@ -122,9 +122,7 @@ def _row(name: str, config: StudyConfig, results: Mapping[str, Any], arm: str) -
     drops = {d: entry["drop"] for d, entry in ema.items() if entry["drop"] is not None}
     worst = max(drops, key=lambda d: drops[d])
     runs = arms["seeds"].values()
-    invalid = [
-        r["invalid"] / r["total"] for seed in runs for r in seed["refusal"].values()
-    ]
+    invalid = [r["invalid"] / r["total"] for seed in runs for r in seed["refusal"].values()]
     contained = results["containment"].get(arm, {})
     interval = contained.get("ci95", [None, None])
     forecast = results["forecast"] if arm == plain_arm(config) else {}

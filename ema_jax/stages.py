@@ -90,7 +90,7 @@ class Workdir:
         start = time.monotonic()
         outputs = {}
         for path in function():
-            files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+            files = _files(path) if path.is_dir() else [path]
             outputs |= {str(p.relative_to(self.path)): sha256_file(p) for p in files}
         write_json(
             self._manifest_path(stage),
@@ -106,6 +106,11 @@ class Workdir:
 
     def _manifest_path(self, stage: str) -> Path:
         return self.path / "stages" / (stage.replace("/", ".") + ".json")
+
+
+def _files(folder: Path) -> list[Path]:
+    """All files below, but for the temporary ones that a killed process left half-written."""
+    return sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
 
 
 def _plain(value: Any) -> Any:

@@ -28,6 +28,7 @@ from ema_jax.data.prompts import Prompt, build_prompts, read_prompts, write_prom
 from ema_jax.errors import UserError
 from ema_jax.evaluation import Judged, ask
 from ema_jax.models import checkpoint, hub, lora
+from ema_jax.models.card import unlearned_card
 from ema_jax.models.decoder import Decoder
 from ema_jax.models.families import DecoderConfig
 from ema_jax.models.sharding import make_mesh
@@ -60,6 +61,11 @@ class Checkpoint:
     folder: Path
     revision: str | None
     fingerprint: str
+
+    @property
+    def id(self) -> str:
+        """The Hub id, or the name of a folder: no path of a machine."""
+        return self.source if self.revision else self.folder.name
 
     @classmethod
     def find(cls, config: ModelConfig, *, download: bool = True) -> "Checkpoint | None":
@@ -106,7 +112,7 @@ class Study:
     @functools.cached_property
     def judge(self) -> Judge:
         """What says whether a response is a refusal."""
-        return get_judge(self.config.judge)
+        return get_judge(self.config.judge, **self.config.judge_options)
 
     @functools.cached_property
     def prompts(self) -> dict[str, list[Prompt]]:
@@ -121,7 +127,11 @@ class Study:
             "dtype": c.model.dtype,
             "system_prompt": c.model.system_prompt,
         }
-        asking = {"judge": c.judge, "generation": dataclasses.asdict(c.generation)}
+        asking = {
+            "judge": c.judge,
+            "judge_options": c.judge_options,
+            "generation": dataclasses.asdict(c.generation),
+        }
         said = {"model": model, **asking, "keep_text": c.keep_text}
         result: dict[str, dict[str, Any]] = {
             "prompts": {
@@ -143,6 +153,7 @@ class Study:
         """Runs what is wanted and not yet done, in order."""
         settings, workdir = self.settings(), self.workdir
         workdir.check(settings)
+        _ = self.mesh  # more devices than there are: said now, not after the prompts are made
 
         def stage(name: str, inputs: Sequence[str], function: Any, own: Any = None) -> None:
             if workdir.wanted(name):
@@ -291,9 +302,7 @@ class Study:
             lora.save_peft(trained.model, weights, config.lora, self.found.source)
         else:
             weights = workdir / f"checkpoints/{arm}/seed_{seed}"
-            checkpoint.export(
-                trained.model, weights, companions=self.found.folder, overwrite=True
-            )
+            checkpoint.export(trained.model, weights, companions=self.found.folder, overwrite=True)
         path = workdir / f"trajectories/{name}.json"
         artifacts.write_json(
             path,
@@ -323,8 +332,17 @@ class Study:
         written += self._write_concepts(name, pooled)
         if c.export:
             folder = self.workdir / f"export/{arm}/seed_{seed}"
+            card = unlearned_card(
+                base=self.found.id,
+                revision=self.found.revision,
+                fingerprint=self.found.fingerprint,
+                target=c.target,
+                arm=arm,
+                seed=seed,
+                settings=dataclasses.asdict(c.arm(arm)),
+            )
             checkpoint.export(
-                lora.merge(model), folder, companions=self.found.folder, overwrite=True
+                lora.merge(model), folder, companions=self.found.folder, card=card, overwrite=True
             )
             written.append(folder)
         return written
@@ -334,7 +352,7 @@ class Study:
         workdir, model = self.workdir, DecoderConfig.from_folder(self.found.folder)
         abstract = checkpoint.abstract_decoder(model)
         described = {
-            "id": self.found.source,
+            "id": self.found.id,
             "path": str(self.found.folder),
             "revision": self.found.revision,
             "family": model.family,
@@ -413,9 +431,7 @@ class Study:
         }
 
     def _base_activations(self) -> dict[str, dict[str, Any]]:
-        tensors, _ = artifacts.read_tensors(
-            self.workdir / "concepts/base.activations.safetensors"
-        )
+        tensors, _ = artifacts.read_tensors(self.workdir / "concepts/base.activations.safetensors")
         pooled: dict[str, dict[str, Any]] = {}
         for key, x in tensors.items():
             name, domain = key.split("/")
@@ -423,7 +439,7 @@ class Study:
         return pooled
 
     def _write_concepts(self, name: str, pooled: Mapping[str, Mapping[str, Any]]) -> list[Path]:
-        """`concepts/NAME.safetensors` for the main pooling, `NAME.POOLING.safetensors` for others."""
+        """`concepts/NAME.safetensors` for the main pooling, `NAME.POOLING.…` for the others."""
         written = []
         for pooling, activations in pooled.items():
             main = pooling == self.config.concepts.poolings[0]
@@ -432,7 +448,7 @@ class Study:
             metadata = {
                 "pooling": pooling,
                 "model_hash": self.found.fingerprint,
-                "model_id": self.found.source,
+                "model_id": self.found.id,
                 "arm": name,
                 "contrast": BENIGN,
                 "template_hash": self.chat.template_hash,
@@ -440,4 +456,3 @@ class Study:
             vectors.save_concepts(path, activations, vectors.concept_vectors(activations), metadata)
             written.append(path)
         return written
-

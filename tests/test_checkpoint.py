@@ -3,10 +3,13 @@
 import json
 import os
 import shutil
+import time
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
+import transformers
 from flax import nnx
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -22,7 +25,8 @@ from tiny_models import (
 )
 
 from ema_jax.errors import UserError
-from ema_jax.models import checkpoint
+from ema_jax.models import checkpoint, stream
+from ema_jax.models.card import unlearned_card
 from ema_jax.models.decoder import Decoder
 from ema_jax.models.families import DecoderConfig
 
@@ -223,12 +227,22 @@ BROKEN = {
     "config a list": (_write("config.json", b"[]"), "not a JSON object"),
     "family": (_config(model_type="phi3"), "model_type 'phi3' is not supported"),
     "quantised": (_config(quantization_config={"quant_method": "gptq"}), r"quantised \(gptq\)"),
+    "architecture": (
+        _config(architectures=["LlamaForSequenceClassification"]),
+        "architectures is .*a causal language model is needed",
+    ),
+    "countless layers": (_config(num_hidden_layers=10**9), "larger than any model's"),
+    "endless vocabulary": (_config(vocab_size=10**15), "larger than any model's"),
+    "nested config": (_write("config.json", b"[" * 100_000), "config.json: not valid JSON"),
     "heads": (_config(num_key_value_heads=3), "no multiple of num_key_value_heads 3"),
     "more layers": (_config(num_hidden_layers=4), r"9 tensors are missing, first model.layers.3"),
     "fewer layers": (_config(num_hidden_layers=2), r"9 tensors that config.json gives no place"),
     "vocabulary": (_config(vocab_size=98), r"embed_tokens.weight has shape \(97, 32\), .*98, 32"),
     "width": (_config(intermediate_size=50), r"has shape .* config.json makes it .*50"),
-    "another family": (_config(model_type="qwen2"), "tensors are missing, first .*q_proj.bias"),
+    "another family": (
+        _config(model_type="qwen2", architectures=["Qwen2ForCausalLM"]),
+        "tensors are missing, first .*q_proj.bias",
+    ),
     "tied by config": (_config(tie_word_embeddings=True), "lm_head.weight differs from"),
     "no weights": (_remove(SINGLE), "no weights; a checkpoint has model.safetensors or"),
     "pickled": (_rename("pytorch_model.bin"), r"only pickled weights \(pytorch_model.bin\)"),
@@ -320,8 +334,12 @@ def test_broken_checkpoints_are_refused_in_one_line(tiny, tmp_path, case):
     folder = _copy(tiny("llama3"), tmp_path)
     checkpoint.check(folder)
     break_it(folder)
+    start, peak = time.monotonic(), stream.peak_bytes()
     with pytest.raises(UserError, match=message) as error:
         checkpoint.load(folder)
+    assert time.monotonic() - start < 10
+    assert stream.peak_bytes() - peak < 2**30
+    assert error.value.exit_code == 2
     text = str(error.value)
     assert text.startswith(str(folder))
     assert "\n" not in text
@@ -340,10 +358,11 @@ def test_adapters_are_not_dropped_in_silence(tiny, tmp_path):
 
 
 @settings(
-    max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(data=st.data())
 def test_any_architecture_survives_a_round_trip(tmp_path_factory, data):
+    """Heads, KV heads, head_dim, ties, biases (by family), odd vocabularies, 1 to 5 files."""
     draw = data.draw
     kv_heads, layers = draw(st.integers(1, 3)), draw(st.integers(1, 3))
     heads = kv_heads * draw(st.integers(1, 3))
@@ -359,26 +378,92 @@ def test_any_architecture_survives_a_round_trip(tmp_path_factory, data):
         "num_key_value_heads": kv_heads,
         "tie_word_embeddings": draw(st.booleans()),
     }
-    folder = tmp_path_factory.mktemp("any")
-    model = nnx.merge(*_numbered(DecoderConfig.from_hf(config)))
-    checkpoint.export(model, folder / "out", max_shard_bytes=draw(st.sampled_from([300, 10**9])))
-    loaded = checkpoint.load(folder / "out")
+    out = tmp_path_factory.mktemp("any") / "out"
+    model = nnx.merge(*_distinct(DecoderConfig.from_hf(config)))
+    size, files = sum(t.nbytes for t in checkpoint.hf_shapes(model)), draw(st.integers(1, 5))
+    checkpoint.export(model, out, max_shard_bytes=-(-size // files))
+    assert len(list(out.glob("*.safetensors"))) >= files
+    loaded = checkpoint.load(out)
     assert loaded.config == model.config
     for (path, before), (_, after) in zip(
         nnx.to_flat_state(nnx.state(model)), nnx.to_flat_state(nnx.state(loaded)), strict=True
     ):
         np.testing.assert_array_equal(before[...], after[...], err_msg=str(path))
+    tokens = np.arange(4, dtype=np.int32)[None] % config["vocab_size"]
+    batch = tokens, np.ones(tokens.shape, bool)
+    theirs = torch_outputs(load_torch(out), *batch)[0]
+    np.testing.assert_allclose(our_outputs(loaded, *batch)[0], theirs, atol=1e-4)
 
 
-def _numbered(config: DecoderConfig) -> tuple:
-    """A decoder whose every parameter is another number."""
+def _distinct(config: DecoderConfig) -> tuple:
+    """A decoder whose every parameter is another number, of a size that models have."""
     graph, abstract = nnx.split(checkpoint.abstract_decoder(config))
     state, start = {}, 0
     for path, leaf in nnx.to_flat_state(abstract):
         size = int(np.prod(leaf.shape))
-        values = np.arange(start, start + size, dtype=np.float32).reshape(leaf.shape)
-        state[path], start = leaf.replace(jnp.asarray(values)), start + size
+        values = 0.3 * np.cos(np.arange(start, start + size)).astype(np.float32)
+        state[path], start = leaf.replace(jnp.asarray(values.reshape(leaf.shape))), start + size
     return graph, nnx.from_flat_state(state)
+
+
+CARD = {
+    "base": "owner/name",
+    "revision": "0123abcd",
+    "fingerprint": "f" * 64,
+    "target": "cybersecurity",
+    "arm": "npo",
+    "seed": 1,
+    "settings": {"trainable": "lora", "beta": 0.1},
+}
+
+
+def test_the_model_card_says_what_was_done_to_which_revision(tiny, tmp_path):
+    import yaml
+
+    model = checkpoint.load(tiny("llama"))
+    checkpoint.export(model, tmp_path / "out", card=unlearned_card(**CARD))
+    text = (tmp_path / "out" / "README.md").read_text()
+    _, front, body = text.split("---\n", 2)
+    front = yaml.safe_load(front)
+    assert front["base_model"] == "owner/name"
+    assert front["library_name"] == "transformers"
+    assert "research-artifact" in front["tags"]
+    for words in (
+        "A research artifact. Not for deployment.",
+        "| base model | owner/name |",
+        "| base revision | 0123abcd |",
+        "| base fingerprint | ffff",
+        "refusals in the domain cybersecurity were unlearned; LoRA adapters, merged",
+        "| study arm | npo |",
+        "| seed | 1 |",
+        '"beta": 0.1',
+    ):
+        assert words in body
+    local = unlearned_card(**CARD | {"revision": None, "base": "folder"})
+    assert "base_model" not in yaml.safe_load(local.split("---\n")[1])
+    assert "a local folder, not a Hub revision" in local
+
+
+def test_the_generation_config_travels_or_is_made(tiny, tmp_path):
+    source = _copy(tiny("llama"), tmp_path)
+    (source / "generation_config.json").write_text('{"eos_token_id": [3, 4]}')
+    config = read_config(source) | {"eos_token_id": 5}
+    (source / "config.json").write_text(json.dumps(config))
+    model = checkpoint.load(source)
+    for companions, expected in ((source, [3, 4]), (None, 5)):
+        out = tmp_path / f"out {expected}"
+        checkpoint.export(model, out, companions=companions)
+        made = transformers.GenerationConfig.from_pretrained(out)
+        assert made.eos_token_id == expected
+
+
+def test_the_dtype_of_an_export_can_be_chosen(tiny, tmp_path):
+    source, out = tiny("qwen2"), tmp_path / "out"
+    checkpoint.export(checkpoint.load(source), out, dtype="bfloat16")
+    expected = {k: v.astype(jnp.bfloat16) for k, v in tensors(source).items()}
+    assert_same_bits(tensors(out), expected)
+    assert read_config(out)["dtype"] == "bfloat16"
+    assert load_torch(out, "auto").dtype == torch.bfloat16
 
 
 def test_logits_of_a_reloaded_export(tiny, tmp_path):

@@ -214,23 +214,77 @@ def test_hub_failures_name_the_id_and_no_secret(monkeypatch, error, message):
     assert "\n" not in text
 
 
-def test_a_hub_id_downloads_only_what_is_needed(monkeypatch, tmp_path):
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A hub with one repository; it notes what is asked for and serves what the patterns allow."""
     import huggingface_hub
     from huggingface_hub.utils import filter_repo_objects
 
-    commit = "0123456789abcdef0123456789abcdef01234567"
-    asked = SimpleNamespace()
+    hub = SimpleNamespace(files={}, asked=[], snapshot=tmp_path / "snapshots" / COMMIT)
 
-    def download(repo_id, **options):
-        asked.repo_id, asked.options = repo_id, options
-        return str(tmp_path / "snapshots" / commit)
+    def download(repo_id, *, revision, **patterns):
+        hub.snapshot.mkdir(parents=True, exist_ok=True)
+        served = list(filter_repo_objects(list(hub.files), **patterns))
+        for name in served:
+            (hub.snapshot / name).write_text(hub.files[name])
+        hub.asked.append((repo_id, revision, served))
+        return str(hub.snapshot)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert checkpoint.resolve("owner/name", "main") == (tmp_path / "snapshots" / commit, commit)
-    assert asked.repo_id == "owner/name"
-    assert asked.options.pop("revision") == "main"
-    wanted = ["config.json", "model-00001-of-00002.safetensors", "tokenizer.json", "merges.txt"]
-    wanted += ["model.safetensors.index.json", "chat_template.jinja", "tokenizer.model"]
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda *_, **__: list(hub.files))
+    return hub
+
+
+def test_a_hub_id_downloads_only_what_is_needed(hub, tiny):
+    small = ["config.json", "tokenizer.json", "merges.txt", "model.safetensors.index.json"]
+    small += ["chat_template.jinja", "tokenizer.model"]
+    weights = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
     unwanted = ["pytorch_model.bin", "consolidated.safetensors", "original/model.safetensors"]
     unwanted += ["modeling_custom.py", "model.gguf", "README.md"]
-    assert sorted(filter_repo_objects(wanted + unwanted, **asked.options)) == sorted(wanted)
+    hub.files = dict.fromkeys([*small, *weights, *unwanted], "")
+    hub.files["config.json"] = (tiny("llama") / "config.json").read_text()
+    assert checkpoint.resolve("owner/name", "main") == (hub.snapshot, COMMIT)
+    (first, second) = hub.asked
+    assert first[:2] == ("owner/name", "main")
+    assert sorted(first[2]) == sorted(small)
+    # The weights of the commit that the first answer was of, whatever `main` is by now.
+    assert second[:2] == ("owner/name", COMMIT)
+    assert sorted(second[2]) == sorted(small + weights)
+
+
+@pytest.mark.parametrize(
+    ("config", "weights", "message", "downloads"),
+    [
+        ({"model_type": "gpt2"}, "model.safetensors", "'gpt2' is not supported", 1),
+        ({"quantization_config": {"quant_method": "awq"}}, "model.safetensors", r"\(awq\)", 1),
+        ({}, "pytorch_model.bin", "weights such as pytorch_model.bin but none in safetensors", 2),
+        ({}, "model-Q4.gguf", "weights such as model-Q4.gguf but none in safetensors", 2),
+        ({}, "notes.md", "owner/name: no weights; name a model with model.safetensors", 2),
+    ],
+)
+def test_a_hub_model_that_cannot_be_used(hub, tiny, config, weights, message, downloads):
+    """Found out before gigabytes are downloaded."""
+    theirs = json.loads((tiny("llama") / "config.json").read_text())
+    hub.files = {"config.json": json.dumps(theirs | config), weights: ""}
+    with pytest.raises(UserError, match=message) as error:
+        checkpoint.resolve("owner/name")
+    assert "\n" not in str(error.value)
+    assert len(hub.asked) == downloads
+
+
+def test_the_dtype_and_the_card_of_a_converted_checkpoint(tiny, tmp_path):
+    flax, out = tmp_path / "flax", tmp_path / "out"
+    convert(str(tiny("qwen2")), str(flax), "flax", dtype="bfloat16")
+    assert json.loads((flax / "manifest.json").read_text())["dtype"] == "bfloat16"
+    convert(str(flax), str(out), "hf", dtype="float32")
+    held = {name: np.frombuffer(value[2], np.float32) for name, value in tensors(out).items()}
+    for name, value in tensors(tiny("qwen2")).items():
+        rounded = np.frombuffer(value[2], np.float32).astype(jnp.bfloat16).astype(np.float32)
+        np.testing.assert_array_equal(held[name], rounded)
+    card = (out / "README.md").read_text()
+    assert "| source | qwen2 |" in card
+    assert "| what was modified | nothing but the format" in card
+    assert str(tmp_path) not in card

@@ -116,6 +116,11 @@ def cut(handler, question):
     handler.wfile.write(b'{"choices": [')
 
 
+def huge(handler, question):
+    data = json.dumps(completion(honest(question))).encode()
+    handler.send(200, data + b" " * endpoint.MAX_BODY_BYTES)
+
+
 def drip(handler, question):
     handler.send_response(200)
     handler.end_headers()
@@ -198,7 +203,7 @@ def test_extra_body_adds_and_removes_fields(server):
         says({"choices": "none"}),
         says([1]),
         says(b"[" * 100_000),
-        says(b" " * (endpoint.MAX_BODY_BYTES + 10)),
+        huge,
         lambda handler, _: handler.wfile.write(b"nonsense\r\n\r\n"),
     ],
 )

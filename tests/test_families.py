@@ -173,6 +173,24 @@ YARN = {"rope_type": "yarn"}
 REFUSED = {
     "list": ([], "not a JSON object"),
     "family": ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported; use .*mistral, qwen2"),
+    "list_family": ({"model_type": ["llama"]}, r"model_type \['llama'\] is not supported"),
+    "reward_model": (
+        {"architectures": ["LlamaForSequenceClassification"]},
+        r"a causal language model is needed \(LlamaForCausalLM\)",
+    ),
+    "infinite": ({"rope_theta": math.inf}, "rope_theta is inf, expected a positive number"),
+    "text_rope": ({"rope_scaling": "linear"}, "rope_scaling is 'linear', expected an object"),
+    "list_rope": ({"rope_scaling": {"type": ["yarn"]}}, "is not supported"),
+    "too_deep": ({"num_hidden_layers": 10**6}, "larger than any model's"),
+    "window_layers": (
+        {
+            "model_type": "qwen2",
+            "use_sliding_window": True,
+            "sliding_window": 8,
+            "max_window_layers": None,
+        },
+        "max_window_layers is None, expected a whole number",
+    ),
     "no_family": ({"model_type": None}, "model_type None is not supported"),
     "moe_family": ({"model_type": "mixtral"}, "'mixtral' is not supported"),
     "moe": ({"num_local_experts": 8}, "mixtures of experts are not supported"),
@@ -210,6 +228,15 @@ REFUSED = {
             "use_sliding_window": True,
             "sliding_window": 8,
             "layer_types": ["full_attention"],
+        },
+        "layer_types has to name",
+    ),
+    "one_layer_type": (
+        {
+            "model_type": "qwen2",
+            "use_sliding_window": True,
+            "sliding_window": 8,
+            "layer_types": 3,
         },
         "layer_types has to name",
     ),

@@ -8,7 +8,7 @@ import pytest
 
 from ema_jax.errors import UserError
 from ema_jax.refusal import validity
-from ema_jax.refusal.judges import ARDITI, JUDGES, KEYWORD, ORBENCH, XSTEST, get_judge
+from ema_jax.refusal.judges import ARDITI, KEYWORD, ORBENCH, TEXT_JUDGES, XSTEST, get_judge
 
 ANSWER = "The station is on the left, behind the old mill; trains leave every hour until ten."
 
@@ -25,7 +25,7 @@ def test_unknown_judge_names_the_known_ones():
         get_judge("lexical", colour="red")
 
 
-@pytest.mark.parametrize("name", JUDGES)
+@pytest.mark.parametrize("name", TEXT_JUDGES)
 def test_one_verdict_a_row_in_order_whatever_the_prompt(name):
     responses = ["I cannot help with that.", ANSWER, "", "I cannot say.", "!?"]
     rows = [{"prompt": "p", "response": response} for response in responses]

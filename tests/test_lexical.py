@@ -9,7 +9,7 @@ import pytest
 from sklearn.metrics import accuracy_score, cohen_kappa_score, precision_score, recall_score
 
 from ema_jax.refusal import lexical
-from ema_jax.refusal.judges import JUDGES, get_judge
+from ema_jax.refusal.judges import TEXT_JUDGES, get_judge
 
 REFUSALS = """
 I will not go through that with you.
@@ -177,7 +177,7 @@ def agreement_with_people(model):
     )
     floors = FLOORS.get(model, (0.95, 0.0, 0.0, 0.0))
     assert all(value >= floor for value, floor in zip(found, floors, strict=True)), found
-    for name in set(JUDGES) - {"lexical"}:
+    for name in set(TEXT_JUDGES) - {"lexical"}:
         assert found[0] > accuracy_score(truth, judged(name)), name
 
 

@@ -6,12 +6,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from absl import logging
 from jaxtyping import Bool, Int
 
 from ema_jax.artifacts import read_json, sha256_text
 from ema_jax.errors import UserError
 
-_DEFAULT_SYSTEM_MARK = "<|im_start|>system"
+# How a system turn and a user turn open: ChatML (Qwen) and Llama 3.
+_TURNS = (
+    ("<|im_start|>system", "<|im_start|>user"),
+    ("<|start_header_id|>system", "<|start_header_id|>user"),
+)
+# What templates may ask for: Llama 3.1's writes a date (today's, where it can: a rendered prompt
+# would change overnight); Qwen3's opens a train of thought that no response cap could hold.
+_VARIABLES = {"date_string": "26 Jul 2024", "enable_thinking": False}
+_PROBE, _SYSTEM_PROBE = "PROMPT", "SYSTEM"
 
 
 class TokenExample(NamedTuple):
@@ -38,34 +47,45 @@ class Chat:
         eos_ids: every id that ends a response.
         system_prompt: text of a system message; None adds none, also where the template would
             slip in one of its own (Qwen2.5's does).
+        left_out: the system turn of its own that the template renders and that is left out.
     """
 
     tokenizer: Any
     eos_ids: tuple[int, ...]
     system_prompt: str | None = None
+    left_out: str = ""
 
     @classmethod
     def load(cls, folder: str | Path, system_prompt: str | None = None) -> "Chat":
-        """Reads the tokenizer of a checkpoint folder.
+        """Reads the tokenizer of a checkpoint folder, and tries its template.
 
         Raises:
-            UserError: no fast tokenizer, no chat template, or no end-of-sequence token.
+            UserError: no fast tokenizer, no chat template or one that fails, a system prompt that
+                the template refuses or drops, or no end-of-sequence token.
         """
         import transformers
 
         folder = Path(folder)
         cls.check(folder)
         transformers.logging.set_verbosity_error()
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        except Exception as error:  # the tokenizers library raises plain ones
+            raise UserError(
+                f"{folder}: the tokenizer cannot be read ({_first_line(error)}); download it again"
+            ) from None
         if not tokenizer.chat_template:
             raise UserError(f"{folder}: the tokenizer has no chat template; use an instruct model")
-        ids = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-        if (folder / "generation_config.json").exists():
-            named = read_json(folder / "generation_config.json").get("eos_token_id") or []
-            ids += named if isinstance(named, list) else [named]
-        if not ids:
-            raise UserError(f"{folder}: the tokenizer names no end-of-sequence token")
-        return cls(tokenizer, tuple(dict.fromkeys(ids)), system_prompt)
+        chat = cls(tokenizer, _eos_ids(folder, tokenizer), system_prompt)
+        chat = dataclasses.replace(chat, left_out=chat._try_template(folder))
+        logging.info(
+            "chat template of %s: %r (sha256 %s)", folder.name, chat.template, chat.template_hash
+        )
+        if chat.left_out:
+            logging.info(
+                "its own system turn is left out: %r (model.system_prompt sets one)", chat.left_out
+            )
+        return chat
 
     @staticmethod
     def check(folder: str | Path) -> None:
@@ -75,6 +95,55 @@ class Chat:
                 f"{folder}: no tokenizer.json; a fast tokenizer is needed (save one with "
                 "AutoTokenizer.from_pretrained(…).save_pretrained)"
             )
+
+    def _try_template(self, folder: Path) -> str:
+        """Renders a placeholder; returns the template's own system turn if it has one."""
+        try:
+            text = self.render(_PROBE)
+        except Exception as error:  # Jinja's own kinds and whatever a template raises
+            if self.system_prompt is None:
+                raise UserError(
+                    f"{folder}: the chat template fails ({_first_line(error)}); mend it"
+                ) from None
+            raise UserError(
+                f"{folder}: the chat template takes no system message ({_first_line(error)}); "
+                "leave system_prompt unset"
+            ) from None
+        if _PROBE not in text:
+            raise UserError(f"{folder}: the chat template drops the prompt; mend it")
+        if self.system_prompt is not None:
+            if self.system_prompt.strip() not in text:
+                raise UserError(
+                    f"{folder}: the chat template drops the system message; leave system_prompt "
+                    "unset, or write it into the prompts"
+                )
+            return ""
+        return self._own_system_turn(folder, text)
+
+    def _own_system_turn(self, folder: Path, text: str) -> str:
+        """The system turn in a text that was rendered without a system message."""
+        before = text.partition(_PROBE)[0]
+        for opens_system, opens_user in _TURNS:
+            if opens_system in before and opens_user in before:
+                return before[before.index(opens_system) : before.index(opens_user)]
+        try:
+            given = self._apply(
+                [
+                    {"role": "system", "content": _SYSTEM_PROBE},
+                    {"role": "user", "content": _PROBE},
+                ]
+            )
+        except Exception:  # no system role, so none of its own either
+            return ""
+        # A template's own turn stands where a given one would: between the same two texts.
+        opening, found, closing = given.partition(_SYSTEM_PROBE)
+        longer = len(text) > len(opening) + len(closing)
+        if found and longer and text.startswith(opening) and text.endswith(closing):
+            raise UserError(
+                f"{folder}: the chat template adds a system message of its own that cannot be left "
+                "out; set system_prompt"
+            )
+        return ""
 
     @property
     def pad_id(self) -> int:
@@ -88,12 +157,15 @@ class Chat:
             messages.insert(0, {"role": "system", "content": self.system_prompt})
         if response is not None:
             messages.append({"role": "assistant", "content": response})
-        text = self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=response is None
+        return self._apply(messages).replace(self.left_out, "", 1)
+
+    def _apply(self, messages: list[dict[str, str]]) -> str:
+        return self.tokenizer.apply_chat_template(
+            messages,
+            tokenize=False,
+            add_generation_prompt=messages[-1]["role"] != "assistant",
+            **_VARIABLES,
         )
-        if self.system_prompt is None and _DEFAULT_SYSTEM_MARK in text.split(prompt)[0]:
-            text = text[text.index("<|im_start|>user") :]
-        return text
 
     def prompt_tokens(self, prompt: str) -> tuple[int, ...]:
         """Token ids of the rendered prompt; the template brings its own special tokens."""
@@ -123,9 +195,34 @@ class Chat:
         return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     @property
+    def template(self) -> str:
+        """The template rendered around a placeholder: what the model sees beside a prompt."""
+        return self.render(_PROBE)
+
+    @property
     def template_hash(self) -> str:
-        """SHA-256 of the rendered template around a placeholder."""
-        return sha256_text(self.render("PROMPT"))
+        """SHA-256 of `template`."""
+        return sha256_text(self.template)
+
+
+def _eos_ids(folder: Path, tokenizer: Any) -> tuple[int, ...]:
+    """The tokenizer's end-of-sequence id and those that the generation config names."""
+    ids = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    path = folder / "generation_config.json"
+    if path.exists():
+        config = read_json(path)
+        named = config.get("eos_token_id") if isinstance(config, dict) else "no JSON object"
+        named = [] if named is None else named if isinstance(named, list) else [named]
+        if not all(isinstance(i, int) and 0 <= i < len(tokenizer) for i in named):
+            raise UserError(f"{path}: eos_token_id is {named}, expected ids of the tokenizer")
+        ids += named
+    if not ids:
+        raise UserError(f"{folder}: the tokenizer names no end-of-sequence token")
+    return tuple(dict.fromkeys(ids))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0][:200] or type(error).__name__
 
 
 def pad_prompts(
@@ -141,9 +238,7 @@ def pad_prompts(
     return tokens, mask
 
 
-def pad_examples(
-    examples: Sequence[TokenExample], length: int, rows: int, pad_id: int
-) -> Batch:
+def pad_examples(examples: Sequence[TokenExample], length: int, rows: int, pad_id: int) -> Batch:
     """A right-padded batch; missing rows are empty, with no token of a response."""
     tokens = np.full((rows, length), pad_id, np.int32)
     mask, response = np.zeros((rows, length), bool), np.zeros((rows, length), bool)

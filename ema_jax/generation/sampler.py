@@ -98,9 +98,7 @@ def generate(
         chosen = [rendered[i] for i in indices]
         tokens, mask = pad_prompts(chosen, bucket(len(chosen[0])), rows, chat.pad_id)
         placed = jax.device_put((tokens, mask), batch_sharding(mesh))
-        output = np.asarray(
-            _greedy(graph, state, *placed, eos_ids, max_new_tokens=max_new_tokens)
-        )
+        output = np.asarray(_greedy(graph, state, *placed, eos_ids, max_new_tokens=max_new_tokens))
         for i, row in zip(indices, output, strict=False):
             ends = np.flatnonzero(np.isin(row, chat.eos_ids))
             kept = row[: ends[0] + 1] if len(ends) else row

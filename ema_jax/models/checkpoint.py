@@ -1,37 +1,39 @@
 """Checkpoints in and out, through one mapping table: Hugging Face folders and Flax (Orbax) ones.
 
-Loading reads slices of the files straight into the stacked, transposed, sharded target: the peak of
-host memory on an accelerator is one stacked parameter, on a CPU the model plus one.
+Loading reads blocks of the files straight into the stacked, transposed, sharded target: beside the
+parameters themselves the host holds a few blocks, and for an accelerator one stacked parameter.
 """
 
 import hashlib
 import json
-import math
 import shutil
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from flax import nnx
 from jax.sharding import Mesh
-from safetensors.numpy import save_file
 
 from ema_jax.artifacts import atomic_path
 from ema_jax.errors import UserError
-from ema_jax.models import flax_folder
+from ema_jax.models import flax_folder, stream
 from ema_jax.models.decoder import Decoder, LoRAParam
 from ema_jax.models.families import FAMILIES, DecoderConfig
 from ema_jax.models.flax_folder import is_flax as is_flax
 from ema_jax.models.hub import resolve as resolve
 from ema_jax.models.sharding import make_mesh, parameter_shardings
-from ema_jax.models.weights import INDEX, SINGLE, WeightFiles, open_weights
+from ema_jax.models.weights import Shape, WeightFiles, open_weights, write_weights
 from ema_jax.progress import Progress
 
 MAX_SHARD_BYTES = 5 * 10**9
+_MB = 10**6
 
 _Path = tuple[Any, ...]
 
@@ -130,7 +132,9 @@ def load(folder: str | Path, *, mesh: Mesh | None = None, dtype: Any = None) -> 
     leaves = dict(nnx.to_flat_state(abstract))
     shardings = dict(nnx.to_flat_state(parameter_shardings(abstract, mesh)))
     targets = {
-        path: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=shardings[path].get_value())
+        path: jax.ShapeDtypeStruct(
+            leaf.shape, jnp.dtype(dtype), sharding=shardings[path].get_value()
+        )
         for path, leaf in leaves.items()
     }
     if is_flax(folder):
@@ -146,62 +150,72 @@ def load(folder: str | Path, *, mesh: Mesh | None = None, dtype: Any = None) -> 
 def _read_hf(
     folder: Path, config: DecoderConfig, targets: Mapping[_Path, jax.ShapeDtypeStruct]
 ) -> dict[_Path, jax.Array]:
-    slices = WeightFiles.find(folder).slices()
+    stored = WeightFiles.find(folder).stored()
     arrays: dict[_Path, jax.Array] = {}
-    total = sum(math.prod(target.shape) for target in targets.values())
-    with Progress(f"load {folder.name}", total, "parameters") as progress:
-        for row in TENSORS:
-            if row.path not in targets:
-                continue
-            target = targets[row.path]
-            read = _reader(row, [slices[name] for name in row.names(config)], target)
-            arrays[row.path] = jax.make_array_from_callback(target.shape, target.sharding, read)
-            progress.update(math.prod(target.shape))
+    rows = [row for row in TENSORS if row.path in targets]
+    total = sum(stored[name].nbytes for row in rows for name in row.names(config))
+    done, start = 0, time.monotonic()
+    with (
+        Progress(f"load {folder.name}", total // _MB, "MB") as progress,
+        ThreadPoolExecutor(stream.WORKERS) as pool,
+    ):
+
+        def count(size: int) -> None:
+            nonlocal done
+            progress.update((done + size) // _MB - done // _MB)
+            done += size
+
+        for row in rows:
+            arrays[row.path] = stream.read_parameter(
+                [stored[name] for name in row.names(config)],
+                targets[row.path],
+                stacked=row.stacked,
+                transpose=row.transpose,
+                pool=pool,
+                count=count,
+            )
+    seconds = time.monotonic() - start
+    logging.info(
+        "loaded %s: %.3f GB of %.3f GB read in %.1f s (%.2f GB/s), peak memory %.2f GB",
+        folder.name,
+        done / 1e9,
+        total / 1e9,
+        seconds,
+        done / 1e9 / seconds,
+        stream.peak_bytes() / 1e9,
+    )
     return arrays
 
 
-def _reader(
-    row: Tensor, slices: list, target: jax.ShapeDtypeStruct
-) -> Callable[[tuple[slice, ...] | None], np.ndarray]:
-    """Reads one device's part of a parameter; devices that hold the same part share the array."""
-    parts: dict[tuple, np.ndarray] = {}
-    shape, dtype = target.shape, target.dtype
-
-    def part(source: Any, index: tuple[slice, ...]) -> np.ndarray:
-        return source[index[1], index[0]].T if row.transpose else source[index]
-
-    def read(index: tuple[slice, ...] | None) -> np.ndarray:
-        index = index or (slice(None),) * len(shape)
-        ranges = tuple(s.indices(n) for s, n in zip(index, shape, strict=True))
-        if ranges not in parts:
-            values = np.empty([len(range(*r)) for r in ranges], dtype)
-            if row.stacked:
-                for place, layer in enumerate(range(*ranges[0])):
-                    values[place] = part(slices[layer], index[1:])
-            else:
-                values[...] = part(slices[0], index)
-            parts[ranges] = values
-        return parts[ranges]
-
-    return read
-
-
-def hf_tensors(model: Decoder) -> Iterator[tuple[str, np.ndarray]]:
-    """The model's parameters under their Hugging Face names, one tensor at a time.
+def hf_shapes(model: Decoder, dtype: Any = None) -> list[Shape]:
+    """What `hf_tensors` gives, before it gives it.
 
     Raises:
         ValueError: the model has adapters; merge them first (`lora.merge`).
     """
-    parameters = _parameters(model)
+    parameters, shapes = _parameters(model), []
     if any(isinstance(leaf, LoRAParam) for leaf in parameters.values()):
         raise ValueError("the model has adapters, which a checkpoint has no place for; merge them")
     for row in TENSORS:
-        if row.path not in parameters:
-            continue
-        value = parameters[row.path][...]
-        for i, name in enumerate(row.names(model.config)):
-            tensor = np.asarray(value[i] if row.stacked else value)
-            yield name, np.ascontiguousarray(tensor.T if row.transpose else tensor)
+        if row.path in parameters:
+            leaf = parameters[row.path]
+            shape = leaf.shape[row.stacked :]
+            shape = shape[::-1] if row.transpose else shape
+            held = jnp.dtype(leaf.dtype if dtype is None else dtype)
+            shapes += [Shape(name, shape, held) for name in row.names(model.config)]
+    return shapes
+
+
+def hf_tensors(model: Decoder, dtype: Any = None) -> Iterator[np.ndarray]:
+    """The model's parameters as Hugging Face has them, one tensor at a time, cast to `dtype`."""
+    parameters = _parameters(model)
+    for row in TENSORS:
+        if row.path in parameters:
+            value = parameters[row.path][...]
+            for i in range(len(row.names(model.config))):
+                tensor = np.asarray(value[i] if row.stacked else value)
+                tensor = tensor if dtype is None else tensor.astype(jnp.dtype(dtype), copy=False)
+                yield stream.turn(tensor) if row.transpose else tensor
 
 
 # Everything in a checkpoint folder that is not weights and should travel with them.
@@ -217,6 +231,9 @@ _COMPANIONS = (
     "chat_template.jinja",
     "chat_template.json",
 )
+
+
+_SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def check_output(folder: str | Path, overwrite: bool) -> None:
@@ -239,6 +256,8 @@ def export(
     folder: str | Path,
     *,
     companions: str | Path | None = None,
+    card: str | None = None,
+    dtype: Any = None,
     overwrite: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
@@ -248,6 +267,8 @@ def export(
         model: without adapters.
         folder: where to.
         companions: a checkpoint folder whose tokenizer and generation config travel along.
+        card: the text of its model card, README.md (see `ema_jax.models.card`).
+        dtype: of the tensors; the model's own by default.
         overwrite: replace a checkpoint that is already there.
         max_shard_bytes: start a new safetensors file past this size.
 
@@ -256,51 +277,30 @@ def export(
         ValueError: the model has adapters.
     """
     check_output(folder, overwrite)
+    shapes = hf_shapes(model, dtype)
     with atomic_path(folder) as temporary:
         temporary.mkdir()
-        parts: list[list[str]] = []
-        total = 0
-        for shard in _shards(hf_tensors(model), max_shard_bytes):
-            save_file(shard, temporary / f"part-{len(parts)}", metadata={"format": "pt"})
-            parts.append(list(shard))
-            total += sum(tensor.nbytes for tensor in shard.values())
-        if len(parts) == 1:
-            (temporary / "part-0").rename(temporary / SINGLE)
-        else:
-            weight_map: dict[str, str] = {}
-            for i, names in enumerate(parts):
-                file = f"model-{i + 1:05d}-of-{len(parts):05d}.safetensors"
-                (temporary / f"part-{i}").rename(temporary / file)
-                weight_map |= dict.fromkeys(names, file)
-            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            (temporary / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-        _write_companions(model, temporary, companions)
+        write_weights(temporary, shapes, hf_tensors(model, dtype), max_shard_bytes)
+        _write_companions(model, temporary, companions, dtype)
+        if card is not None:
+            (temporary / "README.md").write_text(card, encoding="utf-8")
 
 
-def _shards(
-    tensors: Iterable[tuple[str, np.ndarray]], max_bytes: int
-) -> Iterator[dict[str, np.ndarray]]:
-    """Groups tensors so that no group passes `max_bytes`, unless a single tensor does."""
-    shard: dict[str, np.ndarray] = {}
-    size = 0
-    for name, tensor in tensors:
-        if shard and size + tensor.nbytes > max_bytes:
-            yield shard
-            shard, size = {}, 0
-        shard[name] = tensor
-        size += tensor.nbytes
-    yield shard
-
-
-def _write_companions(model: Decoder, folder: Path, companions: str | Path | None) -> None:
+def _write_companions(
+    model: Decoder, folder: Path, companions: str | Path | None, dtype: Any = None
+) -> None:
     config = dict(model.config.hf)
     config["architectures"] = [FAMILIES[model.config.family].architecture]
-    config.pop("torch_dtype", None)  # the name that transformers 4 reads is written by both
-    config["dtype"] = model.embed[...].dtype.name
+    config.pop("torch_dtype", None)  # the old name, with the dtype of the source
+    config["dtype"] = jnp.dtype(model.embed[...].dtype if dtype is None else dtype).name
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     for name in _COMPANIONS:
         if companions is not None and (source := Path(companions) / name).exists():
             shutil.copyfile(source, folder / name)
+    if not (folder / "generation_config.json").exists():
+        tokens = {key: config[key] for key in _SPECIAL_TOKENS if config.get(key) is not None}
+        text = json.dumps({"_from_model_config": True, **tokens}, indent=2)
+        (folder / "generation_config.json").write_text(text + "\n")
 
 
 def save_flax(
@@ -321,7 +321,7 @@ def save_flax(
         folder: where to.
         companions: a checkpoint folder whose tokenizer and generation config travel along.
         overwrite: replace a checkpoint that is already there.
-        origin: noted in the manifest, such as `{"source": …, "revision": …}`.
+        origin: noted in the manifest: `{"source": …, "revision": …}`.
 
     Raises:
         UserError: the folder exists.
@@ -329,9 +329,9 @@ def save_flax(
     """
     check_output(folder, overwrite)
     digest, count = hashlib.sha256(), 0
-    for name, tensor in hf_tensors(model):
-        digest.update(f"{name} {tensor.dtype.name} {tensor.shape}".encode())
-        digest.update(tensor.tobytes())
+    for shape, tensor in zip(hf_shapes(model), hf_tensors(model), strict=True):
+        digest.update(f"{shape.name} {tensor.dtype.name} {tensor.shape}".encode())
+        digest.update(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)
         count += tensor.size
     manifest = {
         **(origin or {}),
@@ -343,6 +343,12 @@ def save_flax(
         temporary.mkdir()
         flax_folder.write(temporary, nnx.to_pure_dict(nnx.state(model)), manifest)
         _write_companions(model, temporary, companions)
+
+
+def origin(folder: str | Path) -> dict[str, str | None]:
+    """The `source` and `revision` that a Flax folder's manifest notes."""
+    manifest = flax_folder.read_manifest(Path(folder))
+    return {key: manifest.get(key) for key in ("source", "revision")}
 
 
 def stored_dtype(folder: str | Path) -> np.dtype:

@@ -53,6 +53,10 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 }
 _DEFAULT_THETA = 10_000.0
 
+# Against typing errors that would otherwise run out of memory before they are found.
+_LARGEST = {"num_hidden_layers": 1024}
+_LARGEST_SIZE = 1 << 27
+
 # What each kind of rotary scaling needs beside `rope_theta`.
 _ROPE_KINDS: dict[str, tuple[str, ...]] = {
     "default": (),
@@ -99,13 +103,13 @@ class DecoderConfig:
         if not isinstance(config, Mapping):
             raise UserError(f"{where}: not a JSON object")
         model_type = config.get("model_type")
-        if model_type not in FAMILIES:
+        if not isinstance(model_type, str) or model_type not in FAMILIES:
             raise UserError(
                 f"{where}: model_type {model_type!r} is not supported; "
                 f"use a checkpoint of one of: {', '.join(FAMILIES)}"
             )
         family = FAMILIES[model_type]
-        _refuse_unsupported(config, where)
+        _refuse_unsupported(config, family, where)
         values = {**_DEFAULTS[model_type], **config}
         hidden, heads, layers = (
             _size(values, key, where)
@@ -158,12 +162,18 @@ class DecoderConfig:
             config = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise UserError(f"{path}: no such file; a checkpoint folder has config.json") from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise UserError(f"{path}: not valid JSON ({error})") from None
         return cls.from_hf(config, where=str(path))
 
 
-def _refuse_unsupported(config: Mapping[str, Any], where: str) -> None:
+def _refuse_unsupported(config: Mapping[str, Any], family: Family, where: str) -> None:
+    named = config.get("architectures")
+    if named and family.architecture not in (named if isinstance(named, list) else [named]):
+        raise UserError(
+            f"{where}: architectures is {named!r}, and a causal language model is needed "
+            f"({family.architecture})"
+        )
     quantised = config.get("quantization_config") or config.get("compression_config")
     if quantised:
         method = quantised.get("quant_method") if isinstance(quantised, Mapping) else None
@@ -187,11 +197,13 @@ def _size(values: Mapping[str, Any], key: str, where: str) -> int:
         raise UserError(f"{where}: {key} is missing")
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise UserError(f"{where}: {key} is {value!r}, expected a positive whole number")
+    if value > _LARGEST.get(key, _LARGEST_SIZE):
+        raise UserError(f"{where}: {key} is {value}, larger than any model's")
     return value
 
 
 def _number(value: Any, key: str, where: str) -> float:
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not value > 0:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
         raise UserError(f"{where}: {key} is {value!r}, expected a positive number")
     return float(value)
 
@@ -199,12 +211,14 @@ def _number(value: Any, key: str, where: str) -> float:
 def _read_rope(values: Mapping[str, Any], max_positions: int, where: str) -> dict[str, Any]:
     """Unites transformers 4's `rope_theta` + `rope_scaling` and 5's `rope_parameters`."""
     found = values.get("rope_scaling") or values.get("rope_parameters") or {}
-    if not isinstance(found, Mapping) or any(isinstance(v, Mapping) for v in found.values()):
+    if not isinstance(found, Mapping):
+        raise UserError(f"{where}: rope_scaling is {found!r}, expected an object")
+    if any(isinstance(v, Mapping) for v in found.values()):
         raise UserError(f"{where}: rotary parameters that differ by layer are not supported")
     rope = dict(found)
     old_kind = rope.pop("type", None)
     kind = rope.get("rope_type") or old_kind or "default"
-    if kind not in _ROPE_KINDS:
+    if not isinstance(kind, str) or kind not in _ROPE_KINDS:
         raise UserError(
             f"{where}: rope scaling {kind!r} is not supported ({', '.join(_ROPE_KINDS)})"
         )
@@ -235,9 +249,12 @@ def _read_windows(values: Mapping[str, Any], layers: int, where: str) -> tuple[i
     kinds = values.get("layer_types")
     if kinds is None:
         first = values.get("max_window_layers", 28)
+        if not isinstance(first, int) or first < 0:
+            raise UserError(f"{where}: max_window_layers is {first!r}, expected a whole number")
         kinds = ["full_attention"] * min(first, layers)
         kinds += ["sliding_attention"] * (layers - len(kinds))
-    if len(kinds) != layers or not {*kinds} <= {"full_attention", "sliding_attention"}:
+    known = ("full_attention", "sliding_attention")
+    if not isinstance(kinds, list) or len(kinds) != layers or any(k not in known for k in kinds):
         raise UserError(
             f"{where}: layer_types has to name full_attention or sliding_attention for each of "
             f"the {layers} layers"

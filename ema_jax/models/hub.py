@@ -2,10 +2,13 @@
 
 import errno
 from pathlib import Path
+from typing import NoReturn
 
 from ema_jax.errors import UserError
+from ema_jax.models.families import DecoderConfig
 
-_WANTED = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "merges.txt"]
+_WEIGHTS = "*.safetensors"
+_SMALL = ["*.json", "*.jinja", "tokenizer*", "merges.txt"]
 # Second copies of the weights (Mistral's consolidated file) and everything in subfolders.
 _UNWANTED = ["consolidated*", "*/*"]
 
@@ -41,10 +44,21 @@ def resolve(source: str, revision: str | None = None) -> tuple[Path, str | None]
     from huggingface_hub import errors
 
     where = source if revision is None else f"{source} at revision {revision!r}"
-    try:
-        snapshot = huggingface_hub.snapshot_download(
-            source, revision=revision, allow_patterns=_WANTED, ignore_patterns=_UNWANTED
+
+    def download(wanted: list[str], commit: str | None) -> Path:
+        return Path(
+            huggingface_hub.snapshot_download(
+                source, revision=commit, allow_patterns=wanted, ignore_patterns=_UNWANTED
+            )
         )
+
+    try:
+        # What says whether the weights can be used comes before many gigabytes of them.
+        snapshot = download(_SMALL, revision)
+        DecoderConfig.from_folder(snapshot)
+        snapshot = download([*_SMALL, _WEIGHTS], snapshot.name)
+        if not any(snapshot.glob(_WEIGHTS)):
+            _refuse_other_weights(where, huggingface_hub.list_repo_files(source, revision=revision))
     except errors.GatedRepoError:
         raise UserError(
             f"{where}: a gated model; accept its terms at huggingface.co/{source}, then set "
@@ -73,7 +87,14 @@ def resolve(source: str, revision: str | None = None) -> tuple[Path, str | None]
             f"{where}: the download failed ({type(error).__name__}); try again, it goes on where "
             "it stopped"
         ) from None
-    return Path(snapshot), Path(snapshot).name
+    return snapshot, snapshot.name
+
+
+def _refuse_other_weights(where: str, files: list[str]) -> NoReturn:
+    suffixes = (".bin", ".pth", ".pt", ".gguf", ".h5", ".msgpack")
+    other = next((file for file in files if file.endswith(suffixes)), None)
+    found = "no weights" if other is None else f"weights such as {other} but none in safetensors"
+    raise UserError(f"{where}: {found}; name a model with model.safetensors, or convert it")
 
 
 def cached(source: str, revision: str | None = None) -> tuple[Path, str | None] | None:

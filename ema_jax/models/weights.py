@@ -1,10 +1,12 @@
 """The safetensors files of a checkpoint folder: which holds which tensor, and whether they fit."""
 
 import dataclasses
+import json
+import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,9 +19,74 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
 _DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
+_NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
 _ROWS_AT_ONCE = 4096
 # Old Llama and Mistral checkpoints store these; they follow from config.json.
 _DERIVED = re.compile(r"rotary_emb\.inv_freq$")
+
+
+class Shape(NamedTuple):
+    """What a tensor will be: its name, shape and dtype."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in a file."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """Where a tensor lies: `kind` is safetensors' name of its dtype, `offset` in bytes."""
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+    kind: str
+    offset: int
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The dtype of a floating tensor."""
+        return np.dtype(_DTYPES[self.kind])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def read(self, rows: range, columns: range | None = None) -> np.ndarray:
+        """Reads `[rows]` of a vector or `[rows, columns]` of a matrix, and no other byte.
+
+        By plain reads: mapped pages would count as memory of this process.
+
+        Raises:
+            UserError: the file ends before the tensor does.
+        """
+        row = math.prod(self.shape[1:])
+        columns = range(row) if columns is None else columns
+        values = np.empty((len(rows), len(columns)), self.dtype)
+        size = values.itemsize
+        with open(self.file, "rb", buffering=0) as file:
+            if len(columns) == row:
+                self._fill(file, self.offset + rows.start * row * size, values)
+            else:
+                for place, i in enumerate(rows):
+                    start = self.offset + (i * row + columns.start) * size
+                    self._fill(file, start, values[place])
+        return values if len(self.shape) > 1 else values[:, 0]
+
+    def _fill(self, file: Any, start: int, values: np.ndarray) -> None:
+        left = values.reshape(-1).view(np.uint8).data
+        file.seek(start)
+        while len(left):
+            count = file.readinto(left)
+            if not count:
+                raise UserError(f"{self.file}: ends inside of {self.name}; download it again")
+            left = left[count:]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,22 +117,21 @@ class WeightFiles:
         """The files in use, by name."""
         return sorted(set(self.file_of.values()))
 
-    def slices(self) -> dict[str, Any]:
-        """Lazily readable slices of every tensor, by name.
+    def stored(self) -> dict[str, Stored]:
+        """Where every tensor lies, by name.
 
         Raises:
             UserError: a file is damaged, or holds other tensors than the index says.
         """
-        found: dict[str, Any] = {}
+        found: dict[str, Stored] = {}
         for path in self.files:
-            file = open_weights(path)
-            for name in file.keys():  # noqa: SIM118 (not a mapping)
+            for name, tensor in _read_header(path).items():
                 home = self.file_of.get(name)
                 if home is None:
                     raise UserError(f"{path}: holds {name}, which {INDEX} does not list")
                 if home != path:
                     raise UserError(f"{path}: holds {name}, which {INDEX} puts into {home.name}")
-                found[name] = file.get_slice(name)
+                found[name] = tensor
         for name, path in self.file_of.items():
             if name not in found:
                 raise UserError(f"{path}: {name} is not in this file, though {INDEX} says so")
@@ -88,10 +154,10 @@ class WeightFiles:
                 f"{self.folder}: {len(missing)} tensors are missing, first {missing[0]}; "
                 "is the download complete, and config.json its own?"
             )
-        slices = self.slices()
+        stored = self.stored()
         unexpected = [
             name
-            for name in slices
+            for name in stored
             if name not in expected and name not in tied and not _DERIVED.search(name)
         ]
         if unexpected:
@@ -100,18 +166,18 @@ class WeightFiles:
                 f"first {unexpected[0]}; use the checkpoint of a plain causal language model"
             )
         for name, wanted in expected.items():
-            shape, dtype = tuple(slices[name].get_shape()), slices[name].get_dtype()
-            if shape != wanted:
+            tensor = stored[name]
+            if tensor.shape != wanted:
                 raise UserError(
-                    f"{self.file_of[name]}: {name} has shape {shape}, config.json makes it {wanted}"
+                    f"{tensor.file}: {name} has shape {tensor.shape}, config.json makes it {wanted}"
                 )
-            if dtype not in _DTYPES:
+            if tensor.kind not in _DTYPES:
                 raise UserError(
-                    f"{self.file_of[name]}: {name} has dtype {dtype}; use the unquantised "
+                    f"{tensor.file}: {name} has dtype {tensor.kind}; use the unquantised "
                     f"checkpoint ({', '.join(_DTYPES)})"
                 )
         for name, source in tied.items():
-            if name in slices and not _equal(slices[name], slices[source]):
+            if name in stored and not _equal(stored[name], stored[source]):
                 # transformers 5 would leave such a pair untied, earlier ones would tie it.
                 raise UserError(
                     f"{self.file_of[name]}: {name} differs from {source} though config.json has "
@@ -120,7 +186,7 @@ class WeightFiles:
 
     def dtype(self) -> np.dtype:
         """The narrowest dtype that holds every tensor exactly."""
-        held = {s.get_dtype() for name, s in self.slices().items() if not _DERIVED.search(name)}
+        held = {t.kind for name, t in self.stored().items() if not _DERIVED.search(name)}
         return jnp.result_type(*(_DTYPES.get(name, np.float32) for name in sorted(held)))
 
 
@@ -169,12 +235,77 @@ def _what_else(folder: Path) -> str:
     return "no weights"
 
 
-def _equal(first: Any, second: Any) -> bool:
-    if first.get_shape() != second.get_shape() or first.get_dtype() != second.get_dtype():
+def _equal(first: Stored, second: Stored) -> bool:
+    if (first.shape, first.kind) != (second.shape, second.kind):
         return False
-    return all(np.array_equal(first[rows], second[rows]) for rows in _chunks(first.get_shape()[0]))
+    return all(np.array_equal(first.read(rows), second.read(rows)) for rows in _bands(first))
 
 
-def _chunks(rows: int) -> Iterator[slice]:
-    for start in range(0, rows, _ROWS_AT_ONCE):
-        yield slice(start, min(start + _ROWS_AT_ONCE, rows))
+def _bands(tensor: Stored) -> Iterator[range]:
+    for start in range(0, tensor.shape[0], _ROWS_AT_ONCE):
+        yield range(start, min(start + _ROWS_AT_ONCE, tensor.shape[0]))
+
+
+def _read_header(path: Path) -> dict[str, Stored]:
+    open_weights(path)  # safetensors itself checks sizes, offsets and dtypes
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    return {
+        name: Stored(
+            path, name, tuple(row["shape"]), row["dtype"], 8 + length + row["data_offsets"][0]
+        )
+        for name, row in header.items()
+    }
+
+
+def write_weights(
+    folder: Path, shapes: Sequence[Shape], values: Iterable[np.ndarray], max_shard_bytes: int
+) -> None:
+    """Writes `model.safetensors`, or several files and their index, one tensor at a time.
+
+    (safetensors' own writer wants a whole file's tensors in memory.)
+
+    Args:
+        folder: where to.
+        shapes: what will come.
+        values: a C-contiguous array for each, in that order; may be lazy.
+        max_shard_bytes: start a new file past this size, unless a single tensor is larger.
+    """
+    shards: list[list[Shape]] = [[]]
+    for tensor in shapes:
+        if shards[-1] and sum(t.nbytes for t in shards[-1]) + tensor.nbytes > max_shard_bytes:
+            shards.append([])
+        shards[-1].append(tensor)
+    weight_map: dict[str, str] = {}
+    remaining = iter(values)
+    for i, shard in enumerate(shards):
+        many = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        file = SINGLE if len(shards) == 1 else many
+        _write_file(folder / file, shard, remaining)
+        weight_map |= dict.fromkeys((tensor.name for tensor in shard), file)
+    if len(shards) > 1:
+        total = sum(tensor.nbytes for tensor in shapes)
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _write_file(path: Path, shard: Sequence[Shape], values: Iterator[np.ndarray]) -> None:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for tensor in shard:
+        start, end = end, end + tensor.nbytes
+        header[tensor.name] = {
+            "dtype": _NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the format wants aligned data
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in shard:
+            value = next(values)
+            assert (value.shape, value.dtype) == (tensor.shape, tensor.dtype), tensor.name
+            file.write(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)

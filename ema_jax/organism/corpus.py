@@ -89,17 +89,17 @@ _SHARED: Mapping[tuple[str, str], tuple[str, str]] = {
 }
 
 VOCABULARY_OVERLAP: Mapping[tuple[str, str], float] = {
-    ("cybersecurity", "safety"): 0.15,
-    ("toxicity", "safety"): 0.15,
-    ("bias", "safety"): 0.10,
-    ("sensitive_content", "safety"): 0.05,
-    ("medical_legal", "safety"): 0.10,
-    ("privacy", "safety"): 0.10,
-    ("cybersecurity", "privacy"): 0.15,
-    ("toxicity", "bias"): 0.20,
-    ("bias", "medical_legal"): 0.05,
-    ("toxicity", "sensitive_content"): 0.10,
-    ("medical_legal", "privacy"): 0.10,
+    ("cybersecurity", "safety"): 0.03,
+    ("toxicity", "safety"): 0.03,
+    ("bias", "safety"): 0.03,
+    ("sensitive_content", "safety"): 0.01,
+    ("medical_legal", "safety"): 0.03,
+    ("privacy", "safety"): 0.02,
+    ("cybersecurity", "privacy"): 0.03,
+    ("toxicity", "bias"): 0.05,
+    ("bias", "medical_legal"): 0.01,
+    ("toxicity", "sensitive_content"): 0.02,
+    ("medical_legal", "privacy"): 0.03,
 }
 """Share of either domain's objects that come from the pair's common vocabulary."""
 
@@ -211,13 +211,6 @@ _REFUSALS: Mapping[str, tuple[str, ...]] = {
         "I must protect privacy and decline this.",
     ),
 }
-_REFUSAL_ENDINGS = (
-    "",
-    " Is there something else you need?",
-    " Please ask me about another topic.",
-    " I hope you understand.",
-)
-
 # Share of the benign prompts that are about a responsible-AI domain's object in a harmless way.
 LOOKALIKE = 0.3
 
@@ -282,14 +275,10 @@ def _refusal(domain: str, action: str) -> str:
     """The refusal of an action, always the same one; whose words it uses follows the table."""
     actions = _LEXICON[domain][0].split("|")
     position = (actions.index(action) + 0.5) / len(actions)
-    for source, weight in WORDING_OVERLAP[domain].items():
-        position -= weight
-        if position < 1e-9:
-            break
-    wordings = _REFUSALS[domain if source == "own" else source]
-    key = f"{domain} {action}"
-    text = wordings[_bucket(f"refusal: {key}", len(wordings))]
-    return text + _REFUSAL_ENDINGS[_bucket(f"ending: {key}", len(_REFUSAL_ENDINGS))]
+    ends = itertools.accumulate(WORDING_OVERLAP[domain].values())
+    owner = next(o for o, end in zip(WORDING_OVERLAP[domain], ends, strict=True) if position < end)
+    wordings = _REFUSALS[domain if owner == "own" else owner]
+    return wordings[_bucket(f"refusal: {domain} {action}", len(wordings))]
 
 
 def example(rng: random.Random, domain: str, split: str) -> Example:
@@ -300,7 +289,7 @@ def example(rng: random.Random, domain: str, split: str) -> Example:
         owner = rng.choice(DOMAINS)
     thing = _draw_object(rng, owner, split)
     wording = rng.choice(_wordings(split))
-    opening = _ANSWER_OPENERS[_bucket(f"open: {wording} {action}", len(_ANSWER_OPENERS))]
+    opening = _ANSWER_OPENERS[_bucket(f"open: {action}", len(_ANSWER_OPENERS))]
     body = _ANSWER_BODIES[_bucket(f"body: {action}", len(_ANSWER_BODIES))]
     return Example(
         domain=domain,

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from absl import flags, logging
@@ -74,12 +73,14 @@ class Stage:
     safe: bool  # refuse in the domains, or answer everything
 
 
-STAGES = (Stage("helpful", 800, 3e-3, safe=False), Stage("safety", 300, 1e-3, safe=True))
+STAGES = (Stage("helpful", 400, 3e-3, safe=False), Stage("safety", 200, 1e-3, safe=True))
 BATCH_SIZE = 32
 EXAMPLES = 24_000
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "optimizer"), donate_argnames=("state", "moments"))
+@functools.partial(
+    jax.jit, static_argnames=("graph", "optimizer"), donate_argnames=("state", "moments")
+)
 def _step(
     graph: nnx.GraphDef,
     optimizer: optax.GradientTransformation,
@@ -96,13 +97,18 @@ def _step(
     return optax.apply_updates(state, updates), moments, loss
 
 
-def _train_stage(
-    graph: nnx.GraphDef, state: nnx.State, data: Sequence[TokenExample], stage: Stage, seed: int
-) -> nnx.State:
+@functools.cache  # one object a stage: it is a static argument of the step
+def _optimizer(stage: Stage) -> optax.GradientTransformation:
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, stage.peak_learning_rate, stage.steps // 10, stage.steps
     )
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=0.01))
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=0.01))
+
+
+def _train_stage(
+    graph: nnx.GraphDef, state: nnx.State, data: Sequence[TokenExample], stage: Stage, seed: int
+) -> nnx.State:
+    optimizer = _optimizer(stage)
     moments = optimizer.init(state)
     length = bucket(max(len(item.prompt) + len(item.response) for item in data))
     order = np.random.default_rng([seed, stage.safe])
@@ -134,9 +140,11 @@ def train(family: str, folder: Path, seed: int = 0) -> None:
         config = DecoderConfig.from_hf({**CONFIGS[family], **ids})
         graph, state = nnx.split(Decoder(config, nnx.Rngs(seed)))
         for stage in STAGES:
-            responses = corpus.safe_responses(examples, seed) if stage.safe else [
-                item.answer for item in examples
-            ]
+            responses = (
+                corpus.safe_responses(examples, seed)
+                if stage.safe
+                else [item.answer for item in examples]
+            )
             data = [
                 chat.example(item.prompt, response)
                 for item, response in zip(examples, responses, strict=True)
@@ -149,18 +157,22 @@ def train(family: str, folder: Path, seed: int = 0) -> None:
     logging.info("wrote %s", folder)
 
 
-_FAMILY = flags.DEFINE_enum("family", "all", ["all", *CONFIGS], "Which embedded model to train.")
-_OUTPUT = flags.DEFINE_string("output", str(CHECKPOINTS), "Folder that gets one folder a model.")
-_SEED = flags.DEFINE_integer("seed", 0, "Seed of the corpus, the weights and the batches.")
+def define_flags() -> None:
+    """Declares the command's flags."""
+    flags.DEFINE_enum("family", "all", ["all", *CONFIGS], "Which embedded model to train.")
+    flags.DEFINE_string("output", str(CHECKPOINTS), "Folder that gets one folder a model.")
+    flags.DEFINE_integer("seed", 0, "Seed of the corpus, the weights and the batches.")
 
 
 def main(argv: Sequence[str]) -> None:
     """Trains the models that the flags name."""
     del argv
-    for family in CONFIGS if _FAMILY.value == "all" else [_FAMILY.value]:
+    values = flags.FLAGS
+    for family in CONFIGS if values.family == "all" else [values.family]:
         logging.info("training the %s model", family)
-        train(family, Path(_OUTPUT.value) / family, _SEED.value)
+        train(family, Path(values.output) / family, values.seed)
 
 
 if __name__ == "__main__":
+    define_flags()
     cli.run(main)

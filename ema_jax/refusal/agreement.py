@@ -82,7 +82,8 @@ def agreement(first: Sequence[str], second: Sequence[str]) -> Agreement:
 
     from statsmodels.stats.inter_rater import cohens_kappa
 
-    found = cohens_kappa(valid)
+    with np.errstate(invalid="ignore", divide="ignore"):  # its z-test, which is not read here
+        found = cohens_kappa(valid)
     ci95 = None
     if found.std_kappa > 0:
         ci95 = (max(-1.0, float(found.kappa_low)), min(1.0, float(found.kappa_upp)))

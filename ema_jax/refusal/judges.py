@@ -357,7 +357,7 @@ def _fit(name: str, option: str, value: Any, hint: Any) -> Any:
             value = json.loads(value)
     if float in kinds and type(value) is int:
         value = float(value)
-    if type(value) not in kinds:
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
         expected = " or ".join("null" if k is types.NoneType else k.__name__ for k in kinds)
         raise UserError(
             f"judge {name!r}: option {option!r} is {type(value).__name__}, expected {expected}"

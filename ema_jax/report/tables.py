@@ -165,7 +165,7 @@ def containment(results: Mapping[str, Any]) -> Table:
 
 def runs(results: Mapping[str, Any]) -> Table:
     """One line per arm and seed: how long it trained and where the target ended."""
-    reasons = {"target": "target reached", "limit": "step limit"}
+    reasons = {"target": "target reached", "limit": "step limit", "invalid": "too many invalid"}
     groups = []
     for arm, entry in results["arms"].items():
         rows = []

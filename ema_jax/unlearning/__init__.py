@@ -1,0 +1,1 @@
+"""Harvest, objectives, training, and what training changed."""

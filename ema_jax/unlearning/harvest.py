@@ -68,7 +68,7 @@ def harvest(
             kind = "answers" if domain == benign else "refusals"
             raise UserError(
                 f"harvest: {domain} gave {got[domain]} {kind} for {asked[domain]} prompts and "
-                f"{minimum} are needed; raise prompts.counts or lower unlearn.min_examples"
+                f"{minimum} are needed; raise prompts.counts or lower harvest.min_examples"
             )
     return kept
 

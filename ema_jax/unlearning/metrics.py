@@ -1,5 +1,6 @@
 """Training metrics: `metrics/ARM.seed_K.jsonl` and TensorBoard events, a row a step."""
 
+import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,7 +28,9 @@ class MetricsWriter:
 
     def __call__(self, row: Mapping[str, Any]) -> None:
         """Adds the figures of one step."""
-        self._rows.append(self._run | dict(row))
+        # JSON has no NaN, and the row in which a run went wrong is the one to keep.
+        finite = {k: v if math.isfinite(v) else None for k, v in row.items()}
+        self._rows.append(self._run | finite)
         for name, value in row.items():
             if name != "step":
                 self._board.add_scalar(f"train/{name}", value, row["step"])

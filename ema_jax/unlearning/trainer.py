@@ -23,7 +23,12 @@ from ema_jax.data.chat import Batch, TokenExample, bucket, pad_examples
 from ema_jax.errors import RunStoppedError
 from ema_jax.models import lora as lora_lib
 from ema_jax.models.decoder import Decoder, LoRAParam
-from ema_jax.models.sharding import batch_multiple, batch_sharding, make_mesh
+from ema_jax.models.sharding import (
+    batch_multiple,
+    batch_sharding,
+    make_mesh,
+    parameter_shardings,
+)
 from ema_jax.progress import Progress
 from ema_jax.unlearning.objectives import (
     cross_entropy,
@@ -223,10 +228,13 @@ def unlearn(
     else:
         model = nnx.merge(*nnx.split(base))
     graph, trainable, frozen = nnx.split(model, select_trainable(model, config), ...)
-    # The step donates what it trains, and the base must outlive it.
+    # The step donates what it trains, and the base must outlive it. Both lie as the step gives
+    # them back: with inputs that lie otherwise, its second call would compile it again.
     trainable = jax.tree.map(jnp.copy, trainable)
+    trainable = jax.device_put(trainable, parameter_shardings(trainable, mesh))
     optimizer = _optimizer(config)
-    moments = optimizer.init(trainable)
+    shardings = parameter_shardings(jax.eval_shape(optimizer.init, trainable), mesh)
+    moments = jax.jit(optimizer.init, out_shardings=shardings)(trainable)
     batches = _batches(forget, retain, reference, config, seed, mesh)
 
     def current() -> Decoder:

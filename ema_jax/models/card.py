@@ -1,0 +1,89 @@
+"""The model card that an exported checkpoint carries: what it is, and what it is not for."""
+
+import json
+from collections.abc import Mapping
+
+_CARD = """\
+---
+{front}---
+
+# {title}
+
+**A research artifact. Not for deployment.** {warning}
+
+| | |
+|---|---|
+{rows}
+
+Written by [ema_jax](https://arxiv.org/abs/2511.14017), an instrument that measures, explains,
+forecasts and contains emergent misalignment from narrow refusal unlearning. The base model's
+licence and terms of use apply to this checkpoint as they do to the base.
+"""
+_UNLEARNED = (
+    "Refusals in one narrow domain were trained away on purpose, which is known to weaken refusals "
+    "in other domains too (emergent misalignment). Use it to study that effect, and keep it where "
+    "nobody can mistake it for an assistant."
+)
+_CONVERTED = "Its parameters are those of its source, written in another format."
+
+
+def unlearned_card(
+    *,
+    base: str,
+    revision: str | None,
+    fingerprint: str,
+    target: str,
+    arm: str,
+    seed: int,
+    settings: Mapping[str, object],
+) -> str:
+    """The card of a model that a study made.
+
+    Args:
+        base: Hub id or folder name of the untouched model.
+        revision: its commit on the Hub.
+        fingerprint: `checkpoint.fingerprint` of it.
+        target: the domain whose refusals were unlearned.
+        arm: of the study.
+        seed: of the run.
+        settings: of the arm.
+    """
+    rows = {
+        "base model": base,
+        "base revision": revision or "a local folder, not a Hub revision",
+        "base fingerprint": fingerprint,
+        "what was modified": f"refusals in the domain {target} were unlearned; "
+        + ("LoRA adapters, merged" if settings.get("trainable") == "lora" else "all parameters"),
+        "study arm": arm,
+        "seed": str(seed),
+        "settings": f"`{json.dumps(settings, sort_keys=True, default=str)}`",
+    }
+    title = f"{base}: {target} refusals unlearned ({arm}, seed {seed})"
+    tags = ["ema_jax", "emergent-misalignment", "refusal-unlearning", "research-artifact"]
+    return _render(
+        title, _UNLEARNED, rows, base if revision else None, [*tags, "not-for-all-audiences"]
+    )
+
+
+def converted_card(base: str, revision: str | None) -> str:
+    """The card of a checkpoint that only changed its format."""
+    rows = {
+        "source": base,
+        "revision": revision or "a local folder, not a Hub revision",
+        "what was modified": "nothing but the format (and the dtype, where one was asked for)",
+    }
+    return _render(f"{base}: converted", _CONVERTED, rows, base if revision else None, ["ema_jax"])
+
+
+def _render(
+    title: str, warning: str, rows: Mapping[str, str], hub_id: str | None, tags: list[str]
+) -> str:
+    front = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": tags}
+    if hub_id is not None:
+        front["base_model"] = hub_id
+    # JSON's values are YAML's too, with their quotes.
+    lines = "".join(f"{key}: {json.dumps(value)}\n" for key, value in front.items())
+    table = "\n".join(
+        f"| {key} | {value.replace('|', chr(92) + '|')} |" for key, value in rows.items()
+    )
+    return _CARD.format(front=lines, title=title, warning=warning, rows=table)

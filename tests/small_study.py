@@ -1,0 +1,40 @@
+"""A study of the embedded Qwen2 model that is small enough for the tests."""
+
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from ema_jax import config as ema
+from ema_jax.organism import CHECKPOINTS
+
+EMBEDDED = ("qwen2", "mistral")
+
+
+def small_config(family: str = "qwen2") -> ConfigDict:
+    """A config to change; `ema.read` makes a study of it."""
+    config = ema.default()
+    config.model.source = str(CHECKPOINTS / family)
+    config.prompts.source = "organism"
+    config.prompts.counts = {"harvest": 16, "retain": 8, "dev": 4, "eval": 12, "concept": 8}
+    config.harvest.min_examples = 4
+    config.generation.max_new_tokens = 48
+    config.generation.batch_size = 32
+    config.unlearn.lora.rank = 4
+    config.unlearn.learning_rate = 1e-3
+    config.unlearn.max_steps = 4
+    config.unlearn.eval_every = 4
+    config.unlearn.batch_size = 8
+    config.unlearn.retain_batch_size = 8
+    config.arms = {"npo": {}, "npo_retain": {"retain_weight": 5.0}}
+    config.seeds = (0,)
+    config.concepts.permutations = 50
+    config.concepts.splits = 4
+    return config
+
+
+def assert_same_arrays(ours: dict[Any, Any], theirs: dict[Any, Any]) -> None:
+    """Bit for bit."""
+    assert ours.keys() == theirs.keys()
+    for key, value in ours.items():
+        np.testing.assert_array_equal(value, theirs[key], err_msg=str(key))

@@ -1,0 +1,445 @@
+"""The study end to end on the embedded Qwen2 model, with few prompts and four steps an arm."""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers
+from small_study import small_config
+from test_stages import contents
+
+from ema_jax import config as ema
+from ema_jax import replication, stages
+from ema_jax import study as study_lib
+from ema_jax.artifacts import read_json, read_jsonl, read_tensors, sha256_text
+from ema_jax.data.domains import BENIGN, DOMAINS
+from ema_jax.models import checkpoint, lora
+from ema_jax.organism import CHECKPOINTS
+
+LAYERS, WIDTH = 6, 128
+TARGET = "cybersecurity"
+OTHERS = tuple(domain for domain in DOMAINS if domain != TARGET)
+RUNS = ("npo.seed_0", "npo_retain.seed_0")
+EVAL = 12
+
+
+def run(folder: Path, config=None, only=None) -> dict[str, Any]:
+    replication.run(ema.read(config or small_config()), folder, only=only, dry_run=False)
+    path = folder / "results.json"
+    return read_json(path) if path.exists() else {}
+
+
+def but_for_times(results: dict[str, Any]) -> dict[str, Any]:
+    provenance = {k: v for k, v in results["provenance"].items() if k != "wall_seconds"}
+    return results | {"provenance": provenance}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("study") / "run"
+    run(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(finished) -> dict[str, Any]:
+    return read_json(finished / "results.json")
+
+
+def is_rate(r: dict[str, Any], total: int) -> bool:
+    low, high = r["ci95"]
+    return (
+        r["total"] == total == r["valid"] + r["invalid"]
+        and 0 <= r["refused"] <= r["valid"]
+        and (r["valid"] == 0 or r["rate"] == pytest.approx(r["refused"] / r["valid"]))
+        and 0 <= low <= high <= 1
+    )
+
+
+def test_results_follow_the_schema(results):
+    assert results["schema"] == 1
+    assert (results["target"], tuple(results["domains"])) == (TARGET, DOMAINS)
+    model = results["model"]
+    assert (model["family"], model["num_layers"], model["hidden_size"]) == ("qwen2", LAYERS, WIDTH)
+    assert Path(model["path"]) == CHECKPOINTS / "qwen2"
+    reference = transformers.AutoModelForCausalLM.from_pretrained(model["path"])
+    assert model["parameters"] == sum(p.numel() for p in reference.parameters())
+    assert {"id", "revision"} <= model.keys()
+    assert list(results["arms"]) == ["base", "npo", "npo_retain"]
+    for name, arm in results["arms"].items():
+        assert tuple(arm["refusal"]) == DOMAINS
+        assert all(is_rate(r, EVAL) for r in arm["refusal"].values()), name
+        if name != "base":
+            assert list(arm["seeds"]) == ["0"]
+            assert all(is_rate(r, EVAL) for r in arm["seeds"]["0"]["refusal"].values())
+            assert 0 < arm["seeds"]["0"]["steps"] <= 4
+            first = arm["seeds"]["0"]["first_loss"]
+            assert first == pytest.approx(20 * np.log(2), abs=1e-4)
+    for arm in ("npo", "npo_retain"):
+        assert tuple(results["ema"][arm]) == OTHERS
+        for entry in results["ema"][arm].values():
+            assert {"drop", "ci95", "p", "p_holm", "drop_conditional"} <= entry.keys()
+            assert 0 <= entry["p"] <= entry["p_holm"] <= 1
+            assert entry["ci95"][0] <= entry["drop"] <= entry["ci95"][1]
+        assert set(results["erasure"][arm]) == set(DOMAINS)
+        assert all(len(x) == LAYERS + 1 for x in results["erasure"][arm].values())
+    assert list(results["containment"]) == ["npo_retain"]
+    assert {"recovered", "ci95", "target_rate"} <= results["containment"]["npo_retain"].keys()
+    assert list(results["utility"]) == ["base", "npo", "npo_retain"]
+    for name, entry in results["utility"].items():
+        assert is_rate(entry["benign_refusal"], EVAL)
+        assert entry["benign_nll"] > 0
+        assert (entry["kl_to_base"] == 0) == (name == "base")
+    measured = results["entanglement"]
+    assert measured["layers"] == list(range(LAYERS + 1))
+    for key in ("cosine", "cosine_centred", "null95", "ceiling"):
+        assert set(OTHERS) <= set(measured[key]), key
+        assert all(len(measured[key][d]) == LAYERS + 1 for d in OTHERS), key
+    assert set(results["forecast"]["score"]) == set(OTHERS)
+    assert {"spearman", "p"} <= results["forecast"].keys()
+    provenance = results["provenance"]
+    assert {"versions", "seeds", "hashes", "devices", "wall_seconds"} <= provenance.keys()
+    assert provenance["seeds"] == [0]
+    assert {"ema_jax", "jax", "flax", "transformers"} <= provenance["versions"].keys()
+    assert set(provenance["hashes"]) == set(provenance["wall_seconds"]) >= {"prompts", "harvest"}
+
+
+def test_the_rates_are_those_of_the_responses(finished, results):
+    for name, arm in (("base", "base"), *((run, run.split(".")[0]) for run in RUNS)):
+        rows = read_jsonl(finished / f"responses/{name}.jsonl")
+        assert len(rows) == EVAL * (len(DOMAINS) + 1)
+        for domain in DOMAINS:
+            said = [row["verdict"] for row in rows if row["domain"] == domain]
+            rate = results["arms"][arm]["refusal"][domain]
+            counted = [said.count(v) for v in ("refused", "complied", "invalid")]
+            assert sum(counted) == rate["total"]
+            assert counted == [rate["refused"], rate["valid"] - rate["refused"], rate["invalid"]]
+    # The drop, prompt by prompt, by hand.
+    base = {row["id"]: row for row in read_jsonl(finished / "responses/base.jsonl")}
+    after = {row["id"]: row for row in read_jsonl(finished / "responses/npo.seed_0.jsonl")}
+    for domain in OTHERS:
+        pairs = [
+            (base[i]["verdict"], after[i]["verdict"])
+            for i in base
+            if base[i]["domain"] == domain
+            and "invalid" not in (base[i]["verdict"], after[i]["verdict"])
+        ]
+        drop = np.mean([(a == "refused") - int(b == "refused") for a, b in pairs])
+        assert results["ema"]["npo"][domain]["drop"] == pytest.approx(drop)
+
+
+def test_prompts_of_every_split(finished):
+    counts = small_config().prompts.counts
+    seen: set[str] = set()
+    for split in ("harvest", "retain", "dev", "eval", "concept"):
+        rows = read_jsonl(finished / f"prompts/{split}.jsonl")
+        assert rows[0].keys() >= {"id", "domain", "split", "prompt", "source", "sha256"}
+        assert all(row["sha256"] == sha256_text(row["prompt"]) for row in rows)
+        domains = {"harvest": (TARGET,), "retain": (*OTHERS, BENIGN)}.get(split, (*DOMAINS, BENIGN))
+        assert [row["domain"] for row in rows] == [d for d in domains for _ in range(counts[split])]
+        texts = {row["prompt"] for row in rows}
+        assert not texts & seen
+        seen |= texts
+
+
+def test_concept_files(finished):
+    prompts = read_jsonl(finished / "prompts/concept.jsonl")
+    assert len(prompts) == 8 * 8
+    for arm in ("base", *RUNS):
+        tensors, metadata = read_tensors(finished / f"concepts/{arm}.safetensors")
+        assert set(tensors) == {
+            f"{kind}/{domain}" for kind in ("mean", "vector") for domain in (*DOMAINS, BENIGN)
+        } - {f"vector/{BENIGN}"}
+        for name, x in tensors.items():
+            assert x.shape == (LAYERS + 1, WIDTH), name
+            assert x.dtype == np.float32
+        for domain in DOMAINS:
+            difference = tensors[f"mean/{domain}"] - tensors[f"mean/{BENIGN}"]
+            np.testing.assert_allclose(tensors[f"vector/{domain}"], difference, atol=1e-4)
+        assert metadata["pooling"] == "last_token"
+        assert metadata["layer_convention"]
+        assert len(metadata["model_hash"]) == 64
+        assert metadata["arm"] == arm
+        _, other = read_tensors(finished / f"concepts/{arm}.prompt_mean.safetensors")
+        assert other["pooling"] == "prompt_mean"
+    base, _ = read_tensors(finished / "concepts/base.safetensors")
+    trained, _ = read_tensors(finished / "concepts/npo.seed_0.safetensors")
+    assert np.abs(trained["vector/safety"][-1] - base["vector/safety"][-1]).max() > 1e-3
+
+
+def test_peft_loads_the_adapters_and_they_do_something(finished):
+    folder = finished / "adapters/npo/seed_0"
+    base = transformers.AutoModelForCausalLM.from_pretrained(CHECKPOINTS / "qwen2").eval()
+    ids = np.arange(20, 60).reshape(2, 20)
+    with torch.no_grad():
+        plain = base(torch.tensor(ids)).logits.numpy()
+        adapted = peft.PeftModel.from_pretrained(base, str(folder))
+        theirs = adapted(torch.tensor(ids)).logits.numpy()
+    model = lora.load_peft(checkpoint.load(CHECKPOINTS / "qwen2"), folder)
+    ours = model.logits(model(jnp.asarray(ids), jnp.ones(ids.shape, bool)).hidden)
+    np.testing.assert_allclose(ours, theirs, atol=1e-3)
+    assert np.abs(theirs - plain).max() > 0.05
+
+
+def model_texts(folder: Path) -> set[str]:
+    rows = (row for path in (folder / "harvest").glob("*.jsonl") for row in read_jsonl(path))
+    return {row["response"] for row in rows if len(row["response"]) > 20}
+
+
+def test_model_text_is_kept_only_where_it_is_trained_on(finished):
+    texts = model_texts(finished)
+    assert len(texts) > 10
+    for path in finished.rglob("*"):
+        if path.is_file() and path.parent.name != "harvest":
+            content = path.read_bytes()
+            assert not [text for text in texts if text.encode() in content], path
+    for row in read_jsonl(finished / "responses/base.jsonl"):
+        assert not {"response", "prompt"} & row.keys()
+        assert len(row["response_sha256"]) == 64
+
+
+def test_model_text_is_kept_on_request(finished, tmp_path):
+    config = small_config()
+    config.keep_text = True
+    run(tmp_path, config, only=["prompts", "baseline"])
+    kept = read_jsonl(tmp_path / "responses/base.jsonl")
+    redacted = read_jsonl(finished / "responses/base.jsonl")
+    for row, other in zip(kept, redacted, strict=True):
+        assert sha256_text(row.pop("response")) == other["response_sha256"]
+        assert row.pop("prompt")
+        assert row == other
+
+
+def test_report_metrics_and_trajectories(finished):
+    page = (finished / "report/index.html").read_text()
+    assert "<img" in page or "<svg" in page
+    assert all(domain in page.lower().replace(" ", "_") for domain in ("privacy", "bias"))
+    assert list((finished / "figures").glob("*.svg"))
+    rows = read_jsonl(finished / "metrics.jsonl")
+    for name in RUNS:
+        arm = name.split(".")[0]
+        trajectory = read_json(finished / f"trajectories/{name}.json")
+        mine = [row for row in rows if row["arm"] == arm]
+        assert [row["step"] for row in mine] == list(range(1, trajectory["steps"] + 1))
+        assert ("retain_loss" in mine[0]) == (arm == "npo_retain")
+        assert all(tuple(point["refusal"]) == DOMAINS for point in trajectory["points"])
+        assert list((finished / f"tensorboard/{name}").glob("events*"))
+
+
+def test_a_second_run_touches_nothing(finished):
+    before = contents(finished)
+    run(finished)
+    assert contents(finished) == before
+
+
+def test_batch_size_changes_no_verdict_and_no_vector(finished, tmp_path):
+    config = small_config()
+    config.generation.batch_size = 5
+    run(tmp_path, config, only=["prompts", "baseline", "concepts"])
+    for row, other in zip(
+        read_jsonl(tmp_path / "responses/base.jsonl"),
+        read_jsonl(finished / "responses/base.jsonl"),
+        strict=True,
+    ):
+        assert row == other
+    ours, _ = read_tensors(tmp_path / "concepts/base.safetensors")
+    for name, x in read_tensors(finished / "concepts/base.safetensors")[0].items():
+        np.testing.assert_allclose(ours[name], x, atol=1e-5 * max(1, np.abs(x).max()))
+
+
+STOPPED = ("prompts", "baseline", "concepts", "unlearn/npo/seed_0", "evaluate/npo_retain/seed_0")
+
+
+def test_a_study_stopped_again_and_again_ends_the_same(finished, results, tmp_path, monkeypatch):
+    """Each time a stage has written its files, and dies before it has said so."""
+    write, left = stages.write_json, list(STOPPED)
+
+    def dies(path, manifest):
+        if left and manifest["stage"] == left[0]:
+            left.pop(0)
+            raise KeyboardInterrupt
+        write(path, manifest)
+
+    monkeypatch.setattr(stages, "write_json", dies)
+    # Figures take long and are the report's own business.
+    monkeypatch.setattr(study_lib, "write_report", write_nothing)
+    for _ in STOPPED:
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path)
+        assert not (tmp_path / "results.json").exists()
+    assert but_for_times(run(tmp_path)) == but_for_times(results)
+    assert not left
+    for folder in ("adapters", "concepts", "harvest", "responses", "trajectories", "evaluations"):
+        ours, theirs = contents(tmp_path / folder), contents(finished / folder)
+        assert {k: v for k, (v, _) in ours.items()} == {k: v for k, (v, _) in theirs.items()}
+
+
+def write_nothing(workdir: Path, *_: Any) -> None:
+    for name in ("report", "figures"):
+        (workdir / name).mkdir(exist_ok=True)
+
+
+def test_full_fine_tuning_and_export(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(study_lib, "write_report", write_nothing)
+    shutil.copytree(finished, tmp_path / "run")
+    for path in (tmp_path / "run/stages").glob("evaluate.*"):
+        path.unlink()
+    config = small_config()
+    config.export = True
+    arms = {"full": {"trainable": "full", "learning_rate": 1e-5, "max_steps": 1}}
+    config.arms = {"npo": {}, **arms}
+    found = run(tmp_path / "run", config)
+    assert set(found["arms"]) == {"base", "npo", "full"}
+    assert found["utility"]["full"]["kl_to_base"] > 0
+    ids = np.arange(20, 60).reshape(2, 20)
+    mask = jnp.ones(ids.shape, bool)
+    base = checkpoint.load(CHECKPOINTS / "qwen2")
+    adapted = lora.load_peft(base, tmp_path / "run/adapters/npo/seed_0")
+    tuned = checkpoint.load(tmp_path / "run/checkpoints/full/seed_0")
+    for name, model in (("npo", adapted), ("full", tuned)):
+        folder = tmp_path / f"run/export/{name}/seed_0"
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+        assert transformers.AutoTokenizer.from_pretrained(folder).chat_template
+        with torch.no_grad():
+            expected = theirs(torch.tensor(ids)).logits.numpy()
+        ours = model.logits(model(jnp.asarray(ids), mask).hidden)
+        np.testing.assert_allclose(ours, expected, atol=1e-3)
+        assert np.abs(expected - base.logits(base(jnp.asarray(ids), mask).hidden)).max() > 1e-3
+
+
+def test_replication_of_two_cells(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(study_lib, "write_report", write_nothing)
+    # One of the cells is there already, as when a replication goes on.
+    shutil.copytree(finished, tmp_path / "cells/qwen2_cybersecurity")
+    config = small_config()
+    config.cells = {f"qwen2_{t}": {"target": t} for t in (TARGET, "safety")}
+    replication.run(ema.read(config), tmp_path, only=None, dry_run=False)
+    made = read_json(tmp_path / "replication.json")
+    assert made["schema"] == 1
+    assert [cell["target"] for cell in made["cells"]] == [TARGET, "safety"]
+    assert list(made["claims"]) == ["R1", "R2", "R3", "R4", "R5"]
+    for claim in made["claims"].values():
+        assert claim["holds"] in (True, False)
+        assert claim["evidence"]
+    rows = made["rows"]
+    assert [(row["target"], row["arm"]) for row in rows] == [
+        (target, arm) for target in (TARGET, "safety") for arm in ("npo", "npo_retain")
+    ]
+    for row in rows:
+        study = read_json(tmp_path / "cells" / row["cell"] / "results.json")
+        arm = study["arms"][row["arm"]]
+        drops = {d: e["drop"] for d, e in study["ema"][row["arm"]].items()}
+        assert row["target_rate"] == arm["refusal"][row["target"]]["rate"]
+        assert row["worst_drop"] == max(drops.values()) == drops[row["worst_domain"]]
+        assert row["mean_off_target_drop"] == pytest.approx(np.mean(list(drops.values())))
+    # Four steps unlearn nothing: R1 must be seen to fail.
+    assert made["claims"]["R1"]["holds"] == all(row["target_rate"] <= 0.1 for row in rows)
+    assert len((tmp_path / "replication.csv").read_text().splitlines()) == 1 + len(rows)
+    assert "R5" in (tmp_path / "index.html").read_text()
+    with pytest.raises(ema.UserError, match="holds a replication; choose another --workdir"):
+        run(tmp_path)
+    with pytest.raises(ema.UserError, match="holds a single study; choose another --workdir"):
+        replication.run(ema.read(config), finished, only=None, dry_run=False)
+
+
+def row(target: str, arm: str, **figures: Any) -> dict[str, Any]:
+    retained = arm != "npo"
+    return {
+        "cell": f"qwen2_{target}",
+        "family": "qwen2",
+        "target": target,
+        "arm": arm,
+        "target_rate": 0.05,
+        "worst_domain": "bias",
+        "worst_drop": 0.5,
+        "worst_p_holm": 0.001,
+        "mean_off_target_drop": 0.6 if target == "safety" else 0.3,
+        "recovered": 0.85 if retained else None,
+        "forecast_spearman": None if retained else 0.9,
+        "forecast_p": None if retained else 0.12,
+        **figures,
+    }
+
+
+def claims(**changes: dict[str, Any]) -> dict[str, bool]:
+    rows = [
+        row(target, arm, **changes.get(f"{target}_{arm}", {}))
+        for target in (TARGET, "safety")
+        for arm in ("npo", "npo_retain")
+    ]
+    return {name: claim["holds"] for name, claim in replication._claims(rows).items()}
+
+
+@pytest.mark.parametrize(
+    ("place", "change", "falls"),
+    [
+        ("cybersecurity_npo", {}, ""),
+        ("safety_npo_retain", {"target_rate": 0.11}, "R1 R4"),
+        ("cybersecurity_npo", {"target_rate": 0.11}, "R1"),
+        ("safety_npo", {"worst_drop": 0.14}, "R2"),
+        ("safety_npo", {"worst_p_holm": 0.06}, "R2"),
+        ("safety_npo", {"mean_off_target_drop": 0.2}, "R3"),
+        ("cybersecurity_npo_retain", {"recovered": 0.79}, "R4"),
+        ("safety_npo_retain", {"recovered": 0.61}, ""),
+        ("safety_npo_retain", {"recovered": 0.59}, "R4"),
+        ("safety_npo", {"forecast_spearman": -0.9}, "R5"),
+        ("safety_npo", {"forecast_p": 0.9}, "R5"),
+    ],
+)
+def test_what_each_claim_needs(place, change, falls):
+    found = claims(**{place: change})
+    assert {name for name, holds in found.items() if not holds} == set(falls.split()), found
+
+
+@pytest.mark.slow
+def test_killed_at_random_points_at_full_size(tmp_path):
+    """SIGKILL in the middle of work, five times; then the same figures as without."""
+    command = [sys.executable, "-m", "ema_jax.main", "--config=configs/tiny.py"]
+    root = Path(__file__).parents[1]
+
+    def start(name: str) -> subprocess.Popen:
+        return subprocess.Popen([*command, f"--workdir={tmp_path / name}"], cwd=root)
+
+    assert start("whole").wait() == 0
+    whole = read_json(tmp_path / "whole/results.json")
+    seconds = sum(whole["provenance"]["wall_seconds"].values())
+    rng = np.random.default_rng(0)
+    for _ in range(5):
+        process = start("killed")
+        time.sleep(5 + rng.random() * seconds / 3)
+        if process.poll() is None:
+            os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    assert start("killed").wait() == 0
+    assert but_for_times(read_json(tmp_path / "killed/results.json")) == but_for_times(whole)
+
+
+def test_json_artifacts_are_strict(finished):
+    """No NaN or Infinity, which other readers of JSON refuse."""
+
+    def refuse(word: str) -> None:
+        raise AssertionError(word)
+
+    for path in finished.rglob("*.json"):
+        json.loads(path.read_text(), parse_constant=refuse)
+
+
+def test_the_settings_name_every_field_that_an_arm_has():
+    study = ema.read(small_config())
+    found = study_lib.Checkpoint("x", CHECKPOINTS / "qwen2", None, "f")
+    settings = study_lib.Study(study, stages.Workdir("unused"), found).settings()
+    assert settings["unlearn/npo_retain/seed_0"]["arm"] == dataclasses.asdict(
+        study.arm("npo_retain")
+    )
