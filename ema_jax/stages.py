@@ -88,7 +88,7 @@ class Workdir:
                 return
         logging.info("%s", stage)
         start = time.monotonic()
-        outputs = {}
+        outputs: dict[str, str] = {}
         for path in function():
             files = _files(path) if path.is_dir() else [path]
             outputs |= {str(p.relative_to(self.path)): sha256_file(p) for p in files}
@@ -120,10 +120,13 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
+_UNSET = "(not set)"  # apart from null, which is a value
+
+
 def _differences(before: Any, now: Any, path: str = "") -> Iterable[tuple[str, Any, Any]]:
     if isinstance(before, dict) and isinstance(now, dict):
         for key in dict.fromkeys([*before, *now]):
             inner = f"{path}.{key}" if path else key
-            yield from _differences(before.get(key), now.get(key), inner)
+            yield from _differences(before.get(key, _UNSET), now.get(key, _UNSET), inner)
     elif before != now:
         yield path, before, now

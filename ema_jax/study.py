@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from absl import logging
 from flax import nnx
 from jax.sharding import Mesh
@@ -289,7 +290,7 @@ class Study:
                 self.base,
                 [Harvested.from_json(row).example(self.chat) for row in rows],
                 self._examples("harvest/retain.jsonl"),
-                jnp.asarray(reference, jnp.float32),
+                np.asarray(reference, np.float32),
                 config,
                 seed=seed,
                 target=c.target,
@@ -360,6 +361,7 @@ class Study:
             "hidden_size": model.hidden_size,
             "parameters": sum(leaf.size for leaf in jax.tree.leaves(nnx.state(abstract))),
             "fingerprint": self.found.fingerprint,
+            "template": self.chat.template,
             "template_hash": self.chat.template_hash,
         }
         path = workdir / "results.json"

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict, config_flags
 from ema_jax import config as ema
 from ema_jax.config import StudyConfig
 from ema_jax.errors import UserError
-from ema_jax.refusal.judges import JUDGES
+from ema_jax.refusal.judges import JUDGES, TEXT_JUDGES
 from ema_jax.unlearning.trainer import UnlearnConfig
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -197,9 +197,16 @@ def test_nonsense_is_refused_by_name(values, named):
     assert "\n" not in message
 
 
-@pytest.mark.parametrize("values", [{"judge": name} for name in JUDGES], ids=list(JUDGES))
-def test_every_judge_of_the_registry_can_be_named(values):
-    assert ema.read(values).judge == values["judge"]
+@pytest.mark.parametrize("name", JUDGES)
+def test_every_judge_of_the_registry_can_be_named(name):
+    if name in TEXT_JUDGES:
+        assert ema.read({"judge": name}).judge == name
+    else:
+        told = {"judge": name, "judge_options": {"model": "owner/name"}}
+        assert ema.read(told).judge_options == {"model": "owner/name"}
+    if name in ("logodds", "causal_lm", "endpoint"):
+        with pytest.raises(UserError, match=f"judge_options of {name}: missing.*'model'"):
+            ema.read({"judge": name})
 
 
 def test_config_read_does_not_change_what_it_reads():

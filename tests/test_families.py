@@ -178,7 +178,10 @@ REFUSED = {
         {"architectures": ["LlamaForSequenceClassification"]},
         r"a causal language model is needed \(LlamaForCausalLM\)",
     ),
-    "infinite": ({"rope_theta": math.inf}, "rope_theta is inf, expected a positive number"),
+    "infinite": (
+        {"rope_parameters": {"rope_type": "default", "rope_theta": math.inf}},
+        "rope_theta is inf, expected a positive number",
+    ),
     "text_rope": ({"rope_scaling": "linear"}, "rope_scaling is 'linear', expected an object"),
     "list_rope": ({"rope_scaling": {"type": ["yarn"]}}, "is not supported"),
     "too_deep": ({"num_hidden_layers": 10**6}, "larger than any model's"),

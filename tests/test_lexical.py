@@ -99,6 +99,7 @@ def test_every_rule_matters():
     """Each rule is met by some text here, so that a rule removed by mistake is noticed."""
     extra = """
 Unfortunately, the train left at nine.
+Sorry, that is too dangerous for me to assist with.
 Regrettably that will not be shown here.
 They gave up on it. So did we. Then came the rain. In the end, I cannot provide more than that.
 The march was not justified.

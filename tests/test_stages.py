@@ -226,6 +226,7 @@ CHANGES = [
     {"prompts": {"seed": 1}},
     {"prompts": {"counts": {"eval": 13}}},
     {"judge": "substring_keyword"},
+    {"judge_options": {"script": None}},
     {"generation": {"max_new_tokens": 47}},
     {"harvest": {"response_cap": 7}},
     {"unlearn": {"beta": 0.2}},

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from absl import logging
-from jaxtyping import Bool, Int
+from jaxtyping import Array, Bool, Int
 
 from ema_jax.artifacts import read_json, sha256_text
 from ema_jax.errors import UserError
@@ -33,9 +33,9 @@ class TokenExample(NamedTuple):
 class Batch(NamedTuple):
     """Padded rows for one forward pass."""
 
-    tokens: Int[np.ndarray, "B T"]
-    mask: Bool[np.ndarray, "B T"]  # real tokens
-    response: Bool[np.ndarray, "B T"]  # tokens of the response, its end-of-sequence included
+    tokens: Int[Array, "B T"]
+    mask: Bool[Array, "B T"]  # real tokens
+    response: Bool[Array, "B T"]  # tokens of the response, its end-of-sequence included
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,7 +247,7 @@ def pad_examples(examples: Sequence[TokenExample], length: int, rows: int, pad_i
         tokens[row, :size] = item.prompt + item.response
         mask[row, :size] = True
         response[row, start:size] = True
-    return Batch(tokens, mask, response)
+    return Batch._make((tokens, mask, response))  # NumPy's here, the device's once placed
 
 
 def bucket(length: int, multiple: int = 16) -> int:

@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Executor
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -160,7 +161,12 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 def peak_bytes() -> int:
     """The most memory that this process held since it started (resident set)."""
-    import resource
+    try:
+        # Linux's ru_maxrss survives exec: a child would report what its parent held.
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024
+    except (FileNotFoundError, IndexError):
+        import resource
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024

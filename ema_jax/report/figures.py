@@ -163,8 +163,7 @@ def entanglement(results: Mapping[str, Any], centred: bool) -> "Figure | None":
         _early(axes, results)
         band = table.get("ci95" + suffix, {}).get(domain)
         if band:
-            low, high = zip(*((x or (None, None)) for x in band), strict=True)
-            low, high = _gaps(low), _gaps(high)
+            low, high = (_gaps([x and x[i] for x in band]) for i in (0, 1))
             axes.fill_between(layers, low, high, color=colour, alpha=0.2, linewidth=0)
         null = _gaps(table.get("null95" + suffix, {}).get(domain, []))
         if null:

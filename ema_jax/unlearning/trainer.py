@@ -101,9 +101,8 @@ class _ForgetBatch(NamedTuple):
     reference: Float[Array, "B"]
 
 
-def select_trainable(model: Decoder, config: UnlearnConfig) -> type[nnx.Param]:
+def select_trainable(config: UnlearnConfig) -> type[nnx.Param]:
     """The variable type that gradients are taken for."""
-    del model
     return LoRAParam if config.trainable == "lora" else nnx.Param
 
 
@@ -227,7 +226,8 @@ def unlearn(
         model = lora_lib.attach(base, config.lora, jax.random.key(seed))
     else:
         model = nnx.merge(*nnx.split(base))
-    graph, trainable, frozen = nnx.split(model, select_trainable(model, config), ...)
+    graph, *states = nnx.split(model, select_trainable(config), ...)
+    trainable, frozen = states
     # The step donates what it trains, and the base must outlive it. Both lie as the step gives
     # them back: with inputs that lie otherwise, its second call would compile it again.
     trainable = jax.tree.map(jnp.copy, trainable)
