@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from ema_jax.errors import UserError
 
@@ -101,10 +101,16 @@ def write_csv(path: str | os.PathLike, rows: list[Mapping[str, Any]]) -> None:
 def write_tensors(
     path: str | os.PathLike, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]
 ) -> None:
-    """Writes a safetensors file with string metadata, atomically."""
-    with atomic_path(path) as temporary:
-        contiguous = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
-        save_file(contiguous, temporary, metadata=dict(metadata))
+    """Writes a safetensors file with string metadata, atomically; equal contents, equal bytes."""
+    contiguous = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
+    raw = save(contiguous, metadata=dict(metadata))
+    start = 8 + int.from_bytes(raw[:8], "little")
+    # The library writes metadata in another order each time, and files here are told by hashes.
+    header = json.dumps(json.loads(raw[8:start]), sort_keys=True).encode()
+    header += b" " * (-len(header) % 8)
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.write(raw[start:])
 
 
 def read_tensors(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[str, str]]:
