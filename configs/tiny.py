@@ -18,8 +18,10 @@ def get_config():
     config.unlearn.learning_rate = 2e-4
     config.unlearn.max_steps = 60
     config.unlearn.eval_every = 2
+    # Half of the 10 % that is asked for: the dev rates it is decided on are noisy.
+    config.unlearn.stop_at = 0.05
     # With retain data the target falls first and the others come back after it.
-    retain = {"retain_weight": 2.0, "learning_rate": 5e-4, "stop_at": 0.05}
+    retain = {"retain_weight": 2.0, "learning_rate": 5e-4}
     steps = {"min_steps": 60, "max_steps": 90, "eval_every": 10}
     config.arms = {"npo": {}, "npo_retain": {**retain, **steps}}
     config.seeds = (0,)
