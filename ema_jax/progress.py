@@ -22,7 +22,7 @@ class Progress:
 
     def __init__(self, description: str, total: int, unit: str = "it"):
         self._description, self._total, self._unit = description, total, unit
-        self._done, self._note = 0, ""
+        self._done, self._logged, self._note = 0, -1, ""
         self._bar = (
             tqdm(total=total, desc=description, unit=unit, leave=False)
             if sys.stderr.isatty()
@@ -45,6 +45,7 @@ class Progress:
             self._log()
 
     def _log(self) -> None:
+        self._logged = self._done
         seconds = time.monotonic() - self._start
         logging.info(
             "%s: %d/%d %s, %.0f s%s",
@@ -67,7 +68,7 @@ class Progress:
     ) -> None:
         if self._bar is not None:
             self._bar.close()
-        elif kind is None:
+        elif kind is None and self._done != self._logged:
             self._log()
 
 

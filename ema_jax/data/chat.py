@@ -1,6 +1,7 @@
 """Chat: templates, tokens, masks, and padded batches."""
 
 import dataclasses
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -63,6 +64,8 @@ class Chat:
             UserError: no fast tokenizer, no chat template or one that fails, a system prompt that
                 the template refuses or drops, or no end-of-sequence token.
         """
+        # It would advise to install PyTorch, which nothing here needs.
+        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
         import transformers
 
         folder = Path(folder)
