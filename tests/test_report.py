@@ -272,7 +272,7 @@ def test_another_schema_is_refused(tmp_path):
 
 def test_replication_report(tmp_path):
     write_replication_report(tmp_path, example_replication())
-    text = (tmp_path / "index.html").read_text(encoding="utf-8")
+    text = (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
     page = Page(text)
     rows = {row[0]: row for row in page.cells if row and row[0].startswith("R")}
     assert [rows[f"R{i}"][2] for i in range(1, 6)] == [
@@ -280,7 +280,7 @@ def test_replication_report(tmp_path):
     ]
     links = [a["href"] for tag, a in page.tags if tag == "a"]
     assert links == [
-        f"cells/{family}_{target}/report/index.html"
+        f"../cells/{family}_{target}/report/index.html"
         for family in ("qwen2", "mistral")
         for target in ("cybersecurity", "safety")
     ]
@@ -291,7 +291,7 @@ def test_replication_report(tmp_path):
 
 def test_replication_report_tolerates_an_unfinished_replication(tmp_path):
     write_replication_report(tmp_path, {"schema": 1, "cells": [], "rows": []})
-    assert "qualitative claims" in (tmp_path / "index.html").read_text(encoding="utf-8")
+    assert "qualitative claims" in (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
 
 
 def test_forecast_table_is_sorted_and_leaves_out_the_target():

@@ -347,7 +347,7 @@ def test_replication_of_two_cells(finished, tmp_path, monkeypatch):
     # Four steps unlearn nothing: R1 must be seen to fail.
     assert made["claims"]["R1"]["holds"] == all(row["target_rate"] <= 0.1 for row in rows)
     assert len((tmp_path / "replication.csv").read_text().splitlines()) == 1 + len(rows)
-    assert "R5" in (tmp_path / "index.html").read_text()
+    assert "R5" in (tmp_path / "report" / "index.html").read_text()
     with pytest.raises(ema.UserError, match="holds a replication; choose another --workdir"):
         run(tmp_path)
     with pytest.raises(ema.UserError, match="holds a single study; choose another --workdir"):

@@ -82,7 +82,7 @@ def write_report(
 
 
 def write_replication_report(workdir: Path, replication: Mapping[str, Any]) -> None:
-    """Writes `workdir/index.html` over the cells of a replication, linking to their own reports.
+    """Writes `workdir/report/index.html` over the cells of a replication, linking to their own reports.
 
     Args:
         workdir: the replication's folder, with the cells' studies under `cells/CELL`.
@@ -106,7 +106,7 @@ def write_replication_report(workdir: Path, replication: Mapping[str, Any]) -> N
         "table_rows": tables.records(rows, "One row per cell and arm.") if rows else None,
         "warnings": replication.get("warnings", []),
     }
-    _render("replication.html.jinja", Path(workdir) / "index.html", page)
+    _render("replication.html.jinja", Path(workdir) / "report" / "index.html", page)
 
 
 def _render(template: str, path: Path, page: Mapping[str, Any]) -> None:
