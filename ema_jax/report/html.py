@@ -82,7 +82,7 @@ def write_report(
 
 
 def write_replication_report(workdir: Path, replication: Mapping[str, Any]) -> None:
-    """Writes `workdir/report/index.html` over the cells of a replication, linking to their own reports.
+    """Writes `workdir/report/index.html` over a replication, linking to its cells' reports.
 
     Args:
         workdir: the replication's folder, with the cells' studies under `cells/CELL`.
