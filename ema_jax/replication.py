@@ -74,7 +74,7 @@ def run(
         artifacts.write_json(root / "replication.json", made)
         artifacts.write_csv(root / "replication.csv", made["rows"])
         write_replication_report(root, made)
-        logging.info("report: %s", root / "index.html")
+        logging.info("report: %s", root / "report/index.html")
 
 
 def _print_plan(
