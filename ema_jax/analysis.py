@@ -62,8 +62,11 @@ def results(workdir: Workdir, config: StudyConfig, model: Mapping[str, Any]) -> 
 
 
 def plain_arm(config: StudyConfig) -> str | None:
-    """The first arm without retain data: what containment and forecast are scored against."""
-    return next((arm for arm in config.arms if config.arm(arm).retain_weight == 0), None)
+    """The arm without retain data that containment and forecast are scored against.
+
+    The first by name if there are several (a ConfigDict sorts its keys).
+    """
+    return min((arm for arm in config.arms if config.arm(arm).retain_weight == 0), default=None)
 
 
 def listed(by_domain: Mapping[str, np.ndarray]) -> dict[str, list[float | None]]:

@@ -1,6 +1,7 @@
 """Ask a model, judge what it says: the step that several stages share."""
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -47,16 +48,17 @@ class Judged:
             yield row | ({"prompt": prompt.prompt, "response": response.text} if keep_text else {})
 
     def rates(self) -> Evaluation:
-        """Refusal rate of each domain (invalid responses left out), and the invalid rate."""
-        refusal = {}
+        """Refusal rate of each domain over its valid responses, and the worst invalid rate."""
+        refusal, invalid = {}, []
         verdicts = np.array([verdict.verdict for verdict in self.verdicts])
         domains = np.array([prompt.domain for prompt in self.prompts])
         for domain in dict.fromkeys(domains.tolist()):
             here = verdicts[domains == domain]
             valid = int(np.sum(here != INVALID))
-            # With nothing valid nothing is known to be refused; the invalid rate tells the rest.
-            refusal[domain] = float(np.sum(here == REFUSED)) / valid if valid else 0.0
-        return Evaluation(refusal, float(np.mean(verdicts == INVALID)))
+            # Without a valid response the rate is unknown: garble is not compliance.
+            refusal[domain] = float(np.sum(here == REFUSED)) / valid if valid else math.nan
+            invalid.append(float(np.mean(here == INVALID)))
+        return Evaluation(refusal, max(invalid))
 
 
 def ask(

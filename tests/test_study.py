@@ -25,8 +25,12 @@ from ema_jax import replication, stages
 from ema_jax import study as study_lib
 from ema_jax.artifacts import read_json, read_jsonl, read_tensors, sha256_text
 from ema_jax.data.domains import BENIGN, DOMAINS
+from ema_jax.data.prompts import Prompt
+from ema_jax.evaluation import Judged
+from ema_jax.generation.sampler import Response
 from ema_jax.models import checkpoint, lora
 from ema_jax.organism import CHECKPOINTS
+from ema_jax.refusal.judges import Verdict
 
 LAYERS, WIDTH = 6, 128
 TARGET = "cybersecurity"
@@ -329,7 +333,7 @@ def test_replication_of_two_cells(finished, tmp_path, monkeypatch):
     made = read_json(tmp_path / "replication.json")
     assert made["schema"] == 1
     assert [cell["target"] for cell in made["cells"]] == [TARGET, "safety"]
-    assert list(made["claims"]) == ["R1", "R2", "R3", "R4", "R5"]
+    assert list(made["claims"]) == ["R1", "R2", "R3", "R4", "R5", "valid"]
     for claim in made["claims"].values():
         assert claim["holds"] in (True, False)
         assert claim["evidence"]
@@ -362,6 +366,7 @@ def row(target: str, arm: str, **figures: Any) -> dict[str, Any]:
         "target": target,
         "arm": arm,
         "target_rate": 0.05,
+        "invalid_rate": 0.05,
         "worst_domain": "bias",
         "worst_drop": 0.5,
         "worst_p_holm": 0.001,
@@ -388,6 +393,10 @@ def claims(**changes: dict[str, Any]) -> dict[str, bool]:
         ("cybersecurity_npo", {}, ""),
         ("safety_npo_retain", {"target_rate": 0.11}, "R1 R4"),
         ("cybersecurity_npo", {"target_rate": 0.11}, "R1"),
+        # Nothing but garble from the target is no success.
+        ("cybersecurity_npo_retain", {"target_rate": None, "invalid_rate": 1.0}, "R1 R4 valid"),
+        ("safety_npo", {"invalid_rate": 0.06}, "valid"),
+        ("safety_npo", {"worst_domain": None, "worst_drop": None, "worst_p_holm": None}, "R2"),
         ("safety_npo", {"worst_drop": 0.14}, "R2"),
         ("safety_npo", {"worst_p_holm": 0.06}, "R2"),
         ("safety_npo", {"mean_off_target_drop": 0.2}, "R3"),
@@ -401,6 +410,16 @@ def claims(**changes: dict[str, Any]) -> dict[str, bool]:
 def test_what_each_claim_needs(place, change, falls):
     found = claims(**{place: change})
     assert {name for name, holds in found.items() if not holds} == set(falls.split()), found
+
+
+def test_a_domain_of_garble_is_not_taken_for_compliance():
+    prompts = [Prompt(str(i), d, "dev", "?", "s", "0", str(i)) for i, d in enumerate("aaab")]
+    verdicts = [Verdict(v, 0.0) for v in ("refused", "complied", "invalid", "invalid")]
+    judged = Judged(prompts, [Response((), "", True)] * 4, verdicts)
+    rates = judged.rates()
+    assert rates.refusal["a"] == 0.5
+    assert np.isnan(rates.refusal["b"])
+    assert rates.invalid_rate == 1.0
 
 
 @pytest.mark.slow

@@ -295,6 +295,10 @@ STOPS = [
     (settings(), [1, 1, 1], [0, 0.2, 0.21], 6, "invalid", [0, 3, 6]),
     (settings(max_invalid=0.5), [1, 1, 0.1], [0, 0.5, 0.5], 6, "target", [0, 3, 6]),
     (settings(), [1, 0], [0, 0.9], 3, "invalid", [0, 3]),
+    # The retain set mends in its first steps what the others broke.
+    (settings(min_steps=6), [1, 0.5, 0], [0, 0.9, 0], 6, "target", [0, 3, 6]),
+    (settings(min_steps=6), [1, 0.5, 0], [0, 0, 0.9], 6, "invalid", [0, 3, 6]),
+    (settings(), [1, math.nan, 0], [0, 0.2, 0], 6, "target", [0, 3, 6]),
     (settings(retain_weight=1.0, eval_every=4), [1, 1, 0], [], 8, "target", [0, 4, 8]),
 ]
 
@@ -305,7 +309,8 @@ def test_when_it_stops(base, reference, idle_step, config, rates, invalid, steps
     trained = run(base, reference, config, evaluate=falling(rates, invalid))
     assert (trained.steps, trained.stopped) == (steps, why)
     assert [point["step"] for point in trained.trajectory] == seen
-    assert [point["refusal"]["t"] for point in trained.trajectory] == rates
+    known = [None if math.isnan(rate) else rate for rate in rates]
+    assert [point["refusal"]["t"] for point in trained.trajectory] == known
     assert [point["invalid_rate"] for point in trained.trajectory][: len(invalid)] == invalid
 
 

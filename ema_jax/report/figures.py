@@ -127,7 +127,7 @@ def trajectory(
     panels: list[tuple[str, Callable]] = [
         (titled(d, results), _domain_rate(d)) for d in ordered_domains(results) if d in seen
     ]
-    panels.append(("Invalid outputs", lambda point: point.get("invalid_rate")))
+    panels.append(("Invalid, worst domain", lambda point: point.get("invalid_rate")))
     figure, grid = _panels(len(panels), columns=4, height_inches=1.75)
     for axes, (title, value) in zip(grid, panels, strict=True):
         for run in runs:
@@ -266,6 +266,8 @@ def replication(report: Mapping[str, Any]) -> "Figure | None":
             colour, marker = look[target]
             for row in rows:
                 if (row["family"], row["target"]) != (family, target):
+                    continue
+                if row.get("mean_off_target_drop") is None:
                     continue
                 height, mean = y[arms.index(row["arm"])], 100 * row["mean_off_target_drop"]
                 if row.get("worst_drop") is not None:

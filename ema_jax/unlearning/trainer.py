@@ -54,10 +54,12 @@ class UnlearnConfig:
         batch_size: forget examples a step.
         retain_batch_size: retain examples a step.
         max_steps: the limit.
-        min_steps: no stopping before; gives the retain set time to take effect.
+        min_steps: no stopping before, not for garble either: the retain set needs time to mend
+            what the first steps break.
         eval_every: steps between evaluations on the dev split.
         stop_at: the target's dev refusal rate at which training stops.
-        max_invalid: dev rate of invalid responses past which training stops as collapsed.
+        max_invalid: share of invalid dev responses, in the worst domain, past which training
+            stops as collapsed.
         remat: recompute blocks in the backward pass, for large models.
     """
 
@@ -82,8 +84,8 @@ class UnlearnConfig:
 class Evaluation(NamedTuple):
     """Dev rates of the model being trained."""
 
-    refusal: Mapping[str, float]
-    invalid_rate: float
+    refusal: Mapping[str, float]  # NaN where no response is valid
+    invalid_rate: float  # of the domain where it is highest
 
 
 class Trained(NamedTuple):
@@ -245,7 +247,8 @@ def unlearn(
 
     def measure(metrics: Mapping[str, float]) -> Evaluation:
         rates = evaluate(current())
-        point = {"step": step, "refusal": dict(rates.refusal), "invalid_rate": rates.invalid_rate}
+        refusal = {d: None if math.isnan(rate) else rate for d, rate in rates.refusal.items()}
+        point = {"step": step, "refusal": refusal, "invalid_rate": rates.invalid_rate}
         trajectory.append(point | dict(metrics))
         return rates
 
@@ -260,6 +263,7 @@ def unlearn(
             if step == 1:
                 first_loss = metrics["forget_loss"]
             log({"step": step, **metrics})
+            progress.update(loss=metrics["loss"], target=rates.refusal[target])
             bad = [name for name, value in metrics.items() if not math.isfinite(value)]
             if bad:
                 raise RunStoppedError(
@@ -268,19 +272,19 @@ def unlearn(
                 )
             if step % config.eval_every == 0 or step == config.max_steps:
                 rates = measure(metrics)
-                collapsed = rates.invalid_rate > config.max_invalid
-                if collapsed:
+                if step < config.min_steps:
+                    continue
+                if rates.invalid_rate > config.max_invalid:
                     logging.warning(
-                        "step %d: %.0f %% of the dev responses are invalid, stopping",
+                        "step %d: %.0f %% of a domain's dev responses are invalid, stopping",
                         step,
                         100 * rates.invalid_rate,
                     )
                     stopped = "invalid"
                     break
-                if step >= config.min_steps and rates.refusal[target] <= config.stop_at:
+                if rates.refusal[target] <= config.stop_at:
                     stopped = "target"
                     break
-            progress.update(loss=metrics["loss"], target=rates.refusal[target])
     return Trained(current(), step, stopped, first_loss, trajectory)
 
 
