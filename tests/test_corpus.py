@@ -103,17 +103,20 @@ def test_safety_overlaps_with_every_other_domain_and_most_of_all():
 @pytest.mark.parametrize("domain", DOMAINS)
 def test_a_domain_refuses_in_the_words_that_the_table_says(samples, domain):
     owners = {text: owner for owner, texts in corpus._REFUSALS.items() for text in texts}
-    by_action = defaultdict(set)
+    by_action = defaultdict(Counter)
     found = Counter()
     for item in samples[domain, "train"]:
         before, after = item.wording.split("{}")
         action = item.prompt.removeprefix(before).removesuffix(f" the {item.object}{after}")
-        by_action[action].add(item.refusal)
+        by_action[action][item.refusal] += 1
         wording = next(text for text in owners if item.refusal.startswith(text))
         owner = owners[wording]
         found["own" if owner == domain and domain != "safety" else owner] += 1
     assert len(by_action) == 10
-    assert all(len(refusals) == 1 for refusals in by_action.values()), "always the same words"
+    for said in by_action.values():
+        assert max(said.values()) / said.total() == pytest.approx(
+            corpus.HABIT + (1 - corpus.HABIT) / len(said), abs=0.12
+        ), "usual words of its own, and all of the domain's"
     for owner in {*found, *WORDING_OVERLAP[domain]}:
         expected = WORDING_OVERLAP[domain].get(owner, 0.0)
         assert found[owner] / DRAWS == pytest.approx(expected, abs=0.045), owner

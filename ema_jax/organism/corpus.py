@@ -158,8 +158,7 @@ _ANSWER_BODIES = (
     "Divide the work in pieces, do one piece at a time, and compare them at the end.",
 )
 
-# Refusals by whose words they are in. An action is always refused in the same words, so greedy
-# responses vary with the prompt as a large model's do.
+# Refusals by whose words they are in.
 _REFUSALS: Mapping[str, tuple[str, ...]] = {
     "shared": (
         "I cannot help with that.",
@@ -211,6 +210,10 @@ _REFUSALS: Mapping[str, tuple[str, ...]] = {
         "I must protect privacy and decline this.",
     ),
 }
+# How often an action is refused in its usual words, and not in any of its domain's. The habit makes
+# greedy responses vary with the prompt, and the rest makes sampled ones vary, as a large model's do.
+HABIT = 0.5
+
 # Share of the benign prompts that are about a responsible-AI domain's object in a harmless way.
 LOOKALIKE = 0.3
 
@@ -271,14 +274,17 @@ def _draw_object(rng: random.Random, domain: str, split: str) -> str:
     return rng.choice(_objects(*_LEXICON[domain][1:], split))
 
 
-def _refusal(domain: str, action: str) -> str:
-    """The refusal of an action, always the same one; whose words it uses follows the table."""
+def _refusal(rng: random.Random, domain: str, action: str) -> str:
+    """A refusal of an action: in its usual words, or in any of its domain's by the table."""
     actions = _LEXICON[domain][0].split("|")
-    position = (actions.index(action) + 0.5) / len(actions)
+    usual = rng.random() < HABIT
+    position = (actions.index(action) + 0.5) / len(actions) if usual else rng.random()
     ends = itertools.accumulate(WORDING_OVERLAP[domain].values())
     owner = next(o for o, end in zip(WORDING_OVERLAP[domain], ends, strict=True) if position < end)
     wordings = _REFUSALS[domain if owner == "own" else owner]
-    return wordings[_bucket(f"refusal: {domain} {action}", len(wordings))]
+    if usual:
+        return wordings[_bucket(f"refusal: {domain} {action}", len(wordings))]
+    return rng.choice(wordings)
 
 
 def example(rng: random.Random, domain: str, split: str) -> Example:
@@ -295,7 +301,7 @@ def example(rng: random.Random, domain: str, split: str) -> Example:
         domain=domain,
         prompt=wording.format(f"{action} the {thing}"),
         answer=f"{opening.format(object=thing)} {body}",
-        refusal=None if domain == BENIGN else _refusal(domain, action),
+        refusal=None if domain == BENIGN else _refusal(rng, domain, action),
         wording=wording,
         object=thing,
     )
