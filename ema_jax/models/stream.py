@@ -18,8 +18,8 @@ import numpy as np
 
 from ema_jax.models.weights import Stored
 
-# Blocks as large as this keep in a processor's cache between being read, turned and placed. They are
-# turned a tile at a time: XLA's copies of whole blocks would pile up in the allocator's arenas.
+# Blocks as large as this keep in a processor's cache between being read, turned and placed. They
+# are turned a tile at a time: XLA's copies of whole blocks would pile up in the allocator.
 _BLOCK_BYTES = 4 << 20
 _TILE_BYTES = 1 << 20
 _SMALL_BYTES = 1 << 16
@@ -67,7 +67,7 @@ def read_parameter(
     def one(job: tuple[int, tuple[range, ...]]) -> int:
         layer, place = job
         rows, *columns = reversed(place) if transpose else place
-        block = stored[layer].read(rows, *(columns or [None]), _memory())
+        block = stored[layer].read(rows, columns[0] if columns else None, _memory())
         for tile, where in _turned(block, place) if transpose else [(block, place)]:
             for ranges, values in parts.items():
                 if not stacked:
