@@ -58,18 +58,27 @@ class Stored:
         """Bytes in the file."""
         return math.prod(self.shape) * self.dtype.itemsize
 
-    def read(self, rows: range, columns: range | None = None) -> np.ndarray:
+    def read(
+        self, rows: range, columns: range | None = None, memory: np.ndarray | None = None
+    ) -> np.ndarray:
         """Reads `[rows]` of a vector or `[rows, columns]` of a matrix, and no other byte.
 
         By plain reads: mapped pages would count as memory of this process.
 
+        Args:
+            rows: which rows.
+            columns: which columns; all by default.
+            memory: bytes to read into, if they are enough; new ones by default.
+
         Raises:
             UserError: the file ends before the tensor does.
         """
-        row = math.prod(self.shape[1:])
+        row, size = math.prod(self.shape[1:]), self.dtype.itemsize
         columns = range(row) if columns is None else columns
-        values = np.empty((len(rows), len(columns)), self.dtype)
-        size = values.itemsize
+        needed = len(rows) * len(columns) * size
+        if memory is None or len(memory) < needed:
+            memory = np.empty(needed, np.uint8)
+        values = memory[:needed].view(self.dtype).reshape(len(rows), len(columns))
         with open(self.file, "rb", buffering=0) as file:
             if len(columns) == row:
                 self._fill(file, self.offset + rows.start * row * size, values)
