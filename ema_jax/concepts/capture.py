@@ -78,7 +78,7 @@ def capture(
     from ema_jax.data.chat import bucket, length_batches
 
     mesh = make_mesh() if mesh is None else mesh
-    rows = batch_rows(min(batch_size, len(prompts)), mesh)
+    rows = batch_rows(min(batch_size, max(len(prompts), 1)), mesh)
     graph, state = nnx.split(model)
     depth, width = model.config.num_layers + 1, model.config.hidden_size
     result = {name: np.empty((len(prompts), depth, width), np.float32) for name in poolings}
