@@ -6,6 +6,7 @@ import re
 import socket
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from jax import numpy as jnp
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from ema_jax.artifacts import Shape, read_tensors, write_tensors
 from ema_jax.errors import UserError
 from ema_jax.models import checkpoint, stream
 from ema_jax.models.families import DecoderConfig
@@ -103,6 +105,7 @@ def write_random(folder, **sizes) -> int:
 
 WORKER = """
 import sys
+import tracemalloc
 import jax
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 2)
@@ -158,6 +161,7 @@ def test_each_of_two_processes_reads_what_its_devices_need(tmp_path):
 
 MEASURE = """
 import sys
+import tracemalloc
 import jax
 from ema_jax.models import checkpoint, stream
 stream.WORKERS = 3  # each holds a block and a few tiles: the same on every machine
@@ -195,8 +199,6 @@ def test_the_writer_is_what_safetensors_would_write(tmp_path):
         "a.weight": np.ones(5, jnp.bfloat16),
         "c": np.zeros((0, 2), np.float16),
     }
-    from ema_jax.models.weights import Shape
-
     shapes = [Shape(name, value.shape, value.dtype) for name, value in values.items()]
     write_weights(tmp_path, shapes, values.values(), 10**9)
     save_file(values, tmp_path / "theirs.safetensors", metadata={"format": "pt"})
@@ -209,3 +211,28 @@ def test_the_writer_is_what_safetensors_would_write(tmp_path):
     for key, value in read[0].items():
         assert value.dtype == read[1][key].dtype
         np.testing.assert_array_equal(value, read[1][key])
+
+
+def test_a_file_of_tensors_is_written_one_at_a_time(tmp_path):
+    """Any dtype and order; equal contents give equal bytes; nothing is copied whole."""
+    values = {
+        "half": np.ones((2, 3), np.float16),
+        "counts": np.arange(4).reshape(2, 2).T,
+        "flags": np.array([True, False]),
+        "scalar": np.float32(2.5).reshape(()),
+    }
+    write_tensors(tmp_path / "first", values, {"b": "2", "a": "1"})
+    write_tensors(tmp_path / "again", dict(reversed(values.items())), {"a": "1", "b": "2"})
+    assert (tmp_path / "first").read_bytes() == (tmp_path / "again").read_bytes()
+    read, metadata = read_tensors(tmp_path / "first")
+    assert metadata == {"a": "1", "b": "2"}
+    assert read.keys() == values.keys()
+    for name, value in values.items():
+        assert read[name].dtype == value.dtype
+        np.testing.assert_array_equal(read[name], value)
+    large = np.zeros((64, 1 << 20), np.uint8)
+    tracemalloc.start()
+    write_tensors(tmp_path / "large", {"large": large, "small": large[:1]}, {})
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < large.nbytes / 8
