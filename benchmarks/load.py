@@ -23,12 +23,12 @@ from flax import nnx
 from safetensors import safe_open
 
 from ema_jax import cli
-from ema_jax.artifacts import write_json
+from ema_jax.artifacts import Shape, write_json
 from ema_jax.errors import UserError
 from ema_jax.models import checkpoint, stream
 from ema_jax.models.decoder import Decoder
 from ema_jax.models.families import DecoderConfig
-from ema_jax.models.weights import Shape, WeightFiles, write_weights
+from ema_jax.models.weights import WeightFiles, write_weights
 
 MISTRAL_7B = {
     "architectures": ["MistralForCausalLM"],

@@ -21,8 +21,8 @@ def get_config():
     # Half of the 10 % that is asked for: the dev rates it is decided on are noisy.
     config.unlearn.stop_at = 0.05
     # With retain data the target falls first and the others come back after it.
-    retain = {"retain_weight": 2.0, "learning_rate": 5e-4}
-    steps = {"min_steps": 60, "max_steps": 90, "eval_every": 10}
+    retain = {"retain_weight": 4.0, "learning_rate": 5e-4}
+    steps = {"min_steps": 100, "max_steps": 120, "eval_every": 20}
     config.arms = {"npo": {}, "npo_retain": {**retain, **steps}}
     config.seeds = (0,)
     return config

@@ -198,10 +198,13 @@ def _warnings(
 
 
 def _provenance(workdir: Workdir, config: StudyConfig) -> dict[str, Any]:
+    # The folder may also hold runs of arms or seeds that the config no longer names.
+    runs = {"", *(f"{arm}/seed_{seed}" for arm in config.arms for seed in config.seeds)}
     hashes, seconds = {}, {}
     for path in sorted((workdir / "stages").glob("*.json")):
         manifest = read_json(path)
-        if manifest["stage"] not in ("analyse", "report"):
+        stage, _, run = manifest["stage"].partition("/")
+        if stage not in ("analyse", "report") and run in runs:
             hashes[manifest["stage"]] = manifest["hash"]
             seconds[manifest["stage"]] = manifest["wall_seconds"]
     devices = jax.devices()

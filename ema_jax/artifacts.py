@@ -4,17 +4,23 @@ import contextlib
 import csv
 import hashlib
 import json
+import math
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
 from ema_jax.errors import UserError
+
+# The format's names of NumPy's (and ml_dtypes') dtypes.
+_SAFETENSORS = {"bool": "BOOL", "bfloat16": "BF16"}
+_SAFETENSORS |= {f"float{bits}": f"F{bits}" for bits in (16, 32, 64)}
+_SAFETENSORS |= {f"int{bits}": f"I{bits}" for bits in (8, 16, 32, 64)}
+_SAFETENSORS |= {f"uint{bits}": f"U{bits}" for bits in (8, 16, 32, 64)}
 
 
 @contextlib.contextmanager
@@ -98,19 +104,63 @@ def write_csv(path: str | os.PathLike, rows: list[Mapping[str, Any]]) -> None:
         writer.writerows(rows)
 
 
+class Shape(NamedTuple):
+    """What a tensor will be: its name, shape and dtype."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in a file."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def write_safetensors(
+    path: str | os.PathLike,
+    shapes: Sequence[Shape],
+    values: Iterator[np.ndarray],
+    metadata: Mapping[str, str],
+) -> None:
+    """Writes a safetensors file one tensor at a time; equal contents, equal bytes.
+
+    (The library's own writer wants all tensors in memory, and orders metadata at random.)
+
+    Args:
+        path: where to; not atomic.
+        shapes: what will come.
+        values: an array for each, in that order; as many are taken.
+        metadata: goes into the header.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    end = 0
+    for tensor in shapes:
+        start, end = end, end + tensor.nbytes
+        header[tensor.name] = {
+            "dtype": _SAFETENSORS[tensor.dtype.name],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the format wants aligned data
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in shapes:
+            value = next(values)
+            assert (value.shape, value.dtype) == (tensor.shape, tensor.dtype), tensor.name
+            file.write(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
+
+
 def write_tensors(
     path: str | os.PathLike, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]
 ) -> None:
     """Writes a safetensors file with string metadata, atomically; equal contents, equal bytes."""
-    contiguous = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
-    raw = save(contiguous, metadata=dict(metadata))
-    start = 8 + int.from_bytes(raw[:8], "little")
-    # The library writes metadata in another order each time, and files here are told by hashes.
-    header = json.dumps(json.loads(raw[8:start]), sort_keys=True).encode()
-    header += b" " * (-len(header) % 8)
-    with atomic_path(path) as temporary, open(temporary, "wb") as file:
-        file.write(len(header).to_bytes(8, "little") + header)
-        file.write(raw[start:])
+    # Wide dtypes first, as the library has them: every tensor is aligned.
+    names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    shapes = [Shape(name, tensors[name].shape, tensors[name].dtype) for name in names]
+    with atomic_path(path) as temporary:
+        write_safetensors(temporary, shapes, (tensors[name] for name in names), metadata)
 
 
 def read_tensors(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[str, str]]:

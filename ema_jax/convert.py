@@ -12,16 +12,18 @@ from absl import flags, logging
 
 from ema_jax import cli
 
-_TO = flags.DEFINE_enum("to", None, ["flax", "hf"], "The format to write.", required=True)
-_SOURCE = flags.DEFINE_string(
-    "source", None, "A checkpoint folder of either format, or a hub id.", required=True
-)
-_OUTPUT = flags.DEFINE_string("output", None, "The folder to write.", required=True)
-_REVISION = flags.DEFINE_string("revision", None, "Branch, tag or commit of a hub id.")
-_DTYPE = flags.DEFINE_enum(
-    "dtype", None, ["float32", "bfloat16", "float16"], "Of the parameters; as stored by default."
-)
-_OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace a checkpoint that is at --output.")
+_DTYPES = ["float32", "bfloat16", "float16"]
+
+
+def define_flags() -> None:
+    """Declares the command's flags."""
+    flags.DEFINE_enum("to", None, ["flax", "hf"], "The format to write.")
+    flags.DEFINE_string("source", None, "A checkpoint folder of either format, or a hub id.")
+    flags.DEFINE_string("output", None, "The folder to write.")
+    flags.DEFINE_string("revision", None, "Branch, tag or commit of a hub id.")
+    flags.DEFINE_enum("dtype", None, _DTYPES, "Of the parameters; as stored by default.")
+    flags.DEFINE_bool("overwrite", False, "Replace a checkpoint that is at --output.")
+    flags.mark_flags_as_required(["to", "source", "output"])
 
 
 def convert(
@@ -60,21 +62,24 @@ def convert(
     logging.info("wrote %s", output)
 
 
-def main(_: Sequence[str]) -> None:
+def main(argv: Sequence[str]) -> None:
     """Reads the flags and converts."""
+    del argv
     import jax
 
     # The host's memory is where the model passes through; an accelerator would only be in the way.
     jax.config.update("jax_platforms", "cpu")
+    given = flags.FLAGS
     convert(
-        _SOURCE.value,
-        _OUTPUT.value,
-        _TO.value,
-        revision=_REVISION.value,
-        dtype=_DTYPE.value,
-        overwrite=_OVERWRITE.value,
+        given.source,
+        given.output,
+        given.to,
+        revision=given.revision,
+        dtype=given.dtype,
+        overwrite=given.overwrite,
     )
 
 
 if __name__ == "__main__":
+    define_flags()
     cli.run(main)

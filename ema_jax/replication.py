@@ -12,6 +12,7 @@ from ema_jax import artifacts
 from ema_jax import config as config_lib
 from ema_jax.analysis import plain_arm
 from ema_jax.config import ModelConfig, StudyConfig
+from ema_jax.data.prompts import OWN_SOURCES, build_prompts
 from ema_jax.errors import UserError
 from ema_jax.report.tables import p_value, percent, points
 from ema_jax.stages import Workdir
@@ -63,6 +64,9 @@ def run(
             studies[name] = Study(cell, place, checkpoint)
             place.check(studies[name].settings())
     if dry_run:
+        for cell in cells.values():
+            if cell.prompts.source in OWN_SOURCES:
+                build_prompts(cell.prompts, cell.domains, cell.target)
         _print_plan(cells, found, studies)
         return
     for name, study in studies.items():
@@ -96,9 +100,7 @@ def _print_plan(
         print(f"  prompts from {cell.prompts.source}, judged by {cell.judge}")
         print(f"  arms {', '.join(cell.arms)}, seeds {', '.join(map(str, cell.seeds))}")
         if name in studies:
-            study = studies[name]
-            for stage in study.settings():
-                done = study.workdir.manifest(stage) is not None
+            for stage, done in studies[name].plan():
                 print(f"  {'done' if done else 'to do':5}  {stage}")
 
 

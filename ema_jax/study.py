@@ -5,7 +5,7 @@ prompts → baseline → concepts → forecast → harvest → unlearn → evalu
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +149,12 @@ class Study:
             result[f"unlearn/{arm}/seed_{seed}"] = {"model": model, **asking, "arm": arm_settings}
             result[f"evaluate/{arm}/seed_{seed}"] = {**said, "export": c.export}
         return result
+
+    def plan(self) -> Iterator[tuple[str, bool]]:
+        """Every stage in order, and whether it was finished here."""
+        runs = [f"{stage}/{a}/seed_{s}" for a, s in self.runs for stage in ("unlearn", "evaluate")]
+        for name in (*STAGES[:5], *runs, *STAGES[7:]):
+            yield name, self.workdir.manifest(name) is not None
 
     def run(self) -> None:
         """Runs what is wanted and not yet done, in order."""

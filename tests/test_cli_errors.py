@@ -80,7 +80,7 @@ def test_dry_run_prints_the_plan_without_a_device(tmp_path):
     """With a platform that does not exist, whatever touches a device fails."""
     done = command(TINY, f"--workdir={tmp_path / 'new'}", "--dry_run", JAX_PLATFORMS="nonexistent")
     assert done.returncode == 0, done.stderr
-    for text in ("cybersecurity", "npo_retain", "baseline", "unlearn/npo/seed_0", "to do"):
+    for text in ("cybersecurity", "npo_retain", "baseline", "unlearn/npo/seed_0", "to do", "report"):
         assert text in done.stdout
     assert not any(tmp_path.iterdir())
 
@@ -187,7 +187,8 @@ def test_refused_before_any_work(tmp_path, case):
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("case", ["no weights", "no tokenizer", "deny-listed target"])
+# All but the devices, which a dry run does not touch.
+@pytest.mark.parametrize("case", [case for case in CASES if "devices" not in case])
 def test_a_dry_run_finds_it_too(tmp_path, case):
     damage, said = CASES[case]
     config = small_config()

@@ -14,7 +14,13 @@ from tiny_models import _forward, random_batch
 
 from ema_jax.errors import UserError
 from ema_jax.models import checkpoint, lora
-from ema_jax.models.sharding import batch_multiple, batch_sharding, make_mesh, parameter_spec
+from ema_jax.models.sharding import (
+    batch_multiple,
+    batch_rows,
+    batch_sharding,
+    make_mesh,
+    parameter_spec,
+)
 
 MESHES = [(1, 1, 1), (2, 2, 2), (1, 4, 2), (8, 1, 1)]
 
@@ -90,6 +96,8 @@ def test_meshes():
     assert make_mesh((2, -1, 2)).shape == {"data": 2, "fsdp": 2, "tensor": 2}
     assert make_mesh().size == 1
     assert batch_multiple(make_mesh((2, 2, 2))) == 4
+    assert [batch_rows(rows, make_mesh((2, 2, 2))) for rows in (0, 1, 4, 5)] == [4, 4, 4, 8]
+    assert batch_rows(7, make_mesh()) == 7
     with pytest.raises(UserError, match="needs 16 devices and there are 8"):
         make_mesh((4, 2, 2))
     for wrong in ((2, 2), (0, 1, 1), (-1, -1, 1), (-2, 1, 1)):

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from ema_jax.models.decoder import Decoder
-from ema_jax.models.sharding import batch_multiple, batch_sharding, make_mesh
+from ema_jax.models.sharding import batch_rows, batch_sharding, make_mesh
 
 Pooling = Callable[[int], Float[np.ndarray, "T"]]
 
@@ -78,8 +78,7 @@ def capture(
     from ema_jax.data.chat import bucket, length_batches
 
     mesh = make_mesh() if mesh is None else mesh
-    multiple = batch_multiple(mesh)
-    rows = -(-min(batch_size, len(prompts)) // multiple) * multiple
+    rows = batch_rows(min(batch_size, max(len(prompts), 1)), mesh)
     graph, state = nnx.split(model)
     depth, width = model.config.num_layers + 1, model.config.hidden_size
     result = {name: np.empty((len(prompts), depth, width), np.float32) for name in poolings}

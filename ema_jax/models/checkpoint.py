@@ -21,7 +21,7 @@ from absl import logging
 from flax import nnx
 from jax.sharding import Mesh
 
-from ema_jax.artifacts import atomic_path
+from ema_jax.artifacts import Shape, atomic_path
 from ema_jax.errors import UserError
 from ema_jax.models import flax_folder, stream
 from ema_jax.models.decoder import Decoder, LoRAParam
@@ -29,7 +29,7 @@ from ema_jax.models.families import FAMILIES, DecoderConfig
 from ema_jax.models.flax_folder import is_flax as is_flax
 from ema_jax.models.hub import resolve as resolve
 from ema_jax.models.sharding import make_mesh, parameter_shardings
-from ema_jax.models.weights import Shape, WeightFiles, open_weights, write_weights
+from ema_jax.models.weights import WeightFiles, open_weights, write_weights
 from ema_jax.progress import Progress
 
 MAX_SHARD_BYTES = 5 * 10**9

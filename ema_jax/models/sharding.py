@@ -86,3 +86,9 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def batch_multiple(mesh: Mesh) -> int:
     """What the number of rows in a batch has to be a multiple of."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def batch_rows(rows: int, mesh: Mesh) -> int:
+    """The rows of a batch that is to hold `rows` (one at least): rounded up to what divides."""
+    multiple = batch_multiple(mesh)
+    return -(-max(rows, 1) // multiple) * multiple

@@ -8,18 +8,20 @@ import itertools
 import math
 import os
 import sys
+import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from ema_jax.models.weights import Stored
 
-# Blocks as large as this keep in a processor's cache between being read, turned and placed.
+# Blocks as large as this keep in a processor's cache between being read, turned and placed. They
+# are turned a tile at a time: XLA's copies of whole blocks would pile up in the allocator.
 _BLOCK_BYTES = 4 << 20
+_TILE_BYTES = 1 << 20
 _SMALL_BYTES = 1 << 16
 # XLA uses a NumPy array's memory as it is if it starts at such a multiple.
 _ALIGNMENT = 64
@@ -27,12 +29,8 @@ _ALIGNMENT = 64
 WORKERS = min(8, (os.cpu_count() or 1) + 1)
 """Threads that read: one more than there are processors, as some of them wait for the disk."""
 
-
-class _Part(NamedTuple):
-    """One distinct part of a parameter that devices of this process hold."""
-
-    ranges: tuple[range, ...]
-    values: np.ndarray
+# Each thread reads all of its blocks into one place: freed ones would pile up in the allocator.
+_thread = threading.local()
 
 
 def read_parameter(
@@ -61,26 +59,22 @@ def read_parameter(
     assert sharding is not None
     indices = sharding.addressable_devices_indices_map(shape).values()
     wanted = {_ranges(index, shape) for index in indices}
-    parts = {
-        ranges: _Part(ranges, _aligned(tuple(map(len, ranges)), target.dtype)) for ranges in wanted
-    }
+    # One for each distinct part that devices of this process hold.
+    parts = {ranges: _aligned(tuple(map(len, ranges)), target.dtype) for ranges in wanted}
     layers = sorted({i for ranges in wanted for i in ranges[0]}) if stacked else [0]
     inner = {ranges[1:] if stacked else ranges for ranges in wanted}
 
     def one(job: tuple[int, tuple[range, ...]]) -> int:
         layer, place = job
-        block = stored[layer].read(*(reversed(place) if transpose else place))
-        size = block.nbytes
-        block = block.astype(target.dtype, copy=False)
-        block = turn(block) if transpose else block
-        for part in parts.values():
-            ranges, values = part
-            if stacked:
-                if layer not in ranges[0]:
-                    continue
-                ranges, values = ranges[1:], values[layer - ranges[0].start]
-            _place(block, place, values, ranges)
-        return size
+        rows, *columns = reversed(place) if transpose else place
+        block = stored[layer].read(rows, columns[0] if columns else None, _memory())
+        for tile, where in _turned(block, place) if transpose else [(block, place)]:
+            for ranges, values in parts.items():
+                if not stacked:
+                    _place(tile, where, values, ranges)
+                elif layer in ranges[0]:
+                    _place(tile, where, values[layer - ranges[0].start], ranges[1:])
+        return block.nbytes
 
     jobs = [
         (layer, place)
@@ -90,7 +84,7 @@ def read_parameter(
     for size in pool.map(one, jobs):
         count(size)
     result = jax.make_array_from_callback(
-        shape, sharding, lambda index: parts[_ranges(index, shape)].values
+        shape, sharding, lambda index: parts[_ranges(index, shape)]
     )
     # Or the host would hold several parameters that are still on their way to an accelerator.
     return jax.block_until_ready(result)
@@ -125,7 +119,7 @@ def _blocks(
 def _place(
     block: np.ndarray, place: tuple[range, ...], values: np.ndarray, ranges: tuple[range, ...]
 ) -> None:
-    """Copies what a block and a part have in common."""
+    """Copies what a block and a part have in common, cast to the part's dtype."""
     shared = [
         (max(a.start, b.start), min(a.stop, b.stop)) for a, b in zip(place, ranges, strict=True)
     ]
@@ -141,6 +135,16 @@ def _place(
         values[there] = block[here]
 
 
+def _turned(
+    block: np.ndarray, place: tuple[range, ...]
+) -> Iterator[tuple[np.ndarray, tuple[range, ...]]]:
+    """The transpose of a block that belongs at `place`, in tiles with their own places."""
+    step = max(_TILE_BYTES // block[:, :1].nbytes, 1)
+    for start in range(0, block.shape[1], step):
+        columns = slice(start, start + step)
+        yield turn(block[:, columns]), (place[0][columns], place[1])
+
+
 def turn(block: np.ndarray) -> np.ndarray:
     """A matrix's transpose; XLA's is three times as fast as a strided copy in NumPy."""
     if block.nbytes < _SMALL_BYTES:
@@ -150,6 +154,12 @@ def turn(block: np.ndarray) -> np.ndarray:
     except RuntimeError:  # JAX was told to start an accelerator's backend alone
         return np.ascontiguousarray(block.T)
     return np.asarray(jax.device_put(block.T, device))
+
+
+def _memory() -> np.ndarray:
+    if not hasattr(_thread, "memory"):
+        _thread.memory = np.empty(_BLOCK_BYTES, np.uint8)
+    return _thread.memory
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

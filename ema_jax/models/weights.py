@@ -6,36 +6,22 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from ema_jax.artifacts import read_json
+from ema_jax.artifacts import Shape, read_json, write_safetensors
 from ema_jax.errors import UserError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
 _DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
-_NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
 _ROWS_AT_ONCE = 4096
 # Old Llama and Mistral checkpoints store these; they follow from config.json.
 _DERIVED = re.compile(r"rotary_emb\.inv_freq$")
-
-
-class Shape(NamedTuple):
-    """What a tensor will be: its name, shape and dtype."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: np.dtype
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes in a file."""
-        return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,18 +44,27 @@ class Stored:
         """Bytes in the file."""
         return math.prod(self.shape) * self.dtype.itemsize
 
-    def read(self, rows: range, columns: range | None = None) -> np.ndarray:
+    def read(
+        self, rows: range, columns: range | None = None, memory: np.ndarray | None = None
+    ) -> np.ndarray:
         """Reads `[rows]` of a vector or `[rows, columns]` of a matrix, and no other byte.
 
         By plain reads: mapped pages would count as memory of this process.
 
+        Args:
+            rows: which rows.
+            columns: which columns; all by default.
+            memory: bytes to read into, if they are enough; new ones by default.
+
         Raises:
             UserError: the file ends before the tensor does.
         """
-        row = math.prod(self.shape[1:])
+        row, size = math.prod(self.shape[1:]), self.dtype.itemsize
         columns = range(row) if columns is None else columns
-        values = np.empty((len(rows), len(columns)), self.dtype)
-        size = values.itemsize
+        needed = len(rows) * len(columns) * size
+        if memory is None or len(memory) < needed:
+            memory = np.empty(needed, np.uint8)
+        values = memory[:needed].view(self.dtype).reshape(len(rows), len(columns))
         with open(self.file, "rb", buffering=0) as file:
             if len(columns) == row:
                 self._fill(file, self.offset + rows.start * row * size, values)
@@ -265,12 +260,10 @@ def write_weights(
 ) -> None:
     """Writes `model.safetensors`, or several files and their index, one tensor at a time.
 
-    (safetensors' own writer wants a whole file's tensors in memory.)
-
     Args:
         folder: where to.
         shapes: what will come.
-        values: a C-contiguous array for each, in that order; may be lazy.
+        values: an array for each, in that order; may be lazy.
         max_shard_bytes: start a new file past this size, unless a single tensor is larger.
     """
     shards: list[list[Shape]] = [[]]
@@ -283,29 +276,9 @@ def write_weights(
     for i, shard in enumerate(shards):
         many = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         file = SINGLE if len(shards) == 1 else many
-        _write_file(folder / file, shard, remaining)
+        write_safetensors(folder / file, shard, remaining, {"format": "pt"})
         weight_map |= dict.fromkeys((tensor.name for tensor in shard), file)
     if len(shards) > 1:
         total = sum(tensor.nbytes for tensor in shapes)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-
-
-def _write_file(path: Path, shard: Sequence[Shape], values: Iterator[np.ndarray]) -> None:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for tensor in shard:
-        start, end = end, end + tensor.nbytes
-        header[tensor.name] = {
-            "dtype": _NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [start, end],
-        }
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the format wants aligned data
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for tensor in shard:
-            value = next(values)
-            assert (value.shape, value.dtype) == (tensor.shape, tensor.dtype), tensor.name
-            file.write(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)

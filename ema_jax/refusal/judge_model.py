@@ -18,7 +18,7 @@ from ema_jax.models import checkpoint
 from ema_jax.models.decoder import Decoder
 from ema_jax.models.families import DecoderConfig
 from ema_jax.models.hub import resolve
-from ema_jax.models.sharding import batch_multiple, batch_sharding, make_mesh
+from ema_jax.models.sharding import batch_rows, batch_sharding, make_mesh
 from ema_jax.progress import Progress
 
 
@@ -146,8 +146,7 @@ def next_token_logprobs(
         members[row, list(ids)] = True
     members[-1] = ~members.any(axis=0)
     mesh = make_mesh()
-    multiple = batch_multiple(mesh)
-    rows = -(-min(batch_size, max(len(prompts), 1)) // multiple) * multiple
+    rows = batch_rows(min(batch_size, len(prompts)), mesh)
     graph, state = nnx.split(model)
     result = np.zeros((len(prompts), len(members)), np.float32)
     with Progress(description, len(prompts), "prompts") as progress:
