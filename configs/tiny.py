@@ -22,7 +22,7 @@ def get_config():
     config.unlearn.stop_at = 0.05
     # With retain data the target falls first and the others come back after it.
     retain = {"retain_weight": 4.0, "learning_rate": 5e-4}
-    steps = {"min_steps": 100, "max_steps": 120, "eval_every": 20}
+    steps = {"min_steps": 80, "max_steps": 140, "eval_every": 20, "max_invalid": 0.05}
     config.arms = {"npo": {}, "npo_retain": {**retain, **steps}}
     config.seeds = (0,)
     return config

@@ -297,6 +297,7 @@ STOPS = [
     (settings(), [1, 0], [0, 0.9], 3, "invalid", [0, 3]),
     # The retain set mends in its first steps what the others broke.
     (settings(min_steps=6), [1, 0.5, 0], [0, 0.9, 0], 6, "target", [0, 3, 6]),
+    (settings(retain_weight=1.0), [1, 0, 0], [0, 0.21, 0.2], 6, "target", [0, 3, 6]),
     (settings(min_steps=6), [1, 0.5, 0], [0, 0, 0.9], 6, "invalid", [0, 3, 6]),
     (settings(), [1, math.nan, 0], [0, 0.2, 0], 6, "target", [0, 3, 6]),
     (settings(retain_weight=1.0, eval_every=4), [1, 1, 0], [], 8, "target", [0, 4, 8]),

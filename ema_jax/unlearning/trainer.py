@@ -54,12 +54,12 @@ class UnlearnConfig:
         batch_size: forget examples a step.
         retain_batch_size: retain examples a step.
         max_steps: the limit.
-        min_steps: no stopping before, not for garble either: the retain set needs time to mend
-            what the first steps break.
+        min_steps: no stopping before: the retain set needs time to mend what the first steps
+            break.
         eval_every: steps between evaluations on the dev split.
         stop_at: the target's dev refusal rate at which training stops.
-        max_invalid: share of invalid dev responses, in the worst domain, past which training
-            stops as collapsed.
+        max_invalid: share of invalid dev responses, in the worst domain, past which an arm
+            without retain data stops as collapsed and one with it is not done.
         remat: recompute blocks in the backward pass, for large models.
     """
 
@@ -275,6 +275,8 @@ def unlearn(
                 if step < config.min_steps:
                     continue
                 if rates.invalid_rate > config.max_invalid:
+                    if config.retain_weight:  # which mends garble, given time
+                        continue
                     logging.warning(
                         "step %d: %.0f %% of a domain's dev responses are invalid, stopping",
                         step,
