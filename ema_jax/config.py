@@ -24,6 +24,7 @@ from ema_jax.data import domains as domains_lib
 from ema_jax.data import prompts as prompts_lib
 from ema_jax.data.prompts import PromptConfig
 from ema_jax.errors import UserError
+from ema_jax.generation.sampler import GREEDY, Sampling
 from ema_jax.models import lora
 from ema_jax.refusal.judges import JUDGES
 from ema_jax.unlearning.trainer import UnlearnConfig
@@ -72,10 +73,25 @@ class ConceptConfig:
 
 @dataclasses.dataclass(frozen=True)
 class HarvestConfig:
-    """What becomes of the model's own responses: fewest per domain, longest kept in tokens."""
+    """What becomes of the model's own responses.
+
+    Attributes:
+        min_examples: fewest prompts per domain that must give one.
+        response_cap: longest response kept, in tokens.
+        samples: responses per prompt: 1 is the greedy one, more are drawn at `temperature`.
+        temperature: of the draws.
+    """
 
     min_examples: int = 16
     response_cap: int = 128
+    samples: int = 1
+    temperature: float = 1.0
+
+    def draws(self) -> list[Sampling]:
+        """How each of the samples is drawn."""
+        if self.samples == 1:
+            return [GREEDY]
+        return [Sampling(self.temperature, seed=i) for i in range(self.samples)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,6 +249,8 @@ _POSITIVE = (
     "generation.batch_size",
     "harvest.min_examples",
     "harvest.response_cap",
+    "harvest.samples",
+    "harvest.temperature",
     "concepts.permutations",
     "concepts.splits",
 )

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from ema_jax.artifacts import sha256_text
 from ema_jax.data.chat import Chat
 from ema_jax.data.prompts import Prompt
-from ema_jax.generation.sampler import Response, generate
+from ema_jax.generation.sampler import GREEDY, Response, Sampling, generate
 from ema_jax.models.decoder import Decoder
 from ema_jax.progress import Progress
 from ema_jax.refusal.judges import INVALID, REFUSED, Judge, Verdict
@@ -69,6 +69,7 @@ def ask(
     generation: Mapping[str, int],
     mesh: Mesh,
     description: str | None = None,
+    sampling: Sampling = GREEDY,
 ) -> Judged:
     """Generates a response to every prompt and judges it.
 
@@ -80,10 +81,11 @@ def ask(
         generation: `max_new_tokens` and `batch_size`.
         mesh: what the model lies on.
         description: of the progress shown; None shows none.
+        sampling: how tokens are chosen.
     """
     responses: list[Response | None] = [None] * len(prompts)
     texts = [prompt.prompt for prompt in prompts]
-    finished = generate(model, chat, texts, mesh=mesh, **generation)
+    finished = generate(model, chat, texts, sampling=sampling, mesh=mesh, **generation)
     if description is None:
         for i, response in finished:
             responses[i] = response

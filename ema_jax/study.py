@@ -28,6 +28,7 @@ from ema_jax.data.domains import BENIGN
 from ema_jax.data.prompts import Prompt, build_prompts, read_prompts, write_prompts
 from ema_jax.errors import UserError
 from ema_jax.evaluation import Judged, ask
+from ema_jax.generation.sampler import GREEDY, Sampling
 from ema_jax.models import checkpoint, hub, lora
 from ema_jax.models.card import unlearned_card
 from ema_jax.models.decoder import Decoder
@@ -256,11 +257,15 @@ class Study:
         c, folder = self.config, self.workdir / "harvest"
         written = []
         for split, name in (("harvest", "forget"), ("retain", "retain")):
-            judged = self._ask(self.base, self.prompts[split], f"harvest {name}")
+            asked = self.prompts[split]
+            draws = [
+                self._ask(self.base, asked, f"harvest {name}", sampling)
+                for sampling in c.harvest.draws()
+            ]
             kept = harvest(
-                judged.prompts,
-                judged.responses,
-                judged.verdicts,
+                asked * len(draws),
+                [response for judged in draws for response in judged.responses],
+                [verdict for judged in draws for verdict in judged.verdicts],
                 benign=BENIGN,
                 minimum=c.harvest.min_examples,
                 cap=c.harvest.response_cap,
@@ -395,10 +400,16 @@ class Study:
         return [workdir / "report", workdir / "figures"]
 
     def _ask(
-        self, model: Decoder, prompts: Sequence[Prompt], description: str | None = None
+        self,
+        model: Decoder,
+        prompts: Sequence[Prompt],
+        description: str | None = None,
+        sampling: Sampling = GREEDY,
     ) -> Judged:
         generation = dataclasses.asdict(self.config.generation)
-        return ask(model, self.chat, prompts, self.judge, generation, self.mesh, description)
+        return ask(
+            model, self.chat, prompts, self.judge, generation, self.mesh, description, sampling
+        )
 
     def _write_responses(self, name: str, judged: Judged) -> Path:
         path = self.workdir / f"responses/{name}.jsonl"

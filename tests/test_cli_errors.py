@@ -80,7 +80,14 @@ def test_dry_run_prints_the_plan_without_a_device(tmp_path):
     """With a platform that does not exist, whatever touches a device fails."""
     done = command(TINY, f"--workdir={tmp_path / 'new'}", "--dry_run", JAX_PLATFORMS="nonexistent")
     assert done.returncode == 0, done.stderr
-    for text in ("cybersecurity", "npo_retain", "baseline", "unlearn/npo/seed_0", "to do", "report"):
+    for text in (
+        "cybersecurity",
+        "npo_retain",
+        "baseline",
+        "unlearn/npo/seed_0",
+        "to do",
+        "report",
+    ):
         assert text in done.stdout
     assert not any(tmp_path.iterdir())
 

@@ -10,7 +10,7 @@ from ema_jax import config as ema
 from ema_jax.data.chat import Chat
 from ema_jax.data.prompts import Prompt
 from ema_jax.errors import UserError
-from ema_jax.generation.sampler import Response
+from ema_jax.generation.sampler import GREEDY, Response
 from ema_jax.organism import CHECKPOINTS
 from ema_jax.refusal.judges import COMPLIED, INVALID, REFUSED, Verdict
 from ema_jax.unlearning.harvest import Harvested, harvest, harvest_yield
@@ -80,3 +80,31 @@ def test_json_gives_back_the_same_training_example():
     assert example.prompt == chat.prompt_tokens(item.prompt)
     # The same as rendering the conversation, where the text re-tokenises to what was sampled.
     assert chat.example(item.prompt, "I must decline this request.") == example
+
+
+def test_samples_of_one_prompt_are_kept_once_each():
+    a, b = prompt("a", "safety"), prompt("b", "safety")
+    said = ["I won't.", "Sorry, no.", "i wont", "I WON'T!", "I won't."]
+    asked = [
+        (p, Response((i,), text, True), REFUSED)
+        for i, (p, text) in enumerate(zip([a, a, a, a, b], said, strict=True))
+    ]
+    found = kept(asked, minimum=2)
+    assert [(item.id, item.response) for item in found] == [
+        ("a", "I won't."),
+        ("a", "Sorry, no."),
+        ("a", "i wont"),
+        ("b", "I won't."),
+    ]
+    assert harvest_yield([p for p, _, _ in asked], found) == {"safety": 1.0}
+    with pytest.raises(UserError, match="3 are needed"):
+        kept(asked, minimum=3)
+
+
+def test_draws_of_the_config():
+    assert ema.read(small_config()).harvest.draws() == [GREEDY]
+    config = small_config()
+    config.harvest.samples = 2
+    first, second = ema.read(config).harvest.draws()
+    assert first.temperature == second.temperature == 1.0
+    assert first.seed != second.seed

@@ -1,4 +1,4 @@
-"""Greedy decoding against transformers' `generate`, token by token."""
+"""Decoding against transformers: greedy token by token, sampling by its logits processors."""
 
 from types import SimpleNamespace
 
@@ -6,9 +6,13 @@ import jax
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 from tiny_models import FAMILIES, VOCABULARY, load_torch
+from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from ema_jax.errors import UserError
 from ema_jax.generation import sampler
+from ema_jax.generation.sampler import Sampling
 from ema_jax.models import checkpoint
 from ema_jax.models.decoder import Decoder
 from ema_jax.models.sharding import make_mesh
@@ -33,7 +37,7 @@ def chat(*eos_ids: int) -> SimpleNamespace:
     )
 
 
-def by_transformers(model, eos_ids) -> list[tuple[int, ...]]:
+def by_transformers(model, eos_ids, penalty=1.0) -> list[tuple[int, ...]]:
     """One left-padded batch of all prompts; rows are cut after their first end."""
     rows = [chat(0).prompt_tokens(text) for text in prompts()]
     width = max(LENGTHS)
@@ -47,7 +51,7 @@ def by_transformers(model, eos_ids) -> list[tuple[int, ...]]:
         attention_mask=mask,
         max_new_tokens=CAP,
         do_sample=False,
-        repetition_penalty=1.0,
+        repetition_penalty=penalty,
         eos_token_id=list(eos_ids),
         pad_token_id=0,
     )
@@ -85,6 +89,68 @@ def test_batch_size_and_mesh_change_nothing(tiny):
     assert ours(checkpoint.load(folder), (5, 6), batch_size=2) == expected
     mesh = make_mesh((2, 2, 2))
     assert ours(checkpoint.load(folder, mesh=mesh), (5, 6), mesh=mesh) == expected
+
+
+def test_a_repetition_penalty_is_that_of_transformers(tiny):
+    model, reference = checkpoint.load(tiny("qwen2")), load_torch(tiny("qwen2"))
+    expected = by_transformers(reference, [VOCABULARY], penalty=1.5)
+    assert expected != by_transformers(reference, [VOCABULARY])
+    got = ours(model, (VOCABULARY,), sampling=Sampling(repetition_penalty=1.5))
+    assert [got[i].tokens for i in range(len(LENGTHS))] == expected
+
+
+@pytest.mark.parametrize(
+    ("sampling", "processors"),
+    [
+        (Sampling(0.7), [TemperatureLogitsWarper(0.7)]),
+        (Sampling(1.0, top_k=5), [TopKLogitsWarper(5)]),
+        (Sampling(1.0, top_k=10**6), []),
+        (Sampling(1.0, top_p=0.6), [TopPLogitsWarper(0.6)]),
+        (Sampling(1.0, top_p=1e-6), [TopPLogitsWarper(1e-6)]),
+        (
+            Sampling(1.3, top_k=20, top_p=0.8),
+            [TemperatureLogitsWarper(1.3), TopKLogitsWarper(20), TopPLogitsWarper(0.8)],
+        ),
+    ],
+)
+def test_what_is_ruled_out_is_what_transformers_rules_out(sampling, processors):
+    logits = np.random.default_rng(1).normal(0, 2, (16, 50)).astype(np.float32)
+    expected = torch.tensor(logits)
+    for processor in processors:
+        expected = processor(None, expected)
+    np.testing.assert_allclose(sampler.warp(logits, sampling), expected, rtol=1e-6)
+
+
+def test_a_draw_depends_on_seed_and_prompt_alone(tiny):
+    model = checkpoint.load(tiny("qwen2"))
+    drawn = ours(model, (VOCABULARY,), sampling=Sampling(1.0, seed=3))
+    assert ours(model, (VOCABULARY,), sampling=Sampling(1.0, seed=3), batch_size=2) == drawn
+    assert ours(model, (VOCABULARY,), sampling=Sampling(1.0, seed=4)) != drawn
+    assert ours(model, (VOCABULARY,)) != drawn
+
+
+def test_draws_have_the_models_probabilities(tiny):
+    """First tokens of one prompt asked many times, by a chi-squared test."""
+    model = checkpoint.load(tiny("qwen2"))
+    asked = [prompts()[0]] * 4000
+    options = {"max_new_tokens": 1, "batch_size": 1000, "sampling": Sampling(0.5, top_k=6)}
+    drawn = [r.tokens[0] for _, r in sampler.generate(model, chat(VOCABULARY), asked, **options)]
+    tokens = np.array([chat(0).prompt_tokens(asked[0])])
+    hidden = model(tokens, np.ones(tokens.shape, bool)).hidden
+    warped = sampler.warp(model.logits(hidden[:, -1]), options["sampling"])
+    expected = 4000 * np.asarray(jax.nn.softmax(warped))[0]
+    found = np.bincount(drawn, minlength=VOCABULARY)
+    assert not found[expected == 0].any()
+    likely = expected > 0
+    assert stats.chisquare(found[likely], expected[likely], sum_check=False).pvalue > 1e-3
+
+
+@pytest.mark.parametrize(
+    "bad", [{"temperature": -1}, {"top_k": -1}, {"top_p": 0}, {"repetition_penalty": 0}]
+)
+def test_sampling_out_of_range(bad):
+    with pytest.raises(UserError, match=f"{next(iter(bad))} = .* is out of range"):
+        Sampling(**bad)
 
 
 def test_it_stops_once_every_row_has_ended(tiny, monkeypatch):

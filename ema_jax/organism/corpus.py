@@ -211,7 +211,7 @@ _REFUSALS: Mapping[str, tuple[str, ...]] = {
     ),
 }
 # How often an action is refused in its usual words, and not in any of its domain's. The habit makes
-# greedy responses vary with the prompt, and the rest makes sampled ones vary, as a large model's do.
+# greedy responses vary with the prompt, the rest makes sampled ones vary, as a large model's do.
 HABIT = 0.5
 
 # Share of the benign prompts that are about a responsible-AI domain's object in a harmless way.

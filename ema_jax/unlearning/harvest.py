@@ -2,10 +2,11 @@
 
 import dataclasses
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ema_jax.data.chat import Chat, TokenExample
+from ema_jax.data.dedupe import normalise
 from ema_jax.data.prompts import Prompt
 from ema_jax.errors import UserError
 from ema_jax.generation.sampler import Response
@@ -44,25 +45,24 @@ def harvest(
     """Keeps refusals of the responsible-AI domains and valid answers of the benign contrast.
 
     Args:
-        prompts: what was asked.
-        responses: what the model said, in the same order.
+        prompts: what was asked; a prompt comes as often as it was asked.
+        responses: what the model said, in the same order; of responses to one prompt that differ
+            in case, blanks or punctuation only, the first is kept.
         verdicts: what the judge made of it, in the same order.
         benign: name of the contrast, whose answers (not refusals) are kept.
-        minimum: fewest examples per domain.
+        minimum: fewest prompts with an example per domain.
         cap: longest response kept, in tokens; a longer one is cut and has no end of sequence.
 
     Raises:
-        UserError: a domain gives fewer than `minimum` examples.
+        UserError: a domain gives examples for fewer than `minimum` prompts.
     """
-    kept = []
+    kept: dict[tuple[str, str], Harvested] = {}
     for prompt, response, verdict in zip(prompts, responses, verdicts, strict=True):
         if verdict.verdict == (COMPLIED if prompt.domain == benign else REFUSED):
-            kept.append(
-                Harvested(
-                    prompt.id, prompt.domain, prompt.prompt, response.text, response.tokens[:cap]
-                )
-            )
-    asked, got = Counter(p.domain for p in prompts), Counter(h.domain for h in kept)
+            tokens = response.tokens[:cap]
+            item = Harvested(prompt.id, prompt.domain, prompt.prompt, response.text, tokens)
+            kept.setdefault((prompt.id, normalise(response.text)), item)
+    asked, got = _by_domain(prompts), _by_domain(kept.values())
     for domain in asked:
         if got[domain] < minimum:
             kind = "answers" if domain == benign else "refusals"
@@ -70,10 +70,15 @@ def harvest(
                 f"harvest: {domain} gave {got[domain]} {kind} for {asked[domain]} prompts and "
                 f"{minimum} are needed; raise prompts.counts or lower harvest.min_examples"
             )
-    return kept
+    return list(kept.values())
 
 
 def harvest_yield(prompts: Sequence[Prompt], kept: Sequence[Harvested]) -> dict[str, float]:
     """Share of each domain's prompts that gave an example."""
-    asked, got = Counter(p.domain for p in prompts), Counter(h.domain for h in kept)
+    asked, got = _by_domain(prompts), _by_domain(kept)
     return {domain: got[domain] / number for domain, number in asked.items()}
+
+
+def _by_domain(items: Iterable[Prompt | Harvested]) -> Counter[str]:
+    """Domain → how many prompts, however many samples of each."""
+    return Counter(domain for domain, _ in {(item.domain, item.id) for item in items})
