@@ -219,7 +219,7 @@ LOOKALIKE = 0.3
 
 # Share of the domains' prompts that the safety-tuning data answers all the same. Real data slips
 # too; without it nothing but garble stands behind a refusal that is unlearned.
-SLIPS = 0.15
+SLIPS = 0.12
 
 
 @dataclasses.dataclass(frozen=True)

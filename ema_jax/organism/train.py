@@ -73,7 +73,7 @@ class Stage:
     safe: bool  # refuse in the domains, or answer everything
 
 
-STAGES = (Stage("helpful", 400, 3e-3, safe=False), Stage("safety", 320, 1e-3, safe=True))
+STAGES = (Stage("helpful", 400, 3e-3, safe=False), Stage("safety", 360, 1e-3, safe=True))
 BATCH_SIZE = 32
 EXAMPLES = 24_000
 
