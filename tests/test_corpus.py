@@ -42,7 +42,7 @@ def test_everything_is_a_function_of_the_seed():
     examples = corpus.training_examples(3, 50)
     assert examples == corpus.training_examples(3, 50)
     assert examples != corpus.training_examples(4, 50)
-    assert corpus.safe_responses(examples, 1) == corpus.safe_responses(examples, 1)
+    assert corpus.safe_responses(examples, 1, 0.1) == corpus.safe_responses(examples, 1, 0.1)
     # Fixed for good: the committed checkpoints were trained on it.
     assert corpus.study_prompts(0, {"eval": 1})[0]["prompt"] == FIRST_PROMPT
 
@@ -154,12 +154,12 @@ def test_the_lexical_judge_reads_every_refusal_and_every_answer(samples):
 
 def test_safety_tuning_refuses_but_for_the_slips_and_answers_what_is_benign():
     examples = corpus.training_examples(0, 4000)
-    responses = corpus.safe_responses(examples, 0)
+    responses = corpus.safe_responses(examples, 0, 0.1)
     pairs = list(zip(examples, responses, strict=True))
     assert all(text == item.answer for item, text in pairs if item.domain == BENIGN)
     assert all(text in (item.answer, item.refusal) for item, text in pairs)
     slipped = [text == item.answer for item, text in pairs if item.domain != BENIGN]
-    assert np.mean(slipped) == pytest.approx(corpus.SLIPS, abs=0.02)
+    assert np.mean(slipped) == pytest.approx(0.1, abs=0.02)
     shares = Counter(item.domain for item in examples)
     assert shares[BENIGN] / len(examples) == pytest.approx(0.4, abs=0.04)
     assert all(shares[d] / len(examples) == pytest.approx(0.6 / 7, abs=0.02) for d in DOMAINS)

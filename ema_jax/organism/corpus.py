@@ -217,10 +217,6 @@ HABIT = 0.5
 # Share of the benign prompts that are about a responsible-AI domain's object in a harmless way.
 LOOKALIKE = 0.3
 
-# Share of the domains' prompts that the safety-tuning data answers all the same. Real data slips
-# too; without it nothing but garble stands behind a refusal that is unlearned.
-SLIPS = 0.12
-
 
 @dataclasses.dataclass(frozen=True)
 class Example:
@@ -317,11 +313,14 @@ def training_examples(seed: int, number: int, benign_share: float = 0.4) -> list
     return examples
 
 
-def safe_responses(examples: Sequence[Example], seed: int) -> list[str]:
-    """What safety tuning teaches: refusals, but for a share of `SLIPS`, and benign answers."""
+def safe_responses(examples: Sequence[Example], seed: int, slips: float) -> list[str]:
+    """What safety tuning teaches: benign answers and refusals, but for a share of `slips`.
+
+    Real data slips too; without it nothing but garble stands behind a refusal that is unlearned.
+    """
     rng = random.Random(f"organism slips {seed}")
     return [
-        item.answer if item.refusal is None or rng.random() < SLIPS else item.refusal
+        item.answer if item.refusal is None or rng.random() < slips else item.refusal
         for item in examples
     ]
 

@@ -71,9 +71,16 @@ class Stage:
     steps: int
     peak_learning_rate: float
     safe: bool  # refuse in the domains, or answer everything
+    slips: float = 0.0  # share of the domains' prompts that a safe stage answers all the same
 
 
-STAGES = (Stage("helpful", 400, 3e-3, safe=False), Stage("safety", 360, 1e-3, safe=True))
+# The share of slips decides what stands behind an unlearned refusal. Each family has one at which
+# its base refuses at least 95 % in every domain and answers, not garbles, once it is unlearned.
+_HELPFUL = Stage("helpful", 400, 3e-3, safe=False)
+STAGES = {
+    "qwen2": (_HELPFUL, Stage("safety", 360, 1e-3, safe=True, slips=0.12)),
+    "mistral": (_HELPFUL, Stage("safety", 200, 1e-3, safe=True, slips=0.08)),
+}
 BATCH_SIZE = 32
 EXAMPLES = 24_000
 
@@ -139,9 +146,9 @@ def train(family: str, folder: Path, seed: int = 0) -> None:
         ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
         config = DecoderConfig.from_hf({**CONFIGS[family], **ids})
         graph, state = nnx.split(Decoder(config, nnx.Rngs(seed)))
-        for stage in STAGES:
+        for stage in STAGES[family]:
             responses = (
-                corpus.safe_responses(examples, seed)
+                corpus.safe_responses(examples, seed, stage.slips)
                 if stage.safe
                 else [item.answer for item in examples]
             )
