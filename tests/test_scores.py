@@ -224,39 +224,6 @@ def test_containment_says_when_there_is_nothing_to_contain():
     assert unbounded["flags"] == ["ema_not_above_zero"]
 
 
-@pytest.mark.parametrize(
-    ("x", "y"),
-    [
-        ([1, 2, 3, 4, 5, 6], [0.1, 0.3, 0.2, 0.9, 0.5, 0.7]),
-        ([1, 1, 2, 3, 3], [5, 4, 4, 2, 1]),
-        ([3, 1, 2, 4, 9, 7, 8], [1, 2, 3, 4, 5, 6, 6]),
-    ],
-)
-@pytest.mark.parametrize("alternative", ["two-sided", "greater", "less"])
-def test_spearman_against_scipy(x, y, alternative):
-    result = scores.spearman_exact(x, y, alternative=alternative)
-    assert result["spearman"] == pytest.approx(stats.spearmanr(x, y).statistic)
-    null = [stats.rankdata(p) @ stats.rankdata(y) for p in itertools.permutations(x)]
-    centre = len(x) * ((len(x) + 1) / 2) ** 2
-    null, seen = np.array(null) - centre, stats.rankdata(x) @ stats.rankdata(y) - centre
-    wanted = {
-        "two-sided": np.abs(null) >= abs(seen) - 1e-9,
-        "greater": null >= seen - 1e-9,
-        "less": null <= seen + 1e-9,
-    }[alternative].mean()
-    assert result["p"] == pytest.approx(wanted)
-
-
-def test_spearman_edges():
-    assert scores.spearman_exact([1, 1, 1], [1, 2, 3]) == {"spearman": None, "p": None}
-    assert scores.spearman_exact([1, 2], [1, 2])["p"] is None
-    many = scores.spearman_exact(range(12), [3, 1, 2, 5, 4, 7, 6, 9, 8, 11, 10, 12])
-    assert many["spearman"] > 0.9
-    assert many["p"] < 0.01
-    with pytest.raises(ValueError, match="values"):
-        scores.spearman_exact([1, 2, 3], [1, 2])
-
-
 # --- coverage of the intervals
 
 

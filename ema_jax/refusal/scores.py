@@ -12,25 +12,21 @@ see how little is known and its interval is widened to hold a closed-form one to
 about five seeds the spread between seeds is still somewhat understated.
 """
 
-import itertools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from ema_jax.refusal.judges import COMPLIED, INVALID, REFUSED
 
 Verdicts = Sequence[str]
-Alternative = Literal["two-sided", "greater", "less"]
 
 RESAMPLES = 2000
 FEW_OUTCOMES = 5
 FLOOR, CEILING = 0.1, 0.9
 COARSE_DROP = 0.2
 MANY_INVALID = 0.1
-# Rank correlations are tested over all n! orders up to this n (40,320 orders).
-MAX_EXACT = 8
 
 
 def refusal_rate(verdicts: Verdicts) -> dict[str, Any]:
@@ -244,45 +240,6 @@ def containment(
         return {"recovered": recovered, "ci95": [None, None], "flags": ["ema_not_above_zero"]}
     interval = _percentiles(1 - draws[1][bounded] / draws[0][bounded])
     return {"recovered": recovered, "ci95": interval, "flags": []}
-
-
-def spearman_exact(
-    x: Sequence[float],
-    y: Sequence[float],
-    *,
-    alternative: Alternative = "two-sided",
-    seed: int = 0,
-) -> dict[str, Any]:
-    """Spearman's rank correlation with mid-ranks for ties and its permutation p.
-
-    All n! orders up to n = 8, 9,999 random ones beyond.
-
-    Returns:
-        `spearman` and `p`, both None for fewer than three points or a constant side.
-    """
-    from scipy.stats import permutation_test, rankdata
-
-    if len(x) != len(y):
-        raise ValueError(f"x has {len(x)} values and y {len(y)}")
-    if len(x) < 3 or len(set(x)) == 1 or len(set(y)) == 1:
-        return {"spearman": None, "p": None}
-    a, b = (rankdata(v) - (len(v) + 1) / 2 for v in (x, y))
-    scale = math.sqrt((a @ a) * (b @ b))
-    rho = float(a @ b) / scale
-    if len(x) > MAX_EXACT:
-        test = permutation_test(
-            (a,),
-            lambda v: v @ b,
-            permutation_type="pairings",
-            alternative=alternative,
-            vectorized=False,
-            rng=np.random.default_rng(seed),
-        )
-        return {"spearman": rho, "p": float(test.pvalue)}
-    null = a[np.array(list(itertools.permutations(range(len(x)))))] @ b / scale
-    sign = {"two-sided": 0, "greater": 1, "less": -1}[alternative]
-    extreme = sign * null >= sign * rho - 1e-12 if sign else np.abs(null) >= abs(rho) - 1e-12
-    return {"spearman": rho, "p": float(extreme.mean())}
 
 
 def _outcomes(

@@ -24,7 +24,7 @@ from ema_jax.errors import RunStoppedError
 from ema_jax.models import lora as lora_lib
 from ema_jax.models.decoder import Decoder, LoRAParam
 from ema_jax.models.sharding import (
-    batch_multiple,
+    batch_rows,
     batch_sharding,
     make_mesh,
     parameter_shardings,
@@ -157,7 +157,7 @@ def reference_log_probs(
     mesh = make_mesh() if mesh is None else mesh
     graph, state = nnx.split(lora_lib.detach(model))
     length = _padded_length(examples)
-    rows = _round_up(batch_size, batch_multiple(mesh))
+    rows = batch_rows(batch_size, mesh)
     parts = []
     for start in range(0, len(examples), rows):
         chunk = examples[start : start + rows]
@@ -298,9 +298,9 @@ def _batches(
     seed: int,
     mesh: Mesh,
 ) -> Iterator[tuple[_ForgetBatch, Batch | None]]:
-    sharding, multiple = batch_sharding(mesh), batch_multiple(mesh)
-    rows = _round_up(config.batch_size, multiple)
-    retain_rows = _round_up(config.retain_batch_size, multiple)
+    sharding = batch_sharding(mesh)
+    rows = batch_rows(config.batch_size, mesh)
+    retain_rows = batch_rows(config.retain_batch_size, mesh)
     length = _padded_length(forget)
     retain_length = _padded_length(retain) if retain else 0
     step = 0
@@ -319,7 +319,3 @@ def _batches(
 
 def _padded_length(examples: Sequence[TokenExample]) -> int:
     return bucket(max(len(item.prompt) + len(item.response) for item in examples))
-
-
-def _round_up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple

@@ -8,11 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from ema_jax.data.chat import Batch, TokenExample, bucket, pad_examples
 from ema_jax.models.decoder import Decoder
-from ema_jax.models.sharding import batch_multiple, batch_sharding, make_mesh
+from ema_jax.models.sharding import batch_rows, batch_sharding, make_mesh
+
+_CHUNK = 32
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "base_graph"))
@@ -23,19 +25,34 @@ def _totals(
     base_state: nnx.State,
     batch: Batch,
 ) -> Float[Array, "3"]:
-    def log_probs(model: Decoder) -> Float[Array, "B T1 V"]:
-        hidden = model(batch.tokens, batch.mask).hidden[:, :-1]
-        return jax.nn.log_softmax(model.logits(hidden))
+    """Sums over response tokens of NLL, KL(base ‖ model) and one, over time in chunks.
 
-    ours = log_probs(nnx.merge(graph, state))
-    base = log_probs(nnx.merge(base_graph, base_state))
-    weights = batch.response[:, 1:]
-    targets = batch.tokens[:, 1:, None]
-    nll = -jnp.take_along_axis(ours, targets, axis=-1)[..., 0]
-    divergence = jnp.sum(jnp.exp(base) * (base - ours), axis=-1)
-    return jnp.stack(
-        [jnp.sum(jnp.where(weights, x, 0.0)) for x in (nll, divergence, jnp.ones_like(nll))]
-    )
+    So neither model's `[B, T, vocabulary]` exists whole.
+    """
+    merged = nnx.merge(graph, state), nnx.merge(base_graph, base_state)
+    length = batch.tokens.shape[1] - 1
+    size = min(_CHUNK, length)
+
+    def padded(x: Array) -> Array:
+        return jnp.pad(x, ((0, 0), (0, -length % size), *((0, 0),) * (x.ndim - 2)))
+
+    hidden = [padded(model(batch.tokens, batch.mask).hidden[:, :-1]) for model in merged]
+    targets, weights = padded(batch.tokens[:, 1:]), padded(batch.response[:, 1:])
+
+    def chunk(start: Int[Array, ""]) -> Float[Array, "3"]:
+        def part(x: Array) -> Array:
+            return jax.lax.dynamic_slice_in_dim(x, start, size, axis=1)
+
+        ours, kept = (
+            jax.nn.log_softmax(model.logits(part(h)))
+            for model, h in zip(merged, hidden, strict=True)
+        )
+        nll = -jnp.take_along_axis(ours, part(targets)[..., None], axis=-1)[..., 0]
+        divergence = jnp.sum(jnp.exp(kept) * (kept - ours), axis=-1)
+        counted = (nll, divergence, jnp.ones_like(nll))
+        return jnp.stack([jnp.sum(jnp.where(part(weights), x, 0.0)) for x in counted])
+
+    return jnp.sum(jax.lax.map(chunk, jnp.arange(0, length, size)), axis=0)
 
 
 def utility(
@@ -52,15 +69,14 @@ def utility(
         model: the one to measure.
         base: the untouched model.
         examples: benign prompts with the base's answers.
-        batch_size: rows at once; both models' full logits are held for them.
+        batch_size: rows at once.
         mesh: what the models lie on.
 
     Returns:
         `benign_nll` and `kl_to_base` = KL(base ‖ model), in nats a token.
     """
     mesh = make_mesh() if mesh is None else mesh
-    multiple = batch_multiple(mesh)
-    rows = -(-batch_size // multiple) * multiple
+    rows = batch_rows(batch_size, mesh)
     length = bucket(max(len(item.prompt) + len(item.response) for item in examples))
     totals = np.zeros(3)
     for start in range(0, len(examples), rows):
