@@ -21,7 +21,7 @@ from small_study import small_config
 from test_stages import contents
 
 from ema_jax import config as ema
-from ema_jax import replication, stages
+from ema_jax import evaluation, replication, stages
 from ema_jax import study as study_lib
 from ema_jax.artifacts import read_json, read_jsonl, read_tensors, sha256_text
 from ema_jax.data.domains import BENIGN, DOMAINS
@@ -288,6 +288,31 @@ def test_a_study_stopped_again_and_again_ends_the_same(finished, results, tmp_pa
     for folder in ("adapters", "concepts", "harvest", "responses", "trajectories", "evaluations"):
         ours, theirs = contents(tmp_path / folder), contents(finished / folder)
         assert {k: v for k, (v, _) in ours.items()} == {k: v for k, (v, _) in theirs.items()}
+
+
+def test_a_killed_evaluation_goes_on_where_it_stopped(finished, tmp_path, monkeypatch):
+    generate, asked = evaluation.generate, []
+
+    def killed(*arguments, done, **options):
+        asked.append(len(arguments[2]) - len(done))
+        for number, found in enumerate(generate(*arguments, done=done, **options)):
+            if number == 17:
+                (journal,) = tmp_path.glob(".partial/baseline/*/eval.jsonl")
+                with open(journal, "a") as file:
+                    file.write('{"index": 3, "tok')
+                raise KeyboardInterrupt
+            yield found
+
+    monkeypatch.setattr(evaluation, "generate", killed)
+    total = EVAL * (len(DOMAINS) + 1)
+    for _ in range(total // 17):
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, only=["prompts", "baseline"])
+    run(tmp_path, only=["prompts", "baseline"])
+    assert asked == list(range(total, 0, -17))
+    for name in ("responses/base.jsonl", "harvest/benign_answers.jsonl", "evaluations/base.json"):
+        assert (tmp_path / name).read_bytes() == (finished / name).read_bytes()
+    assert not list(tmp_path.glob(".partial/**/*.jsonl")), "model text is kept on request only"
 
 
 def write_nothing(workdir: Path, *_: Any) -> None:

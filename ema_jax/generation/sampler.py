@@ -39,6 +39,11 @@ class Response(NamedTuple):
     text: str
     finished: bool  # it ended by itself, before the cap
 
+    @classmethod
+    def of(cls, tokens: tuple[int, ...], chat: Chat) -> "Response":
+        """From the tokens alone."""
+        return cls(tokens, chat.decode(tokens), tokens[-1] in chat.eos_ids)
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
@@ -106,7 +111,7 @@ class _Slots(NamedTuple):
     cache: KVCache
     last: Int[Array, "B"]  # the token to go on from
     live: Bool[Array, "B"]
-    count: Int[Array, "B"]  # tokens of the response so far
+    length: Int[Array, "B"]  # of the response so far
     place: Int[Array, "B"]  # of the prompt among all prompts, for the draws
     seen: Bool[Array, "B V"] | None  # tokens of prompt and response, where a penalty needs them
     output: Int[Array, "B N"]
@@ -146,7 +151,7 @@ def _choose(
     hidden: Float[Array, "B T D"],
     seen: Bool[Array, "B V"] | None,
     place: Int[Array, "B"],
-    count: Int[Array, "B"],
+    length: Int[Array, "B"],
     sampling: Sampling,
 ) -> Int[Array, "B"]:
     """The next token of every row."""
@@ -156,7 +161,7 @@ def _choose(
     if sampling.temperature:
         fold = jax.vmap(jax.random.fold_in)
         seed = jax.random.key(sampling.seed)
-        keys = fold(jax.vmap(jax.random.fold_in, (None, 0))(seed, place), count)
+        keys = fold(jax.vmap(jax.random.fold_in, (None, 0))(seed, place), length)
         logits = warp(logits, sampling)
         logits += jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[-1:]))(keys)
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
@@ -197,7 +202,7 @@ def _fill(
         slots.cache.insert(out.cache, rows),
         slots.last.at[rows].set(first, mode="drop"),
         slots.live.at[rows].set(live, mode="drop"),
-        slots.count.at[rows].set(1, mode="drop"),
+        slots.length.at[rows].set(1, mode="drop"),
         slots.place.at[rows].set(places, mode="drop"),
         seen,
         slots.output.at[rows, 0].set(first, mode="drop"),
@@ -222,13 +227,13 @@ def _advance(
 
     def step(s: _Slots) -> _Slots:
         out = model(s.last[:, None], jnp.ones((rows, 1), bool), cache=s.cache)
-        token = _choose(model, out.hidden, s.seen, s.place, s.count, sampling)
+        token = _choose(model, out.hidden, s.seen, s.place, s.length, sampling)
         # What a row that has ended chooses is written nowhere.
-        output = s.output.at[everywhere, jnp.where(s.live, s.count, cap)].set(token, mode="drop")
-        count = s.count + s.live
-        live = s.live & ~jnp.isin(token, eos_ids) & (count < cap)
+        output = s.output.at[everywhere, jnp.where(s.live, s.length, cap)].set(token, mode="drop")
+        length = s.length + s.live
+        live = s.live & ~jnp.isin(token, eos_ids) & (length < cap)
         seen = None if s.seen is None else s.seen.at[everywhere, token].set(True)
-        return _Slots(out.cache, token, live, count, s.place, seen, output).on(mesh)
+        return _Slots(out.cache, token, live, length, s.place, seen, output).on(mesh)
 
     return jax.lax.while_loop(lambda s: jnp.sum(s.live) > few, step, slots)
 
@@ -238,8 +243,8 @@ def _narrow(slots: _Slots, rows: Int[Array, "F"], *, mesh: Mesh) -> _Slots:
     """Some of the rows, which go on by themselves."""
     cache = slots.cache
     few = KVCache(cache.keys[:, rows], cache.values[:, rows], cache.positions[rows], cache.next)
-    taken = [None if x is None else x[rows] for x in slots[1:]]
-    return _Slots(few, *taken).on(mesh)
+    rest = [None if x is None else x[rows] for x in slots[1:]]
+    return _Slots(few, *rest).on(mesh)  # type: ignore[arg-type]
 
 
 def generate(
@@ -271,7 +276,7 @@ def generate(
         rows = batch_rows(min(batch_size, len(indices)), mesh)
         queue = deque((i, rendered[i]) for i in indices)
         for i, tokens in _serve(model, chat, queue, rows, max_new_tokens, sampling, mesh):
-            yield i, Response(tokens, chat.decode(tokens), tokens[-1] in chat.eos_ids)
+            yield i, Response.of(tokens, chat)
 
 
 def _rings(lengths: Mapping[int, int], cap: int) -> Iterator[list[int]]:
@@ -322,9 +327,9 @@ def _serve(
         narrower = not queue and _MIN_TAIL <= tail < len(asked)
         few = len(asked) - min(refill, len(queue)) if queue else tail if narrower else 0
         slots = _advance(graph, state, slots, np.int32(few), eos_ids, **fixed)
-        live, count, output = map(np.asarray, (slots.live, slots.count, slots.output))
+        live, ends, output = map(np.asarray, (slots.live, slots.length, slots.output))
         for row in np.flatnonzero((asked >= 0) & ~live):
-            yield int(asked[row]), tuple(output[row, : count[row]].tolist())
+            yield int(asked[row]), tuple(output[row, : ends[row]].tolist())
             asked[row] = -1
         if narrower:
             kept = np.argsort(asked < 0, kind="stable")[:tail]

@@ -196,8 +196,9 @@ class Decoder(nnx.Module):
         positions = jnp.maximum(before + jnp.cumsum(mask, axis=1) - 1, 0)
         key_positions = jnp.where(mask, positions, -1)
         if cache is not None:
-            place = (0, cache.next)
-            key_positions = jax.lax.dynamic_update_slice(cache.positions, key_positions, place)
+            key_positions = jax.lax.dynamic_update_slice(
+                cache.positions, key_positions, (0, cache.next)
+            )
         frequencies, factor = rope_frequencies(c)
         cos, sin = rotary_tables(positions, jnp.asarray(frequencies), factor)
         windowed = any(window is not None for window in c.windows)
@@ -215,8 +216,7 @@ class Decoder(nnx.Module):
                 # The cache rides in the carry and is written in place: as scan inputs and outputs
                 # it would be copied whole at every step.
                 key, value = key.transpose(0, 2, 3, 1), value.transpose(0, 2, 1, 3)
-                place = (index, 0, 0, 0, cache.next)
-                keys = jax.lax.dynamic_update_slice(keys, key[None], place)
+                keys = jax.lax.dynamic_update_slice(keys, key[None], (index, 0, 0, 0, cache.next))
                 place = (index, 0, 0, cache.next, 0)
                 values = jax.lax.dynamic_update_slice(values, value[None], place)
                 mixed = attend_cached(query, keys[index], values[index], visible)
