@@ -2,11 +2,11 @@
 
 python -m ema_jax.lm_eval run --model=ema_jax --model_args=source=CHECKPOINT --tasks=hellaswag
 
-After `ema_jax.lm_eval` come lm_eval's own arguments (`adapter=FOLDER` among the model's loads a PEFT
-adapter); `pip install ema_jax[eval]` brings it. As a
-library, `Scorer` answers its three kinds of requests and `register` makes it a model of lm_eval's.
-A context is scored as it is, token for token; `--apply_chat_template` puts it into the
-checkpoint's template, with the system turn of a study: none, unless one is asked for.
+After `ema_jax.lm_eval` come lm_eval's own arguments (of the model's, `adapter=FOLDER` loads a PEFT
+adapter); `pip install ema_jax[eval]` brings it. As a library, `Scorer` answers its three kinds of
+requests and `register` makes it a model of lm_eval's. A context is scored as it is, token for
+token; `--apply_chat_template` puts it into the checkpoint's template, with the system turn of a
+study: none, unless one is asked for.
 """
 
 import dataclasses
