@@ -8,6 +8,7 @@ from ema_jax.concepts.vectors import (
     LAYER_CONVENTION,
     concept_vectors,
     layer_index,
+    layers_as,
     load_concepts,
     means,
     save_concepts,
@@ -166,3 +167,25 @@ def test_layer_numbers_agree_with_transformers():
             assert torch.equal(leaving[layer_index(layer, "resid_post", 3)], ours)
     # Why our last layer has no name there: theirs has been through the final norm.
     assert not torch.allclose(hidden[3], leaving[2])
+
+
+@pytest.mark.parametrize(
+    ("convention", "expected"),
+    [
+        ("hf_hidden_states", {0: 0, 1: 1, 2: 2}),
+        ("resid_pre", {0: 0, 1: 1, 2: 2}),
+        ("resid_post", {0: 1, 1: 2, 2: 3}),
+        ("refusal_direction", {0: 0, 1: 1, 2: 2}),
+        ("repeng", {0: 1, 1: 2, 2: 3}),
+        ("llama_cpp", {1: 2, 2: 3}),
+    ],
+)
+def test_layers_as_other_tools_number_them(convention, expected):
+    vectors = np.arange(4.0)[:, None]
+    found = layers_as(vectors, convention)
+    assert {number: int(v[0]) for number, v in found.items()} == expected
+
+
+def test_layers_as_an_unknown_tool():
+    with pytest.raises(ValueError, match="unknown layer convention"):
+        layers_as(np.zeros((4, 2)), "nnsight")
