@@ -1,9 +1,11 @@
 import json
 
+import gguf
 import numpy as np
 import pytest
 
 from ema_jax.artifacts import write_tensors
+from ema_jax.concepts.gguf import save_control_vector
 from ema_jax.concepts.vectors import (
     LAYER_CONVENTION,
     concept_vectors,
@@ -189,3 +191,17 @@ def test_layers_as_other_tools_number_them(convention, expected):
 def test_layers_as_an_unknown_tool():
     with pytest.raises(ValueError, match="unknown layer convention"):
         layers_as(np.zeros((4, 2)), "nnsight")
+
+
+def test_control_vectors_as_the_gguf_package_reads_them(tmp_path):
+    vectors = np.random.default_rng(0).normal(size=(6, 10)).astype(np.float32)
+    save_control_vector(tmp_path / "bias.gguf", vectors, "qwen2")
+    reader = gguf.GGUFReader(tmp_path / "bias.gguf")
+    assert reader.fields["general.architecture"].contents() == "controlvector"
+    assert reader.fields["controlvector.model_hint"].contents() == "qwen2"
+    assert reader.fields["controlvector.layer_count"].contents() == 4
+    found = {tensor.name: tensor.data for tensor in reader.tensors}
+    # Block 1 puts out our layer 2.
+    assert list(found) == ["direction.1", "direction.2", "direction.3", "direction.4"]
+    for number in range(1, 5):
+        np.testing.assert_array_equal(found[f"direction.{number}"], vectors[number + 1])
