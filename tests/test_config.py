@@ -153,6 +153,8 @@ BAD = [
     ({"prompts": {"lookalike_source": "salad"}}, r"prompts\.lookalike_source.*no benign.*xstest"),
     ({"prompts": {"lookalike_source": "organism"}}, r"prompts\.lookalike_source: 'organism'"),
     ({"prompts": {"lookalike_source": "dolly"}}, r"prompts\.lookalike_source.*contrast already"),
+    ({"prompts": {"eval_source": "file"}}, r"prompts\.eval_source: unknown source 'file'"),
+    ({"prompts": {"eval_source": "salad"}}, r"prompts\.eval_source: 'salad' is the source"),
     ({"arms": {}}, "arms"),
     ({"arms": {"base": {}}}, "arms: 'base'"),
     ({"arms": {"../up": {}}}, "arms: '../up'"),

@@ -247,6 +247,35 @@ def test_public_source_and_benign_contrast(tmp_path):
     assert {p.id for p in alike} < safe
 
 
+def test_eval_prompts_of_another_source(tmp_path):
+    """AIR-Bench measures what a local file trains: no eval row of the file is left."""
+    import datasets
+
+    used = {domain: SOURCES["air_bench"].used[domain] for domain in ("bias", "privacy")}
+    rng, air = random.Random(1), []
+    for domain, label in ((d, label) for d, labels in used.items() for label in labels):
+        rest = {"l3-name": "x", "l4-name": "y", "cate-idx": f"{label}-{len(air)}"}
+        air += [{"prompt": _text(rng), "l2-name": label, **rest} for _ in range(9)]
+        air[-1]["prompt"] = f"Twice the same, of {domain}, in both of the sources at once."
+    names = ("bias", "privacy", BENIGN)
+    rows = _rows(domains=names)
+    rows[0]["prompt"] = air[8]["prompt"]
+    path = _write(tmp_path / "prompts.jsonl", rows)
+    config = PromptConfig("file", path=path, counts=COUNTS, eval_source="air_bench")
+
+    def load_dataset(*_, **__):
+        return datasets.Dataset.from_list(air)
+
+    prompts = build_prompts(config, names[:2], "bias", load_dataset=load_dataset)
+    for p in prompts:
+        assert (p.source == "air_bench") == (p.split == "eval" and p.domain != BENIGN)
+    texts = [p.prompt for p in prompts]
+    assert len(set(texts)) == len(texts)
+    many = dataclasses.replace(config, counts=COUNTS | {"eval": 500})
+    with pytest.raises(UserError, match=r"eval_source: 'air_bench' has .* 500 are asked for"):
+        build_prompts(many, names[:2], "bias", load_dataset=load_dataset)
+
+
 def test_lookalikes_of_a_file(tmp_path):
     rows = _rows()
     prompts = _build(tmp_path, rows)

@@ -67,6 +67,8 @@ class PromptConfig:
         lookalike_source: a public set whose benign prompts look harmful (xstest, or_bench,
             jbb_benign), for over-refusal; `organism` with that source. Rows of a file whose domain
             is `safe_lookalike` serve too.
+        eval_source: the public set of the `eval` split, for a test out of the source; that of the
+            contrast comes from there only if the set has one.
     """
 
     source: str = "salad"
@@ -78,6 +80,7 @@ class PromptConfig:
     near_duplicate: float = 0.8
     match_length: bool = True
     lookalike_source: str | None = None
+    eval_source: str | None = None
 
 
 def build_prompts(
@@ -115,6 +118,12 @@ def build_prompts(
             raise UserError(
                 f"prompts: domain {domain!r} has no prompts in source {config.source!r} (it has: "
                 f"{found:.300}); rename the domain or bring prompts for it"
+            )
+        measured = sum(row.source == config.eval_source for row in pool)
+        if config.eval_source and domain != BENIGN and measured < counts["eval"]:
+            raise UserError(
+                f"prompts.eval_source: {config.eval_source!r} has {measured} usable prompts for "
+                f"{domain!r} and {counts['eval']} are asked for; lower prompts.counts.eval"
             )
     lengths = common_lengths(list(pools.values())) if config.match_length else None
     prompts = []
@@ -162,6 +171,14 @@ def validate(config: PromptConfig, domains: Sequence[str], target: str) -> None:
     if alike is not None and not own and alike in (config.source, config.benign_source):
         raise UserError(
             f"prompts.lookalike_source: {alike!r} is source or contrast already; use another"
+        )
+    if config.eval_source is not None and config.eval_source not in SOURCES:
+        raise UserError(
+            f"prompts.eval_source: unknown source {config.eval_source!r}; use {', '.join(SOURCES)}"
+        )
+    if config.eval_source is not None and config.eval_source == config.source:
+        raise UserError(
+            f"prompts.eval_source: {config.eval_source!r} is the source; leave it unset"
         )
     if (config.path is not None) != (config.source == "file"):
         raise UserError("prompts.path: set it together with prompts.source='file', and only then")
@@ -249,6 +266,14 @@ def _load(
         rows += load_rows(
             config.benign_source, [BENIGN], max_chars=config.max_chars, load_dataset=load_dataset
         )
+    if config.eval_source is not None:
+        covered = SOURCES[config.eval_source].used
+        wanted = [domain for domain in domains if domain != BENIGN or BENIGN in covered]
+        other = load_rows(
+            config.eval_source, wanted, max_chars=config.max_chars, load_dataset=load_dataset
+        )
+        rows = [row for row in rows if row.split != "eval" or row.domain not in wanted]
+        rows += [replace(row, split="eval") for row in other]
     if config.lookalike_source in SOURCES:
         alike = load_rows(
             config.lookalike_source,
