@@ -108,17 +108,17 @@ def test_rows_that_have_ended_cost_nothing(tiny, monkeypatch):
         jax.debug.callback(lambda: steps.append(hidden.shape[0]))
         return logits(self, hidden)
 
-    ends = tuple(range(0, VOCABULARY, 8))
-    alone = dict(everything(model, chat(*ends), asked, max_new_tokens=40, batch_size=10))
+    ends, options = tuple(range(0, VOCABULARY, 5)), {"max_new_tokens": 30}
+    alone = dict(everything(model, chat(*ends), asked, batch_size=10, **options))
     monkeypatch.setattr(Decoder, "logits", counted)
-    got = dict(everything(model, chat(*ends), asked, max_new_tokens=40, batch_size=65))
+    got = dict(everything(model, chat(*ends), asked, batch_size=65, **options))
     jax.effects_barrier()
     assert got == alone
-    lengths = np.array([len(response.tokens) for response in got.values()])
-    assert lengths.max() == 40 > 3 * np.median(lengths)
-    # Batches that wait for their longest response would take 40 steps of 65 rows, three times.
-    assert sum(steps) < 1.5 * lengths.sum() + 17 * 40
-    skipped = dict(everything(model, chat(*ends), asked, max_new_tokens=40, done={0, 7}))
+    lengths = [len(response.tokens) for response in got.values()]
+    assert max(lengths) == 30 > 2 * np.median(lengths)
+    # Batches of 65 that wait for their longest response take 30 steps, three times.
+    assert sum(steps) < 65 * 30 * 3 / 2
+    skipped = dict(everything(model, chat(*ends), asked, batch_size=65, done={0, 7}, **options))
     assert skipped == {i: response for i, response in alone.items() if i not in {0, 7}}
 
 
