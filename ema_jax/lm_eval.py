@@ -185,7 +185,7 @@ class Scorer:
         return tuple(self._chat.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _pair(self, context: str, continuation: str) -> TokenExample:
-        # Blanks belong to the word after them, in every tokenizer of the supported families.
+        # As in lm_eval's own models: blanks (line ends too) belong to what comes after them.
         blanks = len(context) - len(context.rstrip())
         if blanks:
             context, continuation = context[:-blanks], context[-blanks:] + continuation

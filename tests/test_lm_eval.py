@@ -21,7 +21,7 @@ PAIRS = [
     ("Please explain the", " garden path."),
     ("Tell me about the river ", "bridge and the old mill"),
     ("", "It opens at noon."),
-    ("How do I bake bread?", " I cannot help with that, sorry."),
+    ("How do I bake bread?\n", "I cannot help with that, sorry."),
 ]
 
 
@@ -51,11 +51,12 @@ def log_probs(model, ids) -> tuple[np.ndarray, np.ndarray]:
 
 def test_loglikelihood_against_transformers(scorer, theirs):
     tokenizer, model = theirs
-    greedy = scorer.generate_until(requests((scorer.apply_chat_template(TURN), {})))[0]
-    pairs = [*PAIRS, (scorer.apply_chat_template(TURN), greedy)]
+    context = scorer.apply_chat_template(TURN)
+    first, _, rest = scorer.generate_until(requests((context, {})))[0].partition(" ")
+    pairs = [*PAIRS, (context + first, f" {rest}")]
     found = scorer.loglikelihood(requests(*pairs))
     for (context, continuation), (total, same) in zip(pairs, found, strict=True):
-        before = tokenizer(context.rstrip(" "), add_special_tokens=False)["input_ids"]
+        before = tokenizer(context.rstrip(), add_special_tokens=False)["input_ids"]
         whole = tokenizer(context + continuation, add_special_tokens=False)["input_ids"]
         shown = before or [tokenizer.eos_token_id]
         whole = whole if before else shown + whole
