@@ -115,6 +115,7 @@ class StudyConfig:
         keep_text: keep model responses in artifacts and report; by default only their hashes.
         export: also write every trained model as a merged checkpoint.
         cells: for a replication: name → fields that this cell replaces, nested as in the config.
+        grid: for a sweep: fields, nested as in the config, each with a tuple of its values.
     """
 
     model: ModelConfig = ModelConfig()
@@ -135,6 +136,7 @@ class StudyConfig:
     keep_text: bool = False
     export: bool = False
     cells: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    grid: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def arm(self, name: str) -> UnlearnConfig:
         """The settings of one arm."""
@@ -184,13 +186,22 @@ def read(config: Mapping[str, Any] | ConfigDict) -> StudyConfig:
 
 def cell(study: StudyConfig, name: str) -> StudyConfig:
     """One study of a replication: its fields in place of the shared ones."""
-    shared = dataclasses.asdict(dataclasses.replace(study, cells={}))
-    plain = _merge(shared, study.cells[name])
+    return replaced(study, study.cells[name], f"cells.{name}")
+
+
+def replaced(study: StudyConfig, changes: Mapping[str, Any], where: str) -> StudyConfig:
+    """One study out of several: with some fields changed, nested as in the config.
+
+    Raises:
+        UserError: what `read` finds wrong, with `where` in front.
+    """
+    shared = dataclasses.asdict(dataclasses.replace(study, cells={}, grid={}))
+    plain = _merge(shared, changes)
     try:
         result = _build(StudyConfig, plain, "")
         _validate(result)
     except UserError as error:
-        raise UserError(f"cells.{name}: {error}") from None
+        raise UserError(f"{where}: {error}") from None
     return result
 
 

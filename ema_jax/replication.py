@@ -45,6 +45,8 @@ def run(
     unknown = [name for name in only or () if name not in STAGES]
     if unknown:
         raise UserError(f"--stage: {unknown[0]!r} is none of {', '.join(STAGES)}")
+    if config.grid:
+        raise UserError("config: grid: this is a sweep; run it with python -m ema_jax.sweep")
     root = Path(workdir)
     if root.exists() and not root.is_dir():
         raise UserError(f"--workdir: {root} is a file; name a folder")

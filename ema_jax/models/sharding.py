@@ -4,12 +4,16 @@
 shardings through the program.
 """
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
 
 from ema_jax.errors import UserError
 
@@ -83,7 +87,34 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, BATCH)
 
 
-def batch_multiple(mesh: Mesh) -> int:
+def product(
+    x: Float[Array, "B ... I"], kernel: Float[Array, "I O"], dtype: Any = None
+) -> Float[Array, "B ... O"]:
+    """`x @ kernel`, by way of sending the smaller of the two over the fsdp axis.
+
+    The axis splits rows and, for storage, kernels. Left alone, XLA multiplies with the split
+    kernel: it gathers all rows on every device and sums their products over the mesh. That is
+    right for the few rows of a decode step, and several times too much for those of a batch: there
+    both sides (and so the gradient, too) stay split by rows, and the kernel is gathered.
+    """
+    results = math.prod(x.shape[:-1]) * kernel.shape[-1]
+    if x.size + 2 * results < kernel.size:
+        return jnp.matmul(_rows_over(x, None), kernel, preferred_element_type=dtype)
+    y = jnp.matmul(_rows_over(x, BATCH[0]), kernel, preferred_element_type=dtype)
+    return _rows_over(y, BATCH[0])
+
+
+def _rows_over(x: Float[Array, "B ..."], axes: Any) -> Float[Array, "B ..."]:
+    """Inside a program on a mesh: says over which of its axes the rows are split, if any."""
+    mesh = jax.typeof(x).sharding.mesh
+    traced = isinstance(x, jax.core.Tracer)
+    if mesh.axis_names != AXES or not traced or x.shape[0] % batch_multiple(mesh):
+        return x
+    spec = P(axes, *(P.UNCONSTRAINED,) * (x.ndim - 1))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+
+def batch_multiple(mesh: Mesh | AbstractMesh) -> int:
     """What the number of rows in a batch has to be a multiple of."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
