@@ -142,7 +142,8 @@ def _figures(program: Any, topology: Topology) -> dict[str, Any]:
     own_output = memory.output_size_in_bytes - memory.alias_size_in_bytes
     held = memory.argument_size_in_bytes + own_output + memory.temp_size_in_bytes
     held += memory.generated_code_size_in_bytes
-    found = collectives.read(compiled.as_text(), len(topology.devices))
+    text = compiled.as_text()
+    found = collectives.read(text, len(topology.devices))
     return {
         "fits": held * apart <= topology.chip.hbm_gib * GIB,
         "hbm_gib_per_chip": held * apart / GIB,
