@@ -112,6 +112,7 @@ class StudyConfig:
         seeds: each arm is run once per seed.
         concepts: how concepts are measured.
         mesh: devices along `(data, fsdp, tensor)`; -1 takes what is left.
+        heartbeat_seconds: of several processes, one that is silent for as long ends them all.
         keep_text: keep model responses in artifacts and report; by default only their hashes.
         export: also write every trained model as a merged checkpoint.
         cells: for a replication: name → fields that this cell replaces, nested as in the config.
@@ -133,6 +134,7 @@ class StudyConfig:
     seeds: tuple[int, ...] = (0, 1, 2)
     concepts: ConceptConfig = ConceptConfig()
     mesh: tuple[int, ...] = (1, 1, 1)
+    heartbeat_seconds: int = 60
     keep_text: bool = False
     export: bool = False
     cells: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
@@ -256,6 +258,7 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
 
 
 _POSITIVE = (
+    "heartbeat_seconds",
     "generation.max_new_tokens",
     "generation.batch_size",
     "harvest.min_examples",
@@ -266,6 +269,7 @@ _POSITIVE = (
     "concepts.splits",
 )
 _ARM_POSITIVE = (
+    "heartbeat_seconds",
     "beta",
     "learning_rate",
     "clip_norm",

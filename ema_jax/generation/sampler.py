@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from ema_jax.data.chat import Chat, bucket, length_batches, pad_prompts
 from ema_jax.errors import UserError
 from ema_jax.models.decoder import Decoder, KVCache
-from ema_jax.models.sharding import batch_rows, batch_sharding, make_mesh
+from ema_jax.models.sharding import batch_rows, batch_sharding, make_mesh, to_host
 
 
 class Response(NamedTuple):
@@ -185,7 +185,7 @@ def generate(
         tokens, mask = pad_prompts(chosen, bucket(len(chosen[0])), rows, chat.pad_id)
         places = np.resize(np.array(indices, np.int32), rows)
         placed = jax.device_put((tokens, mask, places), batch_sharding(mesh))
-        output = np.asarray(_decode(graph, state, *placed, eos_ids, **settings))
+        output = to_host(_decode(graph, state, *placed, eos_ids, **settings))
         for i, row in zip(indices, output, strict=False):
             ends = np.flatnonzero(np.isin(row, chat.eos_ids))
             kept = row[: ends[0] + 1] if len(ends) else row

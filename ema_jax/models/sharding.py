@@ -10,7 +10,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
@@ -36,7 +38,8 @@ def make_mesh(shape: Sequence[int] = (1, 1, 1)) -> Mesh:
     """A mesh over the first devices; one of the sizes may be -1, which takes what is left.
 
     Raises:
-        UserError: more devices asked for than there are, or no three sizes.
+        UserError: more devices asked for than there are (of several processes: not all), or no
+            three sizes.
     """
     sizes, available = list(shape), jax.device_count()
     if len(sizes) != 3 or sizes.count(-1) > 1 or any(n < 1 for n in sizes if n != -1):
@@ -52,6 +55,11 @@ def make_mesh(shape: Sequence[int] = (1, 1, 1)) -> Mesh:
         raise UserError(
             f"mesh {tuple(sizes)} (data, fsdp, tensor) needs {needed} devices and there are "
             f"{available}; set --config.mesh to sizes whose product is at most {available}"
+        )
+    if jax.process_count() > 1 and needed < available:
+        raise UserError(
+            f"mesh {tuple(sizes)} (data, fsdp, tensor): with several processes it has to take all "
+            f"{available} devices; set one of the sizes of --config.mesh to -1"
         )
     return jax.make_mesh(tuple(sizes), AXES, (AxisType.Auto,) * 3, devices=jax.devices()[:needed])
 
@@ -112,6 +120,13 @@ def _rows_over(x: Float[Array, "B ..."], axes: Any) -> Float[Array, "B ..."]:
         return x
     spec = P(axes, *(P.UNCONSTRAINED,) * (x.ndim - 1))
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+
+def to_host(x: jax.Array) -> np.ndarray:
+    """An array's values, whole, in every process; each has to ask for them."""
+    if x.is_fully_addressable or x.is_fully_replicated:
+        return np.asarray(x)
+    return multihost_utils.process_allgather(x, tiled=True)
 
 
 def batch_multiple(mesh: Mesh | AbstractMesh) -> int:

@@ -18,7 +18,7 @@ from ema_jax.models import checkpoint
 from ema_jax.models.decoder import Decoder
 from ema_jax.models.families import DecoderConfig
 from ema_jax.models.hub import resolve
-from ema_jax.models.sharding import batch_rows, batch_sharding, make_mesh
+from ema_jax.models.sharding import batch_rows, batch_sharding, make_mesh, to_host
 from ema_jax.progress import Progress
 
 
@@ -154,7 +154,7 @@ def next_token_logprobs(
             chosen = [prompts[i] for i in indices]
             padded = pad_prompts(chosen, bucket(len(chosen[0])), rows, pad_id)
             placed = jax.device_put(padded, batch_sharding(mesh))
-            found = np.asarray(_group_logprobs(graph, state, *placed, members))
+            found = to_host(_group_logprobs(graph, state, *placed, members))
             result[indices] = found[: len(indices)]
             progress.update(len(indices))
     return result

@@ -28,6 +28,7 @@ from ema_jax.models.sharding import (
     batch_sharding,
     make_mesh,
     parameter_shardings,
+    to_host,
 )
 from ema_jax.progress import Progress
 from ema_jax.unlearning.objectives import (
@@ -162,7 +163,7 @@ def reference_log_probs(
     for start in range(0, len(examples), rows):
         chunk = examples[start : start + rows]
         batch = jax.device_put(pad_examples(chunk, length, rows, 0), batch_sharding(mesh))
-        parts.append(np.asarray(_sequence_log_probs(graph, state, batch))[: len(chunk)])
+        parts.append(to_host(_sequence_log_probs(graph, state, batch))[: len(chunk)])
     return np.concatenate(parts)
 
 
@@ -258,7 +259,7 @@ def unlearn(
             trainable, moments, raw = _train_step(
                 graph, optimizer, config, trainable, frozen, moments, *next(batches)
             )
-            metrics = {name: float(value) for name, value in raw.items()}
+            metrics = {name: float(to_host(value)) for name, value in raw.items()}
             step += 1
             if step == 1:
                 first_loss = metrics["forget_loss"]
