@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 import socket
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,13 +38,14 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{_WRITER}.tmp")
+    writer = f"{_WRITER}.{threading.get_ident()}"
+    temporary = path.with_name(f".{path.name}.{writer}.tmp")
     try:
         yield temporary
         if not distributed.is_first():
             pass
         elif temporary.is_dir() and path.is_dir():
-            old = path.with_name(f".{path.name}.{_WRITER}.old")
+            old = path.with_name(f".{path.name}.{writer}.old")
             path.rename(old)
             temporary.rename(path)
             shutil.rmtree(old)

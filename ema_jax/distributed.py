@@ -7,8 +7,8 @@ and read by all, so the folder has to be on a shared file system.
 
 The environment says who takes part:
 
-- `EMA_JAX_COORDINATOR=HOST:PORT`, `EMA_JAX_NUM_PROCESSES` and `EMA_JAX_PROCESS_ID` (launch/local.py,
-  launch/k8s/);
+- `EMA_JAX_COORDINATOR=HOST:PORT`, `EMA_JAX_NUM_PROCESSES` and `EMA_JAX_PROCESS_ID`
+  (launch/local.py, launch/k8s/);
 - `EMA_JAX_COORDINATOR=auto`: JAX asks the cluster (a TPU slice; launch/tpu_vm.py);
 - a SLURM step of more than one task, by itself (launch/slurm.sbatch).
 """
@@ -16,6 +16,7 @@ The environment says who takes part:
 import os
 import re
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from absl import logging
 
@@ -68,7 +69,7 @@ def initialise(heartbeat_seconds: int, environment: Mapping[str, str] | None = N
     logging.info("%d processes, %d devices", _Processes.count, jax.device_count())
 
 
-def _arguments(environment: Mapping[str, str]) -> dict[str, object] | None:
+def _arguments(environment: Mapping[str, str]) -> dict[str, Any] | None:
     """What `jax.distributed.initialize` is given; None where there is one process."""
     address = environment.get("EMA_JAX_COORDINATOR")
     if address == "auto":
