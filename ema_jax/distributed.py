@@ -1,9 +1,9 @@
 """Several processes as one program: who they are, who writes, and how they wait for each other.
 
 Every process runs the same stages on the same prompts in the same order; arrays are split over all
-devices, so the work on them is, too. What reads an array back to the host uses
-`models.sharding.to_host`; files are written by the first process alone (`artifacts.atomic_path`),
-and read by all, so the folder has to be on a shared file system.
+devices, so the work on them is, too. Batches are placed by `models.sharding.place_batch` and read
+back by `host_array`. Files are written by the first process alone (`artifacts.atomic_path`) and
+read by all, so the folder has to be on a shared file system.
 
 The environment says who takes part:
 

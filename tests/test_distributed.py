@@ -81,7 +81,7 @@ from ema_jax.errors import RunStoppedError
 distributed.initialise(heartbeat_seconds=10)
 import jax, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
-from ema_jax.models.sharding import make_mesh, to_host, batch_sharding
+from ema_jax.models.sharding import make_mesh, host_array, batch_sharding
 
 folder, me = Path(sys.argv[1]), jax.process_index()
 artifacts.write_json(folder / "written.json", {"by": me})
@@ -95,9 +95,9 @@ assert mesh.size == 4
 rows = np.arange(24.0).reshape(8, 3)
 placed = jax.device_put(rows, batch_sharding(mesh))
 assert not placed.is_fully_addressable
-np.testing.assert_array_equal(to_host(jax.jit(lambda x: x * 2)(placed)), rows * 2)
+np.testing.assert_array_equal(host_array(jax.jit(lambda x: x * 2)(placed)), rows * 2)
 total = jax.jit(lambda x: x.sum(), out_shardings=NamedSharding(mesh, P()))(placed)
-assert float(to_host(total)) == rows.sum()
+assert float(host_array(total)) == rows.sum()
 distributed.first_only(lambda: (folder / "first").write_text(str(me)), "first")
 assert (folder / "first").read_text() == "0"
 print("all well", flush=True)

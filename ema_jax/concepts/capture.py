@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from ema_jax.models.decoder import Decoder
-from ema_jax.models.sharding import batch_rows, batch_sharding, make_mesh, to_host
+from ema_jax.models.sharding import batch_rows, host_array, make_mesh, place_batch
 
 Pooling = Callable[[int], Float[np.ndarray, "T"]]
 
@@ -91,8 +91,8 @@ def capture(
             tokens[row, :size], mask[row, :size] = prompts[i], True
             for place, name in enumerate(poolings):
                 weights[row, place, :size] = POOLINGS[name](size)
-        placed = jax.device_put((tokens, mask, weights), batch_sharding(mesh))
-        taps = to_host(_pooled(graph, state, *placed))  # [L+1, B, P, D]
+        placed = place_batch((tokens, mask, weights), mesh)
+        taps = host_array(_pooled(graph, state, *placed))  # [L+1, B, P, D]
         for place, name in enumerate(poolings):
             result[name][indices] = taps[:, : len(indices), place].swapaxes(0, 1)
     return result

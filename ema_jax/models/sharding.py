@@ -6,7 +6,7 @@ shardings through the program.
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,8 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from ema_jax.errors import UserError
+
+T = TypeVar("T")
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = P(("data", "fsdp"))
@@ -122,13 +124,6 @@ def _rows_over(x: Float[Array, "B ..."], axes: Any) -> Float[Array, "B ..."]:
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
 
-def to_host(x: jax.Array) -> np.ndarray:
-    """An array's values, whole, in every process; each has to ask for them."""
-    if x.is_fully_addressable or x.is_fully_replicated:
-        return np.asarray(x)
-    return multihost_utils.process_allgather(x, tiled=True)
-
-
 def batch_multiple(mesh: Mesh | AbstractMesh) -> int:
     """What the number of rows in a batch has to be a multiple of."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
@@ -138,3 +133,20 @@ def batch_rows(rows: int, mesh: Mesh) -> int:
     """The rows of a batch that is to hold `rows` (one at least): rounded up to what divides."""
     multiple = batch_multiple(mesh)
     return -(-max(rows, 1) // multiple) * multiple
+
+
+def place_batch(batch: T, mesh: Mesh) -> T:
+    """A batch that every process holds whole in NumPy, laid out by rows over the mesh."""
+    sharding = batch_sharding(mesh)
+    if jax.process_count() == 1:
+        return jax.device_put(batch, sharding)
+    return jax.tree.map(
+        lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]), batch
+    )
+
+
+def host_array(x: jax.Array) -> np.ndarray:
+    """The whole array in NumPy, on every process; each has to ask for it."""
+    if x.is_fully_addressable or x.is_fully_replicated:
+        return np.asarray(x)
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
