@@ -32,6 +32,7 @@ class _Processes:
     index = 0
     count = 1
     barriers = 0
+    polls = 0
     alone = False
 
 
@@ -118,6 +119,20 @@ def barrier(what: str, seconds: float = BARRIER_SECONDS) -> None:
             f"{what}: process {who} of {_Processes.count} did not come within {seconds:g} s; the "
             "finished stages are kept: start all of them again"
         ) from None
+
+
+def stop_requested() -> bool:
+    """Whether one of several processes was sent SIGTERM; true in all of them at the same call.
+
+    Every process has to call it equally often: at each train step and before each stage. One alone
+    is not asked here: it is ended by the signal, or catches it itself.
+    """
+    if _Processes.count == 1 or _Processes.alone:
+        return False
+    from jax.experimental import multihost_utils
+
+    _Processes.polls += 1
+    return multihost_utils.reached_preemption_sync_point(_Processes.polls)
 
 
 def first_only(function: Callable[[], None], what: str) -> None:
