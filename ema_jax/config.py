@@ -269,7 +269,6 @@ _POSITIVE = (
     "concepts.splits",
 )
 _ARM_POSITIVE = (
-    "heartbeat_seconds",
     "beta",
     "learning_rate",
     "clip_norm",
