@@ -123,7 +123,7 @@ def fake_stages(monkeypatch, log: Path, seconds: float = 0.0, diverges: str = ""
         time.sleep(seconds)
         if only == work.SHARED:
             for stage in only:
-                self.workdir.run(stage, {}, [], lambda: [])
+                self.workdir.run(stage, self.settings().get(stage, {}), [], lambda: [])
             rows = [{"domain": d, "verdict": "refused"} for d in self.config.domains]
             write(self.workdir / "responses/base.jsonl", rows)
         if "unlearn" not in only:
