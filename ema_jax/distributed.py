@@ -113,7 +113,9 @@ def barrier(what: str, seconds: float = BARRIER_SECONDS) -> None:
             key=f"ema_jax.{_Processes.barriers}", timeout_ms=int(1000 * seconds)
         )
     except Exception as error:  # the coordination service's own, of whatever kind
-        missing = sorted({int(i) for i in re.findall(r"task[:/ ](\d+)", str(error))})
+        # It ends in a line "Some timed out task names:" with one number a line.
+        named = str(error).partition("timed out task names:")[2].partition("\n\n")[0]
+        missing = sorted({int(i) for i in re.findall(r"^(?:.*task:)?(\d+)$", named, re.MULTILINE)})
         who = ", ".join(map(str, missing)) if missing else "some"
         raise RunStoppedError(
             f"{what}: process {who} of {_Processes.count} did not come within {seconds:g} s; the "
