@@ -135,6 +135,7 @@ def _capture(work: Workload, mesh: Mesh) -> Any:
         _rows((rows, tokens), jnp.int32, mesh),
         _rows((rows, tokens), jnp.bool, mesh),
         _rows((rows, work.poolings, tokens), jnp.float32, mesh),
+        branches=False,
     )
 
 
