@@ -13,8 +13,9 @@ from typing import Any
 
 from absl import logging
 
+from ema_jax import distributed
 from ema_jax.artifacts import read_json, sha256_file, sha256_json, write_json
-from ema_jax.errors import UserError
+from ema_jax.errors import RunStoppedError, UserError
 
 
 class Workdir:
@@ -92,6 +93,11 @@ class Workdir:
             there = all((self.path / name).exists() for name in manifest["outputs"])
             if manifest["inputs"] == hashes and there:
                 return
+        if distributed.stop_requested():
+            raise RunStoppedError(
+                f"{self.path}: asked to stop (SIGTERM) before the stage {stage}; the stages before "
+                "it are kept, and the same command goes on from there"
+            )
         logging.info("%s", stage)
         start = time.monotonic()
         unfinished = self.path / ".partial" / stage.replace("/", ".")
@@ -111,7 +117,8 @@ class Workdir:
                 "wall_seconds": round(time.monotonic() - start, 3),
             },
         )
-        shutil.rmtree(unfinished, ignore_errors=True)
+        if distributed.is_first():
+            shutil.rmtree(unfinished, ignore_errors=True)
 
     def _manifest_path(self, stage: str) -> Path:
         return self.path / "stages" / (stage.replace("/", ".") + ".json")

@@ -25,7 +25,14 @@ from ema_jax.data.chat import Chat, bucket, pad_prompts
 from ema_jax.errors import UserError
 from ema_jax.models.decoder import Decoder, KVCache
 from ema_jax.models.families import DecoderConfig
-from ema_jax.models.sharding import batch_rows, batch_sharding, cache_sharding, make_mesh
+from ema_jax.models.sharding import (
+    batch_rows,
+    batch_sharding,
+    cache_sharding,
+    host_array,
+    make_mesh,
+    place_batch,
+)
 
 _REFILL = 4  # a prompt pass takes this part of the rows,
 _TAIL = 4  # and the last responses, when no prompts are left, go on in this part of them
@@ -130,13 +137,16 @@ class _Slots(NamedTuple):
             jnp.zeros((rows, cap), jnp.int32),
         )
 
-    def on(self, mesh: Mesh) -> "_Slots":
+    def shardings(self, mesh: Mesh) -> "_Slots":
         """Large parts over the mesh, small ones on every device, so that any process reads them."""
         wide, rows = cache_sharding(self.cache.keys.shape[2], mesh), batch_sharding(mesh)
-        shardings = jax.tree.map(lambda _: NamedSharding(mesh, P()), self)
-        cache = shardings.cache._replace(keys=wide, values=wide, positions=rows)
-        shardings = shardings._replace(cache=cache, seen=None if self.seen is None else rows)
-        return jax.lax.with_sharding_constraint(self, shardings)
+        everywhere = jax.tree.map(lambda _: NamedSharding(mesh, P()), self)
+        cache = everywhere.cache._replace(keys=wide, values=wide, positions=rows)
+        return everywhere._replace(cache=cache, seen=None if self.seen is None else rows)
+
+    def on(self, mesh: Mesh) -> "_Slots":
+        """Laid out so, inside a program."""
+        return jax.lax.with_sharding_constraint(self, self.shardings(mesh))
 
 
 _empty = jax.jit(
@@ -225,7 +235,13 @@ def _advance(
     rows, cap = slots.output.shape
     everywhere = jnp.arange(rows)
 
-    def step(s: _Slots) -> _Slots:
+    def unfinished(carry: tuple[_Slots, Int[Array, ""]]) -> Bool[Array, ""]:
+        s, steps = carry
+        # No response takes more steps than that; it is said so that the compiler can tell, too.
+        return (jnp.sum(s.live) > few) & (steps < cap)
+
+    def step(carry: tuple[_Slots, Int[Array, ""]]) -> tuple[_Slots, Int[Array, ""]]:
+        s, steps = carry
         out = model(s.last[:, None], jnp.ones((rows, 1), bool), cache=s.cache)
         token = _choose(model, out.hidden, s.seen, s.place, s.length, sampling)
         # What a row that has ended chooses is written nowhere.
@@ -233,9 +249,10 @@ def _advance(
         length = s.length + s.live
         live = s.live & ~jnp.isin(token, eos_ids) & (length < cap)
         seen = None if s.seen is None else s.seen.at[everywhere, token].set(True)
-        return _Slots(out.cache, token, live, length, s.place, seen, output).on(mesh)
+        after = _Slots(out.cache, token, live, length, s.place, seen, output).on(mesh)
+        return after, steps + 1
 
-    return jax.lax.while_loop(lambda s: jnp.sum(s.live) > few, step, slots)
+    return jax.lax.while_loop(unfinished, step, (slots, jnp.int32(0)))[0]
 
 
 @functools.partial(jax.jit, static_argnames="mesh")
@@ -302,7 +319,7 @@ def _serve(
 ) -> Iterator[tuple[int, tuple[int, ...]]]:
     """Tokens of the responses to the queue's prompts, longest prompts first, in `rows` rows."""
     graph, state = nnx.split(model)
-    eos_ids = jnp.array(chat.eos_ids, jnp.int32)
+    eos_ids = np.array(chat.eos_ids, np.int32)
     fixed = {"sampling": sampling, "mesh": mesh}
     refill = rows if len(queue) <= rows else batch_rows(-(-rows // _REFILL), mesh)
     tail = batch_rows(rows // _TAIL, mesh)
@@ -322,12 +339,12 @@ def _serve(
             targets = np.full(refill, len(asked), np.int32)
             targets[: len(into)] = into
             places = np.resize(asked[into].astype(np.int32), refill)
-            tokens, mask = jax.device_put((tokens, mask), batch_sharding(mesh))
-            slots = _fill(graph, state, slots, tokens, mask, places, targets, eos_ids, **fixed)
+            placed = place_batch((tokens, mask), mesh)
+            slots = _fill(graph, state, slots, *placed, places, targets, eos_ids, **fixed)
         narrower = not queue and _MIN_TAIL <= tail < len(asked)
         few = len(asked) - min(refill, len(queue)) if queue else tail if narrower else 0
         slots = _advance(graph, state, slots, np.int32(few), eos_ids, **fixed)
-        live, ends, output = map(np.asarray, (slots.live, slots.length, slots.output))
+        live, ends, output = map(host_array, (slots.live, slots.length, slots.output))
         for row in np.flatnonzero((asked >= 0) & ~live):
             yield int(asked[row]), tuple(output[row, : ends[row]].tolist())
             asked[row] = -1
