@@ -227,6 +227,7 @@ CHANGES = [
     {"prompts": {"counts": {"eval": 13}}},
     {"judge": "substring_keyword"},
     {"judge_options": {"script": None}},
+    {"extra_judges": {"substring_keyword": {}}},
     {"generation": {"max_new_tokens": 47}},
     {"harvest": {"response_cap": 7}},
     {"unlearn": {"beta": 0.2}},
