@@ -254,8 +254,8 @@ def test_another_config_is_refused_and_nothing_written(tmp_path, change):
 def test_every_field_of_the_config_belongs_to_a_stage(tmp_path):
     """A field that no stage's settings hold could change without a word."""
     named = {key for change in CHANGES for key in change} - {"fingerprint"}
-    # Devices change no figure beyond rounding; runs and cells are the stages' names.
-    free = {"mesh", "seeds", "cells"}
+    # Devices change no figure beyond rounding; runs, cells and grids are the stages' names.
+    free = {"mesh", "heartbeat_seconds", "seeds", "cells", "grid"}
     assert named | free == {field.name for field in dataclasses.fields(ema.StudyConfig)}
 
 
