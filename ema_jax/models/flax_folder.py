@@ -16,7 +16,10 @@ from ema_jax.models import stream
 MANIFEST = "manifest.json"
 PARAMETERS = "parameters"
 _FORMAT = {"format": "ema_jax/flax", "version": 1}
+_DTYPES = ("float32", "bfloat16", "float16")
 _GROUP_BYTES = 1 << 28
+# What is compressed as one: several threads restore a parameter, and a device reads its part.
+_CHUNK_BYTES = 1 << 26
 # What Orbax and TensorStore raise about folders that are damaged or another's.
 _DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError)
 
@@ -30,14 +33,22 @@ def write(folder: Path, parameters: Mapping[str, Any], manifest: Mapping[str, An
     """Writes the nested dictionary of a model's arrays, and the manifest beside it."""
     from orbax.checkpoint import v1 as ocp
 
-    ocp.save((folder / PARAMETERS).resolve(), parameters)
+    context = ocp.Context()
+    context.array.saving.storage_options.chunk_byte_size = _CHUNK_BYTES
+    with context:
+        ocp.save((folder / PARAMETERS).resolve(), parameters)
     write_json(folder / MANIFEST, {**_FORMAT, **manifest})
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest; one of another format is a `UserError`."""
     manifest = read_json(folder / MANIFEST)
-    if not isinstance(manifest, dict) or any(manifest.get(k) != v for k, v in _FORMAT.items()):
+    if (
+        not isinstance(manifest, dict)
+        or any(manifest.get(key) != value for key, value in _FORMAT.items())
+        or manifest.get("dtype") not in _DTYPES
+        or not isinstance(manifest.get("sha256"), str)
+    ):
         raise UserError(
             f"{folder / MANIFEST}: not the manifest of a Flax checkpoint; convert again"
         )
