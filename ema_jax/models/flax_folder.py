@@ -91,7 +91,7 @@ def read(folder: Path, targets: Mapping[tuple, jax.ShapeDtypeStruct]) -> dict[tu
     """
     from orbax.checkpoint import v1 as ocp
 
-    path, arrays = folder / PARAMETERS, dict.fromkeys(targets)
+    path, arrays = folder / PARAMETERS, dict[tuple, jax.Array]()
     itemsize = jnp.dtype(read_manifest(folder)["dtype"]).itemsize
     total = sum(math.prod(target.shape) * itemsize for target in targets.values())
     with stream.reporting(folder.name, total) as count:
