@@ -300,7 +300,7 @@ def save_flax(
     overwrite: bool = False,
     origin: Mapping[str, str | None] | None = None,
 ) -> None:
-    """Writes a Flax checkpoint folder, whole or not at all.
+    """Writes a Flax checkpoint folder, whole or not at all; from one process.
 
     It holds `parameters/` (Orbax: the pure dictionary of the model's state), `config.json`, the
     tokenizer's files, and `manifest.json` with a hash over every parameter.

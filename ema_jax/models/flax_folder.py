@@ -17,6 +17,7 @@ MANIFEST = "manifest.json"
 PARAMETERS = "parameters"
 _FORMAT = {"format": "ema_jax/flax", "version": 1}
 _DTYPES = ("float32", "bfloat16", "float16")
+# What is restored at a time, unless one parameter is larger.
 _GROUP_BYTES = 1 << 28
 # What is compressed as one: several threads restore a parameter, and a device reads its part.
 _CHUNK_BYTES = 1 << 26
@@ -84,7 +85,7 @@ def check(folder: Path, shapes: Mapping[tuple, tuple[int, ...]]) -> None:
 def read(folder: Path, targets: Mapping[tuple, jax.ShapeDtypeStruct]) -> dict[tuple, jax.Array]:
     """Restores every parameter straight to its target's dtype and sharding.
 
-    A few parameters at a time: Orbax holds what it restores twice.
+    A few parameters at a time: Orbax holds much of what it restores twice.
 
     Raises:
         UserError: the files are damaged.
