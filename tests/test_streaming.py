@@ -109,7 +109,8 @@ from pathlib import Path
 import jax
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 2)
-jax.distributed.initialize(sys.argv[2], 2, int(sys.argv[3]))
+from ema_jax import distributed
+distributed.initialise(heartbeat_seconds=30)
 import numpy as np
 from flax import nnx
 from ema_jax.models import checkpoint, lora, sharding, weights
@@ -120,7 +121,7 @@ def counted(self, *where):
     return block
 weights.Stored.read = counted
 options = {"dtype": "bfloat16"}  # as stored: bytes in memory are bytes in the file
-source, out = Path(sys.argv[1]), Path(sys.argv[4])
+source, out = Path(sys.argv[1]), Path(sys.argv[2])
 mesh = sharding.make_mesh((1, 2, 2))
 model = checkpoint.load(source, mesh=mesh, **options)
 mine = jax.sharding.Mesh(np.array(jax.local_devices()[:1]).reshape(1, 1, 1), sharding.AXES)
@@ -160,14 +161,15 @@ def test_two_processes_read_what_their_devices_need_and_write_one_checkpoint(tmp
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    environment |= {"EMA_JAX_COORDINATOR": address, "EMA_JAX_NUM_PROCESSES": "2"}
     workers = [
         subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(source), address, str(i), str(out)],
+            [sys.executable, "-c", WORKER, str(source), str(out)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             cwd=Path(__file__).parent.parent,
-            env=environment,
+            env=environment | {"EMA_JAX_PROCESS_ID": str(i)},
         )
         for i in range(2)
     ]

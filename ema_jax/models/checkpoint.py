@@ -17,9 +17,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from ema_jax import distributed
 from ema_jax.artifacts import Shape, atomic_path
 from ema_jax.errors import UserError
 from ema_jax.models import flax_folder, stream
@@ -27,7 +27,7 @@ from ema_jax.models.decoder import Decoder, LoRAParam
 from ema_jax.models.families import FAMILIES, DecoderConfig
 from ema_jax.models.flax_folder import is_flax as is_flax
 from ema_jax.models.hub import resolve as resolve
-from ema_jax.models.sharding import make_mesh, parameter_shardings
+from ema_jax.models.sharding import host_array, make_mesh, parameter_shardings
 from ema_jax.models.weights import WeightFiles, open_weights, write_weights
 
 MAX_SHARD_BYTES = 5 * 10**9
@@ -193,7 +193,7 @@ def hf_tensors(model: Decoder, dtype: Any = None) -> Iterator[np.ndarray]:
         if row.path in parameters:
             value = parameters[row.path][...]
             for i in range(len(row.names(model.config))):
-                tensor = stream.host_copy(value, i if row.stacked else None)
+                tensor = host_array(value[i] if row.stacked else value)
                 tensor = tensor if dtype is None else tensor.astype(jnp.dtype(dtype), copy=False)
                 yield stream.turn(tensor) if row.transpose else tensor
 
@@ -261,18 +261,17 @@ def export(
     check_output(folder, overwrite)
     shapes, tensors = hf_shapes(model, dtype), hf_tensors(model, dtype)
     # Nobody looks for the folder after the first process made it.
-    multihost_utils.sync_global_devices(f"export {folder}")
-    if jax.process_index() == 0:
-        with atomic_path(folder) as temporary:
+    distributed.barrier(f"writing {folder}")
+    with atomic_path(folder) as temporary:
+        if distributed.is_first():
             temporary.mkdir()
             write_weights(temporary, shapes, tensors, max_shard_bytes)
             _write_companions(model, temporary, companions, dtype)
             if card is not None:
                 (temporary / "README.md").write_text(card, encoding="utf-8")
-    else:
-        for _ in tensors:  # they come from the devices of all processes
-            pass
-    multihost_utils.sync_global_devices(f"exported {folder}")
+        else:
+            for _ in tensors:  # they come from the devices of all processes
+                pass
 
 
 def _write_companions(

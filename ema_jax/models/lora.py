@@ -9,14 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.experimental import multihost_utils
 from safetensors.numpy import save_file
 
 from ema_jax.artifacts import atomic_path, read_json, read_tensors
 from ema_jax.errors import UserError
 from ema_jax.models.checkpoint import TENSORS
 from ema_jax.models.decoder import Decoder, Linear, LoRAParam
-from ema_jax.models.stream import host_copy
+from ema_jax.models.sharding import host_array
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _PEFT_PREFIX = "base_model.model."
@@ -97,8 +96,6 @@ def _module_name(target: str) -> str:
 def save_peft(model: Decoder, folder: str | Path, config: LoRAConfig, base: str) -> None:
     """Writes the adapters as a PEFT folder, whole or not at all.
 
-    Of several processes, all have to call it; the first one writes.
-
     Args:
         model: with adapters.
         folder: where to; replaced if it is there.
@@ -110,7 +107,7 @@ def save_peft(model: Decoder, folder: str | Path, config: LoRAConfig, base: str)
         linear: Linear = getattr(model.blocks, target)
         assert linear.lora_a is not None
         assert linear.lora_b is not None
-        a, b = host_copy(linear.lora_a[...]), host_copy(linear.lora_b[...])
+        a, b = host_array(linear.lora_a[...]), host_array(linear.lora_b[...])
         for i in range(a.shape[0]):
             module = _PEFT_PREFIX + _module_name(target).format(l=i)
             tensors[f"{module}.lora_A.weight"] = np.ascontiguousarray(a[i].T)
@@ -128,13 +125,10 @@ def save_peft(model: Decoder, folder: str | Path, config: LoRAConfig, base: str)
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
-    if jax.process_index() == 0:
-        with atomic_path(folder) as temporary:
-            temporary.mkdir()
-            save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
-            text = json.dumps(description, indent=2)
-            (temporary / "adapter_config.json").write_text(text + "\n")
-    multihost_utils.sync_global_devices(f"adapters {folder}")
+    with atomic_path(folder) as temporary:
+        temporary.mkdir()
+        save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
+        (temporary / "adapter_config.json").write_text(json.dumps(description, indent=2) + "\n")
 
 
 # Kinds of adapters that PEFT has and this decoder does not.

@@ -18,7 +18,6 @@ from pathlib import Path
 import jax
 import numpy as np
 from absl import logging
-from jax.experimental import multihost_utils
 
 from ema_jax.models.weights import Stored
 from ema_jax.progress import Progress
@@ -216,17 +215,6 @@ def reporting(name: str, total: int) -> Iterator[Callable[[int], None]]:
         done / 1e9 / seconds,
         peak_bytes() / 1e9,
     )
-
-
-def host_copy(value: jax.Array, layer: int | None = None) -> np.ndarray:
-    """An array, or one layer of it, in the host's memory.
-
-    If it is spread over several processes, all of them have to ask for it, and all get it.
-    """
-    value = value if layer is None else value[layer]
-    if value.is_fully_addressable:
-        return np.asarray(value)
-    return multihost_utils.process_allgather(value, tiled=True)
 
 
 def peak_bytes() -> int:
