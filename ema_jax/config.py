@@ -50,7 +50,7 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class GenerationConfig:
-    """How responses are generated: greedily, in batches of like length."""
+    """How responses are generated: greedily, `batch_size` of them side by side."""
 
     max_new_tokens: int = 256
     batch_size: int = 64

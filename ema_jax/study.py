@@ -38,7 +38,7 @@ from ema_jax.models.sharding import make_mesh
 from ema_jax.refusal.judges import COMPLIED, Judge, get_judge
 from ema_jax.report import write_report
 from ema_jax.stages import Workdir
-from ema_jax.unlearning.harvest import Harvested, harvest
+from ema_jax.unlearning.harvest import Harvested, harvest, harvest_yield
 from ema_jax.unlearning.metrics import MetricsWriter
 from ema_jax.unlearning.trainer import Evaluation, reference_log_probs, unlearn
 from ema_jax.unlearning.utility import perplexity, utility
@@ -277,6 +277,8 @@ class Study:
                 minimum=c.harvest.min_examples,
                 cap=c.harvest.response_cap,
             )
+            shares = [f"{d} {share:.0%}" for d, share in harvest_yield(asked, kept).items()]
+            logging.info("harvest %s, prompts that gave one: %s", name, ", ".join(shares))
             path = folder / f"{name}.jsonl"
             rows = [dataclasses.asdict(item) for item in kept]
             if name == "forget":
