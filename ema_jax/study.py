@@ -5,6 +5,8 @@ prompts → baseline → concepts → forecast → harvest → unlearn → evalu
 
 import dataclasses
 import functools
+import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ from ema_jax.config import ModelConfig, StudyConfig
 from ema_jax.data.chat import Chat, TokenExample
 from ema_jax.data.domains import BENIGN
 from ema_jax.data.prompts import Prompt, build_prompts, read_prompts, write_prompts
-from ema_jax.errors import UserError
+from ema_jax.errors import RunStoppedError, UserError
 from ema_jax.evaluation import Judged, ask
 from ema_jax.generation.sampler import GREEDY, Sampling
 from ema_jax.models import checkpoint, hub, lora
@@ -37,9 +39,14 @@ from ema_jax.models.sharding import make_mesh
 from ema_jax.refusal.judges import COMPLIED, Judge, get_judge
 from ema_jax.report import write_report
 from ema_jax.stages import Workdir
-from ema_jax.unlearning.harvest import Harvested, harvest
-from ema_jax.unlearning.metrics import MetricsWriter
-from ema_jax.unlearning.trainer import Evaluation, reference_log_probs, unlearn
+from ema_jax.unlearning.ablation import ablate
+from ema_jax.unlearning.checkpointing import Checkpoints, NonFiniteError
+from ema_jax.unlearning.harvest import Harvested, harvest, retained
+from ema_jax.unlearning.metrics import MetricsWriter, Profile
+from ema_jax.unlearning.objectives import FORGET
+from ema_jax.unlearning.preferred import preferred_responses
+from ema_jax.unlearning.settings import UnlearnConfig
+from ema_jax.unlearning.trainer import Evaluation, Trained, reference_log_probs, unlearn
 from ema_jax.unlearning.utility import utility
 
 STAGES = (
@@ -178,7 +185,9 @@ class Study:
         for arm, seed in self.runs:
             trained = f"unlearn/{arm}/seed_{seed}"
             evaluated.append(f"evaluate/{arm}/seed_{seed}")
-            stage(trained, ["prompts", "harvest"], functools.partial(self.unlearn, arm, seed))
+            needed = ["prompts", "harvest"]
+            needed += ["concepts"] if self.config.arm(arm).trainable == "ablation" else []
+            stage(trained, needed, functools.partial(self.unlearn, arm, seed))
             stage(
                 evaluated[-1],
                 ["prompts", "baseline", "concepts", trained],
@@ -287,28 +296,13 @@ class Study:
 
     def unlearn(self, arm: str, seed: int) -> list[Path]:
         """Trains one arm with one seed until the target's dev refusal is low."""
-        c, workdir, name = self.config, self.workdir, f"{arm}.seed_{seed}"
-        rows = artifacts.read_jsonl(workdir / "harvest/forget.jsonl")
-        reference = [row.pop("reference_log_prob") for row in rows]
-        config = c.arm(arm)
-        dev = [prompt for prompt in self.prompts["dev"] if prompt.domain != BENIGN]
-
-        def evaluate(model: Decoder) -> Evaluation:
-            return self._ask(model, dev).rates()
-
-        with MetricsWriter(workdir.path, arm, seed) as metrics:
-            trained = unlearn(
-                self.base,
-                [Harvested.from_json(row).example(self.chat) for row in rows],
-                self._examples("harvest/retain.jsonl"),
-                np.asarray(reference, np.float32),
-                config,
-                seed=seed,
-                target=c.target,
-                evaluate=evaluate,
-                mesh=self.mesh,
-                log=metrics,
-            )
+        workdir, config, name = self.workdir, self.config.arm(arm), f"{arm}.seed_{seed}"
+        metrics = workdir / f"metrics/{name}.jsonl"
+        if config.trainable == "ablation":
+            trained = self._ablate(config)
+            artifacts.write_jsonl(metrics, [])
+        else:
+            trained = self._train(arm, seed)
         if config.trainable == "lora":
             weights = workdir / f"adapters/{arm}/seed_{seed}"
             lora.save_peft(trained.model, weights, config.lora, self.found.source)
@@ -323,11 +317,11 @@ class Study:
                 "seed": seed,
                 "steps": trained.steps,
                 "stopped": trained.stopped,
-                "first_loss": trained.first_loss,
+                "first_loss": None if math.isnan(trained.first_loss) else trained.first_loss,
                 "points": trained.trajectory,
             },
         )
-        return [weights, path, metrics.path]
+        return [weights, path, metrics]
 
     def evaluate(self, arm: str, seed: int) -> list[Path]:
         """What the trained model refuses, what else changed, and what of the concepts is left."""
@@ -411,6 +405,53 @@ class Study:
             model, self.chat, prompts, self.judge, generation, self.mesh, description, sampling
         )
 
+    def _dev_rates(self, model: Decoder) -> Evaluation:
+        asked = [prompt for prompt in self.prompts["dev"] if prompt.domain != BENIGN]
+        return self._ask(model, asked).rates()
+
+    def _ablate(self, config: UnlearnConfig) -> Trained:
+        """No training: the target's own refusal direction is projected out of the weights."""
+        target = self.config.target
+        directions = vectors.load_concepts(self.workdir / "concepts/base.safetensors")
+        found = directions.vectors[target]
+        return ablate(self.base, found, config, target=target, evaluate=self._dev_rates)
+
+    def _train(self, arm: str, seed: int) -> Trained:
+        c, workdir, name = self.config, self.workdir, f"{arm}.seed_{seed}"
+        config = c.arm(arm)
+        rows = artifacts.read_jsonl(workdir / "harvest/forget.jsonl")
+        reference = [row.pop("reference_log_prob") for row in rows]
+        forget = [Harvested.from_json(row) for row in rows]
+        kept = retained(self._harvested("harvest/retain.jsonl"), config.retain_counts)
+        with (
+            MetricsWriter(workdir.path, arm, seed) as metrics,
+            self._checkpoints(arm, seed) as checkpoints,
+        ):
+            try:
+                return unlearn(
+                    self.base,
+                    [item.example(self.chat) for item in forget],
+                    [item.example(self.chat) for item in kept],
+                    np.asarray(reference, np.float32),
+                    config,
+                    seed=seed,
+                    target=c.target,
+                    evaluate=self._dev_rates,
+                    preferred=self._preferred(config, forget),
+                    mesh=self.mesh,
+                    log=metrics,
+                    checkpoints=checkpoints,
+                    profile=Profile(workdir / f"profile/{name}", c.profile) if c.profile else None,
+                )
+            except NonFiniteError as error:
+                path = workdir / f"failures/{name}.json"
+                ids = {
+                    "forget": [forget[i].id for i in error.forget],
+                    "retain": [kept[i].id for i in error.retain],
+                }
+                artifacts.write_json(path, {"step": error.step, "error": str(error), **ids})
+                raise RunStoppedError(f"{error}; its batch is in {path}") from None
+
     def _write_responses(self, name: str, judged: Judged) -> Path:
         path = self.workdir / f"responses/{name}.jsonl"
         artifacts.write_jsonl(path, judged.rows(self.judge, keep_text=self.config.keep_text))
@@ -425,9 +466,33 @@ class Study:
             folder, mesh=self.mesh, dtype=None if dtype is None else jnp.dtype(dtype)
         )
 
+    def _harvested(self, file: str) -> list[Harvested]:
+        return [Harvested.from_json(row) for row in artifacts.read_jsonl(self.workdir / file)]
+
     def _examples(self, file: str) -> list[TokenExample]:
-        rows = artifacts.read_jsonl(self.workdir / file)
-        return [Harvested.from_json(row).example(self.chat) for row in rows]
+        return [item.example(self.chat) for item in self._harvested(file)]
+
+    def _preferred(self, config: UnlearnConfig, forget: Sequence[Harvested]) -> list[TokenExample]:
+        """What the objective wants to be said to the forget prompts, if it wants anything."""
+        if not FORGET[config.objective].preferred:
+            return []
+        prompts = [item.prompt for item in forget]
+        said = preferred_responses(config.preferred, prompts)
+        return [self.chat.example(a, b) for a, b in zip(prompts, said, strict=True)]
+
+    def _checkpoints(self, arm: str, seed: int) -> Checkpoints:
+        """Where a run keeps its state, bound to all that the run depends on."""
+        stage = f"unlearn/{arm}/seed_{seed}"
+        inputs = [
+            (self.workdir.manifest(name) or {}).get("hash") for name in ("prompts", "harvest")
+        ]
+        settings = json.loads(json.dumps([self.settings()[stage], inputs]))
+        return Checkpoints(
+            self.workdir / f"checkpoints/{arm}.seed_{seed}",
+            every=self.config.checkpoints.every_steps,
+            keep=self.config.checkpoints.keep,
+            fingerprint=artifacts.sha256_json(settings),
+        )
 
     def _benign_answers(self) -> list[TokenExample]:
         return self._examples("harvest/benign_answers.jsonl")

@@ -4,7 +4,8 @@
 shardings through the program.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 import jax
 from flax import nnx
@@ -12,6 +13,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ema_jax.errors import UserError
+from ema_jax.models.families import DecoderConfig
+
+T = TypeVar("T")
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = P(("data", "fsdp"))
@@ -92,3 +96,43 @@ def batch_rows(rows: int, mesh: Mesh) -> int:
     """The rows of a batch that is to hold `rows` (one at least): rounded up to what divides."""
     multiple = batch_multiple(mesh)
     return -(-max(rows, 1) // multiple) * multiple
+
+
+def place_batch(batch: T, mesh: Mesh) -> T:
+    """A batch that every process holds whole in NumPy, laid out by rows over the mesh."""
+    sharding = batch_sharding(mesh)
+    if jax.process_count() == 1:
+        return jax.device_put(batch, sharding)
+    return jax.tree.map(
+        lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]), batch
+    )
+
+
+def validate(config: DecoderConfig, mesh: Mesh, batches: Mapping[str, int], parts: int = 1) -> None:
+    """Checks, before anything is compiled, that a model and its batches can be split evenly.
+
+    Args:
+        config: the architecture.
+        mesh: the devices.
+        batches: name → rows of each kind of training batch.
+        parts: equal parts that each batch is cut into one after the other.
+
+    Raises:
+        UserError: heads or rows that an axis does not divide, with sizes that would do.
+    """
+    tensor = mesh.shape["tensor"]
+    heads, groups = config.num_heads, config.num_kv_heads
+    if heads % tensor or groups % tensor:
+        fitting = [n for n in range(1, groups + 1) if heads % n == 0 and groups % n == 0]
+        raise UserError(
+            f"mesh: tensor = {tensor} does not divide {heads} heads and {groups} key-value heads; "
+            f"use one of {', '.join(map(str, fitting))}"
+        )
+    multiple = batch_multiple(mesh) * parts
+    for name, rows in batches.items():
+        if rows % multiple:
+            into = "data · fsdp" + (" · accumulate" if parts > 1 else "")
+            raise UserError(
+                f"{name} = {rows} does not divide over the mesh ({into} = {multiple}); "
+                f"use {-(-rows // multiple) * multiple}"
+            )
