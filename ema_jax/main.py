@@ -30,6 +30,8 @@ def main(argv: Sequence[str]) -> None:
     if not Path(path).is_file():
         raise UserError(f"--config: {path}: no such file; see configs/ for the ones there are")
     study = config.read(values.config)
+    if not values.dry_run:
+        cli.keep_compiled_programs()
     replication.run(study, values.workdir, only=values.stage, dry_run=values.dry_run)
 
 

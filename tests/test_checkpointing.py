@@ -51,21 +51,21 @@ def assert_same_run(whole, folder, trained) -> None:
     assert [row["step"] for row in rows(folder)] == list(range(1, STEPS + 1))
 
 
-class Killed(Exception):
+class KilledError(Exception):
     pass
 
 
 def dies_at(step: int):
     def log(row):
         if row["step"] == step:
-            raise Killed
+            raise KilledError
 
     return log
 
 
 def test_a_run_that_died_goes_on_from_its_newest_checkpoint(base, whole, tmp_path):
     for step in (3, 8, 17):
-        with pytest.raises(Killed):
+        with pytest.raises(KilledError):
             train(base, tmp_path, every=4, log=dies_at(step))
     # Half a line is what a killed process may leave.
     with open(tmp_path / "metrics/arm.seed_0.jsonl", "a") as file:
@@ -86,7 +86,7 @@ def test_a_run_that_ended_is_not_trained_again(base, whole):
 
 
 def test_checkpoints_of_another_run_are_not_gone_on_from(base, whole, tmp_path):
-    with pytest.raises(Killed):
+    with pytest.raises(KilledError):
         train(base, tmp_path, every=4, log=dies_at(9), fingerprint="another")
     trained = train(base, tmp_path, every=4, fingerprint="this")
     assert_same_run(whole, tmp_path, trained)
@@ -98,7 +98,7 @@ def test_sigterm_saves_and_says_how_to_go_on(base, whole, tmp_path):
             os.kill(os.getpid(), signal.SIGTERM)
 
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(RunStoppedError, match="saved at step 5.*same command goes on") as error:
+    with pytest.raises(RunStoppedError, match=r"saved at step 5.*same command goes on") as error:
         train(base, tmp_path, every=100, log=log)
     assert "\n" not in str(error.value)
     assert signal.getsignal(signal.SIGTERM) == before
@@ -189,7 +189,7 @@ def test_killed_at_twenty_random_moments(tiny, whole, tmp_path):
 
 def test_a_full_disk_stops_in_one_line_and_loses_nothing(base, tiny, whole, tmp_path):
     config = dataclasses.replace(CONFIG, max_steps=STEPS)
-    with pytest.raises(Killed):
+    with pytest.raises(KilledError):
         train(base, tmp_path, every=4, log=dies_at(9), config=config)
     process = worker(tiny("qwen2"), tmp_path, limit=16384)
     _, said = process.communicate()
