@@ -8,7 +8,9 @@ from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 import jax
+import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -106,6 +108,13 @@ def place_batch(batch: T, mesh: Mesh) -> T:
     return jax.tree.map(
         lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]), batch
     )
+
+
+def host_array(x: jax.Array) -> np.ndarray:
+    """The whole array in NumPy, on every process."""
+    if x.is_fully_addressable:
+        return np.asarray(x)
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
 
 
 def validate(config: DecoderConfig, mesh: Mesh, batches: Mapping[str, int], parts: int = 1) -> None:

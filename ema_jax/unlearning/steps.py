@@ -19,7 +19,13 @@ from jaxtyping import Array, Float, Int
 from ema_jax.data.chat import Batch, TokenExample, pad_examples
 from ema_jax.models import lora as lora_lib
 from ema_jax.models.decoder import Decoder, LoRAParam
-from ema_jax.models.sharding import batch_rows, make_mesh, parameter_shardings, place_batch
+from ema_jax.models.sharding import (
+    batch_rows,
+    host_array,
+    make_mesh,
+    parameter_shardings,
+    place_batch,
+)
 from ema_jax.unlearning.batches import padded_length
 from ema_jax.unlearning.log_probs import sequence_log_probs, token_log_probs
 from ema_jax.unlearning.objectives import ForgetBatch, Metrics, Pass, RetainBatch, total_loss
@@ -204,7 +210,7 @@ def reference_log_probs(
     for start in range(0, len(examples), rows):
         chunk = examples[start : start + rows]
         batch = place_batch(pad_examples(chunk, length, rows, 0), mesh)
-        parts.append(np.asarray(_sequence_log_probs(graph, state, batch))[: len(chunk)])
+        parts.append(host_array(_sequence_log_probs(graph, state, batch))[: len(chunk)])
     return np.concatenate(parts)
 
 
@@ -215,7 +221,7 @@ def response_log_probs(
     rows = batch_rows(len(examples), mesh)
     batch = pad_examples(examples, padded_length(examples), rows, 0)
     graph, state = nnx.split(model)
-    log_probs = np.asarray(_token_log_probs(graph, state, place_batch(batch, mesh)))
+    log_probs = host_array(_token_log_probs(graph, state, place_batch(batch, mesh)))
     result = np.full((len(examples), positions), np.nan)
     for row, item in enumerate(examples):
         start, number = len(item.prompt) - 1, min(len(item.response), positions)

@@ -267,11 +267,12 @@ def unlearn(
                 model = assemble(trainee, config, trainable)
                 course.measure(step, model, evaluate(model), metrics)
             if checkpoints is not None:
-                if checkpoints.due(step) or course.stopped or asked():
+                stop = asked()
+                if checkpoints.due(step) or course.stopped or stop:
                     checkpoints.save(step, (trainable, moments), course.to_json())
-                if course.stopped or asked():
+                if course.stopped or stop:
                     checkpoints.wait()
-                if asked() and not course.stopped:
+                if stop and not course.stopped:
                     raise checkpoints.stopped(step)
     model = assemble(trainee, config, trainable)
     return Trained(model, step, course.stopped, course.first_loss, course.trajectory)
@@ -287,7 +288,9 @@ class Meter:
 
     def start(self, host: tuple) -> None:
         """Before a step on a batch in NumPy."""
-        batches = [host[0].batch, host[0].preferred, host[1] and host[1].batch]
+        forget, retain = host
+        batches = [forget.preferred, None if retain is None else retain.batch]
+        batches += [] if self._config.objective == "sft" else [forget.batch]
         masks = [batch.mask for batch in batches if batch is not None]
         self._tokens = sum(int(mask.sum()) for mask in masks)
         self._flops = sum(
