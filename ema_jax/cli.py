@@ -16,6 +16,8 @@ from ema_jax.errors import RunStoppedError, UserError
 INTERRUPTED_EXIT_CODE = 130
 
 _PACKAGE = str(Path(__file__).parent) + os.sep
+# Its threads log with a traceback what is raised in ours, where one line says it.
+_ORBAX = f"{os.sep}orbax{os.sep}"
 _MISSING_FLAG = re.compile(r"flag --(\S+)=None: Flag --\1 must have a value other than None\.")
 _TRACEBACK = "Traceback (most recent call last):"
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
@@ -86,7 +88,8 @@ class _LineFormatter(Formatter):
 
 def _worth_showing(record: LogRecord) -> bool:
     ours = record.pathname.startswith(_PACKAGE)
-    return ours or record.levelno >= WARNING or logging.get_verbosity() > logging.INFO
+    warning = record.levelno >= WARNING and _ORBAX not in record.pathname
+    return ours or warning or logging.get_verbosity() > logging.INFO
 
 
 def _parse_flags(argv: Sequence[str]) -> list[str]:

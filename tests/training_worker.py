@@ -77,6 +77,7 @@ def main(argv) -> None:
 
 
 if __name__ == "__main__":
+    cli.log_to_stderr()
     try:
         main(sys.argv)
     except Exception as error:  # as every command ends

@@ -122,7 +122,8 @@ class Course:
     def to_json(self) -> dict[str, Any]:
         """What a checkpoint keeps of it."""
         first = None if math.isnan(self.first_loss) else self.first_loss
-        return {"trajectory": self.trajectory, "first_loss": first, "stopped": self.stopped}
+        # A copy: checkpoints are written in the background.
+        return {"trajectory": list(self.trajectory), "first_loss": first, "stopped": self.stopped}
 
     def restore(self, saved: Mapping[str, Any]) -> None:
         """The inverse of `to_json`."""
