@@ -1,12 +1,12 @@
 """The compiled train step: the same on every mesh, no wasteful collectives, memory that scales."""
 
 import dataclasses
-import functools
 import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import transformers
 from flax import nnx
@@ -22,7 +22,7 @@ from ema_jax.unlearning.optimizers import optimizer, schedule
 from ema_jax.unlearning.settings import UnlearnConfig
 from ema_jax.unlearning.throughput import flops_per_token, peak_flops
 
-MESHES = [(2, 2, 2), (1, 4, 2), (8, 1, 1)]
+SGD = optax.sgd(1.0)
 CONFIG = UnlearnConfig(
     lora=lora.LoRAConfig(rank=2, alpha=4.0),
     retain_objective="kl",
@@ -54,71 +54,49 @@ def folder(tmp_path_factory):
     return folder
 
 
-def prepared(folder, shape, config=CONFIG):
-    """Everything that a step takes, on a mesh."""
+def compiled(folder, shape):
+    """The step on a mesh, and what it takes. Under SGD of rate 1 it moves by the gradient."""
     mesh = make_mesh(shape)
     base = checkpoint.load(folder, mesh=mesh)
     data = Data(FORGET, np.full(len(FORGET), -9.0, np.float32), RETAIN)
-    trainee = steps.split(base, config, seed=0)
-    trainable, rule = steps.trainable_part(trainee, config, mesh), optimizer(config)
-    moments = steps.init_moments(rule, trainable, mesh)
-    batch = place_batch(data.host_batch(config, 0, 0), mesh)
-    parts = (trainable, trainee.whole, trainee.frozen, moments, *batch, np.zeros(2, np.uint32))
-    return trainee.graph, rule, config, *parts
-
-
-@functools.partial(jax.jit, static_argnames=("graph", "config"))
-def gradient(graph, config, trainable, whole, frozen, forget, retain):
-    trainee = steps.Trainee(graph, whole, frozen)
-    key = jax.random.key(0)
-    return steps.loss_and_gradient(
-        trainee, config, trainable, forget, retain, key, config.retain_weight
-    )
-
-
-def figures(folder, shape):
-    graph, _, config, trainable, whole, frozen, _, forget, retain, _ = prepared(folder, shape)
+    trainee = steps.split(base, CONFIG, seed=0)
     # Away from the start, where half of the gradients are zero.
-    trainable = jax.tree.map(
-        lambda x: x + 0.05 * jnp.sin(jnp.arange(x.size)).reshape(x.shape), trainable
+    moved = jax.tree.map(
+        lambda x: x + 0.05 * jnp.sin(jnp.arange(x.size)).reshape(x.shape), trainee.whole
     )
-    return gradient(graph, config, trainable, whole, frozen, forget, retain)
+    trainable = steps.trainable_part(trainee._replace(whole=moved), CONFIG, mesh)
+    moments = steps.init_moments(SGD, trainable, mesh)
+    batch = place_batch(data.host_batch(CONFIG, 0, 0), mesh)
+    takes = (trainable, trainee.whole, trainee.frozen, moments, *batch, np.zeros(2, np.uint32))
+    static = (trainee.graph, SGD, CONFIG)
+    return steps.train_step.lower(*static, *takes).compile(), takes
 
 
-@pytest.mark.parametrize("shape", MESHES)
-def test_loss_and_gradient_are_the_same_on_every_mesh(folder, shape):
-    expected, got = figures(folder, (1, 1, 1)), figures(folder, shape)
-    for ours, theirs in zip(*map(jax.tree.leaves, (got, expected)), strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+def moved_by(program, takes) -> tuple:
+    before = jax.tree.map(np.asarray, takes[0])
+    trained, _, metrics = program(*takes)
+    return jax.tree.map(lambda a, b: a - np.asarray(b), before, trained), metrics
 
 
-@pytest.mark.parametrize("shape", MESHES)
-def test_the_step_gathers_no_activation_of_the_global_batch(folder, shape, capfd):
-    arguments = prepared(folder, shape)
-    program = steps.train_step.lower(*arguments).compile().as_text()
+@pytest.fixture(scope="module")
+def alone(folder):
+    """Gradient and figures on one device."""
+    return moved_by(*compiled(folder, (1, 1, 1)))
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 2), (1, 4, 2), (8, 1, 1)])
+def test_the_step_on_a_mesh(folder, alone, shape, capfd):
+    """The same loss and gradient, and no array with all rows of a batch on one device."""
+    program, takes = compiled(folder, shape)
     assert "nvoluntary full remat" not in capfd.readouterr().err
-    length = arguments[-3].batch.tokens.shape[1]
-    gathered = re.findall(r"= \w+\[([\d,]*)\]\S* all-gather", program)
-    rows = CONFIG.batch_size
-    for sizes in gathered:
+    rows, length = takes[-3].batch.tokens.shape
+    for sizes in re.findall(r"= \w+\[([\d,]*)\]\S* all-gather", program.as_text()):
         numbers = [int(n) for n in sizes.split(",") if n]
-        flat = rows * length in numbers or rows * (length - 1) in numbers
-        assert not flat, f"all rows in one array: {sizes}"
+        assert not {rows * length, rows * (length - 1)} & set(numbers), sizes
         assert numbers[:2] not in ([rows, length], [rows, length - 1]), sizes
-
-
-def test_a_second_step_compiles_nothing_and_donates(folder):
-    graph, rule, config, trainable, whole, frozen, moments, forget, retain, draw = prepared(
-        folder, (2, 2, 2)
-    )
-    first = jax.tree.leaves(trainable)[0]
-    before = steps.train_step._cache_size()
-    for _ in range(2):
-        trainable, moments, _ = steps.train_step(
-            graph, rule, config, trainable, whole, frozen, moments, forget, retain, draw
-        )
-    assert steps.train_step._cache_size() <= before + 1
-    assert first.is_deleted()
+    for ours, theirs in zip(*map(jax.tree.leaves, (moved_by(program, takes), alone)), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(takes[0])), "donated"
 
 
 @pytest.mark.parametrize(
