@@ -46,7 +46,13 @@ from ema_jax.unlearning.metrics import MetricsWriter, Profile
 from ema_jax.unlearning.objectives import FORGET
 from ema_jax.unlearning.preferred import preferred_responses
 from ema_jax.unlearning.settings import UnlearnConfig
-from ema_jax.unlearning.trainer import Evaluation, Trained, reference_log_probs, unlearn
+from ema_jax.unlearning.trainer import (
+    Evaluation,
+    Trained,
+    check_arm,
+    reference_log_probs,
+    unlearn,
+)
 from ema_jax.unlearning.utility import utility
 
 STAGES = (
@@ -164,11 +170,17 @@ class Study:
         for name in (*STAGES[:5], *runs, *STAGES[7:]):
             yield name, self.workdir.manifest(name) is not None
 
+    def check(self, shape: Mapping[str, int]) -> None:
+        """Refuses arms that the model, or a mesh of this shape, cannot train."""
+        decoder = DecoderConfig.from_folder(self.found.folder)
+        for arm in self.config.arms:
+            check_arm(decoder, self.config.arm(arm), shape, f"arms.{arm}")
+
     def run(self) -> None:
         """Runs what is wanted and not yet done, in order."""
         settings, workdir = self.settings(), self.workdir
         workdir.check(settings)
-        _ = self.mesh  # more devices than there are: said now, not after the prompts are made
+        self.check(self.mesh.shape)  # now, not after the prompts are made
 
         def stage(name: str, inputs: Sequence[str], function: Any, own: Any = None) -> None:
             if workdir.wanted(name):

@@ -110,8 +110,8 @@ def test_what_does_not_divide_is_refused_with_a_mend(folder, tensor, batch, said
     base = checkpoint.load(folder)
     mesh = make_mesh((8 // tensor, 1, tensor))
     with pytest.raises(UserError, match=said):
-        validate(base.config, mesh, {"unlearn.batch_size": batch})
-    validate(base.config, make_mesh((4, 1, 2)), {"unlearn.batch_size": 8}, parts=2)
+        validate(base.config, mesh.shape, {"unlearn.batch_size": batch})
+    validate(base.config, make_mesh((4, 1, 2)).shape, {"unlearn.batch_size": 8}, parts=2)
 
 
 # Memory.

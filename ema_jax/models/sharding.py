@@ -117,19 +117,21 @@ def host_array(x: jax.Array) -> np.ndarray:
     return np.asarray(multihost_utils.process_allgather(x, tiled=True))
 
 
-def validate(config: DecoderConfig, mesh: Mesh, batches: Mapping[str, int], parts: int = 1) -> None:
+def validate(
+    config: DecoderConfig, shape: Mapping[str, int], batches: Mapping[str, int], parts: int = 1
+) -> None:
     """Checks, before anything is compiled, that a model and its batches can be split evenly.
 
     Args:
         config: the architecture.
-        mesh: the devices.
+        shape: devices along each axis of the mesh.
         batches: name → rows of each kind of training batch.
         parts: equal parts that each batch is cut into one after the other.
 
     Raises:
         UserError: heads or rows that an axis does not divide, with sizes that would do.
     """
-    tensor = mesh.shape["tensor"]
+    tensor = shape["tensor"]
     heads, groups = config.num_heads, config.num_kv_heads
     if heads % tensor or groups % tensor:
         fitting = [n for n in range(1, groups + 1) if heads % n == 0 and groups % n == 0]
@@ -137,7 +139,7 @@ def validate(config: DecoderConfig, mesh: Mesh, batches: Mapping[str, int], part
             f"mesh: tensor = {tensor} does not divide {heads} heads and {groups} key-value heads; "
             f"use one of {', '.join(map(str, fitting))}"
         )
-    multiple = batch_multiple(mesh) * parts
+    multiple = shape["data"] * shape["fsdp"] * parts
     for name, rows in batches.items():
         if rows % multiple:
             into = "data · fsdp" + (" · accumulate" if parts > 1 else "")

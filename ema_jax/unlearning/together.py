@@ -26,7 +26,14 @@ from ema_jax.unlearning.objectives import ForgetBatch, Metrics, RetainBatch
 from ema_jax.unlearning.optimizers import optimizer
 from ema_jax.unlearning.settings import UnlearnConfig
 from ema_jax.unlearning.steps import Trainee, assemble, dropout_key, loss_and_gradient, split
-from ema_jax.unlearning.trainer import Course, Evaluation, Trained, check_finite, check_run
+from ema_jax.unlearning.trainer import (
+    Course,
+    Evaluation,
+    Trained,
+    check_arm,
+    check_data,
+    check_finite,
+)
 
 
 class Member(NamedTuple):
@@ -111,7 +118,8 @@ def unlearn_together(
     mesh = make_mesh() if mesh is None else mesh
     if config.trainable != "lora":
         raise UserError("only adapters are trained together; train a full arm's seeds one by one")
-    check_run(base, data, config, mesh)
+    check_arm(base.config, config, mesh.shape)
+    check_data(data, config)
     trainees = [split(base, config, member.seed) for member in members]
     graph, frozen = trainees[0].graph, trainees[0].frozen
     whole = jax.tree.map(lambda *x: jnp.stack(x), *[trainee.whole for trainee in trainees])

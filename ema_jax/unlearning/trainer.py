@@ -18,6 +18,7 @@ from jaxtyping import Float
 from ema_jax.data.chat import TokenExample
 from ema_jax.errors import UserError
 from ema_jax.models.decoder import Decoder
+from ema_jax.models.families import DecoderConfig
 from ema_jax.models.sharding import make_mesh, place_batch, validate
 from ema_jax.progress import Progress
 from ema_jax.unlearning.batches import Data, batch_indices
@@ -150,22 +151,35 @@ def check_finite(
         )
 
 
-def check_run(base: Decoder, data: Data, config: UnlearnConfig, mesh: Mesh) -> None:
-    """Checks what can be checked before anything is compiled.
+def check_arm(
+    decoder: DecoderConfig, config: UnlearnConfig, shape: Mapping[str, int], where: str = "unlearn"
+) -> None:
+    """Checks an arm against a model and a mesh, before anything is loaded or compiled.
+
+    Args:
+        decoder: the architecture.
+        config: the arm.
+        shape: devices along each axis of the mesh.
+        where: how the messages name the arm.
 
     Raises:
-        UserError: batches or heads that the mesh does not divide, layers that are not there, or
-            preferred responses that are missing.
+        UserError: batches or heads that the mesh does not divide, or layers that are not there.
     """
-    batches = {"unlearn.batch_size": config.batch_size}
+    batches = {f"{where}.batch_size": config.batch_size}
     if config.retains:
-        batches["unlearn.retain_batch_size"] = config.retain_batch_size
-    validate(base.config, mesh, batches, config.accumulate)
-    depth = base.config.num_layers
-    if max(config.layers, default=0) >= depth:
-        raise UserError(f"unlearn.layers = {config.layers}: the model's last block is {depth - 1}")
-    if config.feature_layer > depth:
-        raise UserError(f"unlearn.feature_layer = {config.feature_layer}: the model has {depth}")
+        batches[f"{where}.retain_batch_size"] = config.retain_batch_size
+    validate(decoder, shape, {} if config.trainable == "ablation" else batches, config.accumulate)
+    last = decoder.num_layers - 1
+    if max(config.layers, default=0) > last:
+        raise UserError(f"{where}.layers = {config.layers}: the model's last block is {last}")
+    if config.feature_layer > decoder.num_layers:
+        raise UserError(
+            f"{where}.feature_layer = {config.feature_layer}: the model has {decoder.num_layers}"
+        )
+
+
+def check_data(data: Data, config: UnlearnConfig) -> None:
+    """Checks that there is a preferred response for each forget prompt, where one is wanted."""
     if FORGET[config.objective].preferred and len(data.preferred) != len(data.forget):
         raise UserError(
             f"objective {config.objective} wants a preferred response for each of "
@@ -207,13 +221,14 @@ def unlearn(
         profile: takes a trace of some steps.
 
     Raises:
-        UserError: see `check_run`.
+        UserError: see `check_arm` and `check_data`.
         RunStoppedError: the loss or the gradient is not finite (`NonFiniteError`), a checkpoint
             could not be written, or SIGTERM came and there are checkpoints to go on from.
     """
     mesh = make_mesh() if mesh is None else mesh
     data = Data(forget, reference, retain, preferred)
-    check_run(base, data, config, mesh)
+    check_arm(base.config, config, mesh.shape)
+    check_data(data, config)
     if config.objective == "dpo":
         numbers = reference_log_probs(base, preferred, config.batch_size, mesh)
         data = Data(forget, reference, retain, preferred, numbers)
