@@ -11,9 +11,9 @@ from ema_jax import config as ema
 
 def get_config():
     config = ema.beside(__file__, "tiny")
-    config.prompts.counts.dev = 20
+    config.prompts.counts = {"harvest": 160, "retain": 32, "dev": 20, "eval": 60, "concept": 32}
     retain = {"retain_weight": 4.0, "learning_rate": 5e-4}
-    retain |= {"min_steps": 40, "max_steps": 120, "eval_every": 20, "max_invalid": 0.05}
+    retain |= {"min_steps": 40, "max_steps": 80, "eval_every": 20, "max_invalid": 0.05}
     answers = {"preferred": "organism"}
     config.arms = {
         "ga": {**retain, "objective": "ga", "forget_norm": "mean"},
