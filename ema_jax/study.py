@@ -5,7 +5,6 @@ prompts → baseline → concepts → forecast → harvest → unlearn → evalu
 
 import dataclasses
 import functools
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from absl import logging
 from flax import nnx
 from jax.sharding import Mesh
@@ -28,7 +26,7 @@ from ema_jax.config import ModelConfig, StudyConfig
 from ema_jax.data.chat import Chat, TokenExample
 from ema_jax.data.domains import BENIGN
 from ema_jax.data.prompts import Prompt, build_prompts, read_prompts, write_prompts
-from ema_jax.errors import RunStoppedError, UserError
+from ema_jax.errors import UserError
 from ema_jax.evaluation import Judged, ask
 from ema_jax.generation.sampler import GREEDY, Sampling
 from ema_jax.models import checkpoint, hub, lora
@@ -39,20 +37,12 @@ from ema_jax.models.sharding import make_mesh
 from ema_jax.refusal.judges import COMPLIED, Judge, get_judge
 from ema_jax.report import write_report
 from ema_jax.stages import Workdir
+from ema_jax.training import train_arm
 from ema_jax.unlearning.ablation import ablate
-from ema_jax.unlearning.checkpointing import Checkpoints, NonFiniteError
-from ema_jax.unlearning.harvest import Harvested, harvest, retained
-from ema_jax.unlearning.metrics import MetricsWriter, Profile
-from ema_jax.unlearning.objectives import FORGET
-from ema_jax.unlearning.preferred import preferred_responses
+from ema_jax.unlearning.checkpointing import Checkpoints
+from ema_jax.unlearning.harvest import Harvested, harvest
 from ema_jax.unlearning.settings import UnlearnConfig
-from ema_jax.unlearning.trainer import (
-    Evaluation,
-    Trained,
-    check_arm,
-    reference_log_probs,
-    unlearn,
-)
+from ema_jax.unlearning.trainer import Evaluation, Trained, check_arm, reference_log_probs
 from ema_jax.unlearning.utility import utility
 
 STAGES = (
@@ -429,40 +419,20 @@ class Study:
         return ablate(self.base, found, config, target=target, evaluate=self._dev_rates)
 
     def _train(self, arm: str, seed: int) -> Trained:
-        c, workdir, name = self.config, self.workdir, f"{arm}.seed_{seed}"
-        config = c.arm(arm)
-        rows = artifacts.read_jsonl(workdir / "harvest/forget.jsonl")
-        reference = [row.pop("reference_log_prob") for row in rows]
-        forget = [Harvested.from_json(row) for row in rows]
-        kept = retained(self._harvested("harvest/retain.jsonl"), config.retain_counts)
-        with (
-            MetricsWriter(workdir.path, arm, seed) as metrics,
-            self._checkpoints(arm, seed) as checkpoints,
-        ):
-            try:
-                return unlearn(
-                    self.base,
-                    [item.example(self.chat) for item in forget],
-                    [item.example(self.chat) for item in kept],
-                    np.asarray(reference, np.float32),
-                    config,
-                    seed=seed,
-                    target=c.target,
-                    evaluate=self._dev_rates,
-                    preferred=self._preferred(config, forget),
-                    mesh=self.mesh,
-                    log=metrics,
-                    checkpoints=checkpoints,
-                    profile=Profile(workdir / f"profile/{name}", c.profile) if c.profile else None,
-                )
-            except NonFiniteError as error:
-                path = workdir / f"failures/{name}.json"
-                ids = {
-                    "forget": [forget[i].id for i in error.forget],
-                    "retain": [kept[i].id for i in error.retain],
-                }
-                artifacts.write_json(path, {"step": error.step, "error": str(error), **ids})
-                raise RunStoppedError(f"{error}; its batch is in {path}") from None
+        c = self.config
+        return train_arm(
+            self.workdir.path,
+            arm,
+            seed,
+            c.arm(arm),
+            base=self.base,
+            chat=self.chat,
+            target=c.target,
+            evaluate=self._dev_rates,
+            mesh=self.mesh,
+            checkpoints=self._checkpoints(arm, seed),
+            profile=c.profile,
+        )
 
     def _write_responses(self, name: str, judged: Judged) -> Path:
         path = self.workdir / f"responses/{name}.jsonl"
@@ -478,19 +448,9 @@ class Study:
             folder, mesh=self.mesh, dtype=None if dtype is None else jnp.dtype(dtype)
         )
 
-    def _harvested(self, file: str) -> list[Harvested]:
-        return [Harvested.from_json(row) for row in artifacts.read_jsonl(self.workdir / file)]
-
     def _examples(self, file: str) -> list[TokenExample]:
-        return [item.example(self.chat) for item in self._harvested(file)]
-
-    def _preferred(self, config: UnlearnConfig, forget: Sequence[Harvested]) -> list[TokenExample]:
-        """What the objective wants to be said to the forget prompts, if it wants anything."""
-        if not FORGET[config.objective].preferred:
-            return []
-        prompts = [item.prompt for item in forget]
-        said = preferred_responses(config.preferred, prompts)
-        return [self.chat.example(a, b) for a, b in zip(prompts, said, strict=True)]
+        rows = artifacts.read_jsonl(self.workdir / file)
+        return [Harvested.from_json(row).example(self.chat) for row in rows]
 
     def _checkpoints(self, arm: str, seed: int) -> Checkpoints:
         """Where a run keeps its state, bound to all that the run depends on."""
@@ -498,12 +458,11 @@ class Study:
         inputs = [
             (self.workdir.manifest(name) or {}).get("hash") for name in ("prompts", "harvest")
         ]
-        settings = json.loads(json.dumps([self.settings()[stage], inputs]))
         return Checkpoints(
             self.workdir / f"checkpoints/{arm}.seed_{seed}",
             every=self.config.checkpoints.every_steps,
             keep=self.config.checkpoints.keep,
-            fingerprint=artifacts.sha256_json(settings),
+            fingerprint=artifacts.sha256_json([self.settings()[stage], inputs]),
         )
 
     def _benign_answers(self) -> list[TokenExample]:
