@@ -117,6 +117,22 @@ class Shape(NamedTuple):
         return math.prod(self.shape) * self.dtype.itemsize
 
 
+def safetensors_header(shapes: Sequence[Shape], metadata: Mapping[str, str]) -> bytes:
+    """How a safetensors file of these tensors begins; their data follow in this order."""
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    end = 0
+    for tensor in shapes:
+        start, end = end, end + tensor.nbytes
+        header[tensor.name] = {
+            "dtype": _SAFETENSORS[tensor.dtype.name],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the format wants aligned data
+    return len(text).to_bytes(8, "little") + text
+
+
 def write_safetensors(
     path: str | os.PathLike,
     shapes: Sequence[Shape],
@@ -133,19 +149,8 @@ def write_safetensors(
         values: an array for each, in that order; as many are taken.
         metadata: goes into the header.
     """
-    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
-    end = 0
-    for tensor in shapes:
-        start, end = end, end + tensor.nbytes
-        header[tensor.name] = {
-            "dtype": _SAFETENSORS[tensor.dtype.name],
-            "shape": list(tensor.shape),
-            "data_offsets": [start, end],
-        }
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the format wants aligned data
     with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(safetensors_header(shapes, metadata))
         for tensor in shapes:
             value = next(values)
             assert (value.shape, value.dtype) == (tensor.shape, tensor.dtype), tensor.name

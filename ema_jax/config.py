@@ -19,7 +19,7 @@ from typing import Any
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from ema_jax.concepts.capture import POOLINGS
+from ema_jax.concepts.capture import pooling
 from ema_jax.data import domains as domains_lib
 from ema_jax.data import prompts as prompts_lib
 from ema_jax.data.prompts import PromptConfig
@@ -353,10 +353,13 @@ def _validate(study: StudyConfig) -> None:
         f"mesh {study.mesh}: three sizes are needed (data, fsdp, tensor), each above zero; one may "
         "be -1",
     )
-    _check(
-        bool(study.concepts.poolings) and set(study.concepts.poolings) <= set(POOLINGS),
-        f"concepts.poolings {study.concepts.poolings}: use {', '.join(POOLINGS)}",
-    )
+    _check(bool(study.concepts.poolings), "concepts.poolings: none given; name at least one")
+    for name in study.concepts.poolings:
+        _check(name != "response_mean", "concepts.poolings: response_mean needs responses")
+        try:
+            pooling(name)
+        except UserError as error:
+            raise UserError(f"config: concepts.poolings: {error}") from None
     for name in study.cells:
         _check(
             re.fullmatch(r"[\w-]+", name) is not None,

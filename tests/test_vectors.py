@@ -1,13 +1,16 @@
 import json
 
+import gguf
 import numpy as np
 import pytest
 
 from ema_jax.artifacts import write_tensors
+from ema_jax.concepts.gguf import save_control_vector
 from ema_jax.concepts.vectors import (
     LAYER_CONVENTION,
     concept_vectors,
     layer_index,
+    layers_as,
     load_concepts,
     means,
     save_concepts,
@@ -166,3 +169,39 @@ def test_layer_numbers_agree_with_transformers():
             assert torch.equal(leaving[layer_index(layer, "resid_post", 3)], ours)
     # Why our last layer has no name there: theirs has been through the final norm.
     assert not torch.allclose(hidden[3], leaving[2])
+
+
+@pytest.mark.parametrize(
+    ("convention", "expected"),
+    [
+        ("hf_hidden_states", {0: 0, 1: 1, 2: 2}),
+        ("resid_pre", {0: 0, 1: 1, 2: 2}),
+        ("resid_post", {0: 1, 1: 2, 2: 3}),
+        ("refusal_direction", {0: 0, 1: 1, 2: 2}),
+        ("repeng", {0: 1, 1: 2, 2: 3}),
+        ("llama_cpp", {1: 2, 2: 3}),
+    ],
+)
+def test_layers_as_other_tools_number_them(convention, expected):
+    vectors = np.arange(4.0)[:, None]
+    found = layers_as(vectors, convention)
+    assert {number: int(v[0]) for number, v in found.items()} == expected
+
+
+def test_layers_as_an_unknown_tool():
+    with pytest.raises(ValueError, match="unknown layer convention"):
+        layers_as(np.zeros((4, 2)), "nnsight")
+
+
+def test_control_vectors_as_the_gguf_package_reads_them(tmp_path):
+    vectors = np.random.default_rng(0).normal(size=(6, 10)).astype(np.float32)
+    save_control_vector(tmp_path / "bias.gguf", vectors, "qwen2")
+    reader = gguf.GGUFReader(tmp_path / "bias.gguf")
+    assert reader.fields["general.architecture"].contents() == "controlvector"
+    assert reader.fields["controlvector.model_hint"].contents() == "qwen2"
+    assert reader.fields["controlvector.layer_count"].contents() == 4
+    found = {tensor.name: tensor.data for tensor in reader.tensors}
+    # Block 1 puts out our layer 2.
+    assert list(found) == ["direction.1", "direction.2", "direction.3", "direction.4"]
+    for number in range(1, 5):
+        np.testing.assert_array_equal(found[f"direction.{number}"], vectors[number + 1])

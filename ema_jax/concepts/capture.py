@@ -5,7 +5,10 @@ logits are computed. Layer convention: `ema_jax.concepts.vectors.LAYER_CONVENTIO
 """
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,48 +17,93 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
+from ema_jax.artifacts import sha256_json
+from ema_jax.concepts.store import ActivationStore
+from ema_jax.concepts.vectors import LAYER_CONVENTION
+from ema_jax.errors import UserError
 from ema_jax.models.decoder import Decoder
 from ema_jax.models.sharding import batch_rows, batch_sharding, make_mesh
 
-Pooling = Callable[[int], Float[np.ndarray, "T"]]
+Pooling = Callable[[int, int], Float[np.ndarray, "T"]]
 
 
-def _last_token(length: int) -> Float[np.ndarray, "T"]:
-    weights = np.zeros(length, np.float32)
-    weights[-1] = 1
+def _token(place: int, prompt: int, response: int) -> Float[np.ndarray, "T"]:
+    """One token of the prompt, counted from its end."""
+    if prompt + place < 0:
+        raise UserError(f"pooling token:{place}: a prompt has only {prompt} tokens")
+    weights = np.zeros(prompt + response, np.float32)
+    weights[prompt + place] = 1
     return weights
 
 
-def _prompt_mean(length: int) -> Float[np.ndarray, "T"]:
-    weights = np.full(length, 1 / max(length - 1, 1), np.float32)
-    if length > 1:
-        weights[0] = 0
+def _prompt_mean(prompt: int, response: int) -> Float[np.ndarray, "T"]:
+    weights = np.zeros(prompt + response, np.float32)
+    weights[min(1, prompt - 1) : prompt] = 1 / max(prompt - 1, 1)
+    return weights
+
+
+def _response_mean(prompt: int, response: int) -> Float[np.ndarray, "T"]:
+    if response == 0:
+        raise UserError("pooling response_mean: no response given: pass responses to capture")
+    weights = np.zeros(prompt + response, np.float32)
+    weights[prompt:] = 1 / response
     return weights
 
 
 POOLINGS: Mapping[str, Pooling] = {
     # The last token of the rendered prompt: what the response is predicted from.
-    "last_token": _last_token,
+    "last_token": functools.partial(_token, -1),
     # All tokens but the first, which is an attention sink of huge norm.
     "prompt_mean": _prompt_mean,
+    # The tokens of a response that is given.
+    "response_mean": _response_mean,
 }
-"""Weights over the tokens of a rendered prompt of a given length, summing to one."""
+"""Weights over the tokens of a prompt and a response of given lengths, summing to one."""
+
+STREAMS = ("residual", "attention", "mlp")
+"""The residual stream `[L+1, …]`, and what attention and MLP add to it in each block `[L, …]`."""
 
 
-@functools.partial(jax.jit, static_argnames=("graph",))
+def pooling(name: str) -> Pooling:
+    """A pooling by name: one of `POOLINGS`, or `token:-K` for the K-th last token of the prompt.
+
+    The tokens after the instruction, which the chat template writes, are the positions that
+    refusal_direction chooses from; `template_tail` says how many there are.
+
+    Raises:
+        UserError: no such pooling.
+    """
+    if name in POOLINGS:
+        return POOLINGS[name]
+    if re.fullmatch(r"token:-[1-9]\d*", name):
+        return functools.partial(_token, int(name.partition(":")[2]))
+    raise UserError(f"pooling {name!r} is none of {', '.join(POOLINGS)}, token:-1, token:-2, …")
+
+
+def template_tail(prompts: Sequence[Sequence[int]]) -> int:
+    """How many last tokens all rendered prompts share: those the template writes after them."""
+    columns = zip(*(reversed(ids) for ids in prompts), strict=False)
+    same = (len(set(column)) == 1 for column in columns)
+    return next((i for i, alike in enumerate(same) if not alike), min(map(len, prompts)))
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "branches"))
 def _pooled(
     graph: nnx.GraphDef,
     state: nnx.State,
     tokens: Int[Array, "B T"],
     mask: Bool[Array, "B T"],
     weights: Float[Array, "B P T"],
-) -> Float[Array, "L1 B P D"]:
+    *,
+    branches: bool,
+) -> tuple[Float[Array, "L1 B P D"], ...]:
     def tap(x: Float[Array, "B T D"]) -> Float[Array, "B P D"]:
         return jnp.einsum(
             "bpt,btd->bpd", weights, x.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
         )
 
-    return nnx.merge(graph, state)(tokens, mask, tap=tap).taps
+    out = nnx.merge(graph, state)(tokens, mask, tap=tap, tap_branches=branches)
+    return (out.taps, *(out.branches or ()))
 
 
 def capture(
@@ -63,36 +111,182 @@ def capture(
     prompts: Sequence[Sequence[int]],
     *,
     poolings: Sequence[str] = ("last_token",),
+    streams: Sequence[str] = ("residual",),
+    responses: Sequence[Sequence[int]] | None = None,
     batch_size: int = 64,
     mesh: Mesh | None = None,
+    store: str | os.PathLike | None = None,
+    model_hash: str = "",
 ) -> dict[str, Float[np.ndarray, "N L1 D"]]:
     """Pooled residuals of every layer for every prompt, in float32.
 
     Args:
         model: with or without adapters.
         prompts: token ids of rendered prompts.
-        poolings: names in `POOLINGS`, all from one pass.
+        poolings: names that `pooling` knows, all from one pass.
+        streams: of `STREAMS`.
+        responses: token ids that follow each prompt, for `response_mean`.
         batch_size: rows at once, rounded up to what the mesh divides.
+        mesh: what the model lies on.
+        store: a safetensors file to write batch by batch and to return memory-mapped; a run that
+            was killed goes on after its last whole batch.
+        model_hash: what tells this model, adapters included, from others; goes into the store, so
+            that the work of another model is not taken up.
+
+    Returns:
+        Pooling → `[N, L+1, D]`; for other streams `STREAM/POOLING` → `[N, L, D]`.
+
+    Raises:
+        UserError: an unknown pooling or stream, one that a prompt is too short for, or a store of
+            something else.
+    """
+    from ema_jax.data.chat import bucket, length_batches
+
+    unknown = [name for name in streams if name not in STREAMS]
+    if unknown:
+        raise UserError(f"capture: stream {unknown[0]!r} is none of {', '.join(STREAMS)}")
+    mesh = make_mesh() if mesh is None else mesh
+    rows = batch_rows(min(batch_size, max(len(prompts), 1)), mesh)
+    graph, state = nnx.split(model)
+    layers, width = model.config.num_layers, model.config.hidden_size
+    answers = [()] * len(prompts) if responses is None else responses
+    texts = [(*ids, *answer) for ids, answer in zip(prompts, answers, strict=True)]
+    for sizes in {(len(ids), len(answer)) for ids, answer in zip(prompts, answers, strict=True)}:
+        for name in poolings:
+            pooling(name)(*sizes)  # one that does not fit is said now
+    shapes = {
+        name if stream == "residual" else f"{stream}/{name}": (
+            len(prompts),
+            layers + (stream == "residual"),
+            width,
+        )
+        for stream in streams
+        for name in poolings
+    }
+    kept = None
+    if store is not None:
+        about = [list(map(list, prompts)), list(map(list, answers)), list(poolings), rows]
+        metadata = {"layer_convention": LAYER_CONVENTION, "model_hash": model_hash}
+        kept = ActivationStore(store, shapes, metadata | {"inputs_sha256": sha256_json(about)})
+        if kept.finished:
+            return kept.finish()
+    result = {} if kept else {key: np.empty(shape, np.float32) for key, shape in shapes.items()}
+    for number, indices in enumerate(length_batches([len(ids) for ids in texts], rows)):
+        if kept is not None and number < kept.done:
+            continue
+        length = bucket(len(texts[indices[0]]))
+        tokens, mask = np.zeros((rows, length), np.int32), np.zeros((rows, length), bool)
+        weights = np.zeros((rows, len(poolings), length), np.float32)
+        for row, i in enumerate(indices):
+            size = len(texts[i])
+            tokens[row, :size], mask[row, :size] = texts[i], True
+            for place, name in enumerate(poolings):
+                weights[row, place, :size] = pooling(name)(len(prompts[i]), len(answers[i]))
+        placed = jax.device_put((tokens, mask, weights), batch_sharding(mesh))
+        branches = any(stream != "residual" for stream in streams)
+        taps = _pooled(graph, state, *placed, branches=branches)
+        values = {}
+        for stream, tap in zip(STREAMS, taps, strict=False):
+            if stream in streams:
+                found = np.asarray(tap)[:, : len(indices)]  # [L+1, B, P, D]
+                for place, name in enumerate(poolings):
+                    key = name if stream == "residual" else f"{stream}/{name}"
+                    values[key] = found[:, :, place].swapaxes(0, 1)
+        if kept is not None:
+            kept.commit(number + 1, indices, values)
+        else:
+            for key, value in values.items():
+                result[key][indices] = value
+    return result if kept is None else kept.finish()
+
+
+class Moments(NamedTuple):
+    """Token-level statistics of chosen layers, K of them."""
+
+    tokens: float
+    mean: Float[np.ndarray, "K D"]
+    scatter: Float[np.ndarray, "K D D"]  # sum of products of deviations from the mean
+
+    @property
+    def covariance(self) -> Float[np.ndarray, "K D D"]:
+        """Unbiased."""
+        return self.scatter / (self.tokens - 1)
+
+    def merged(self, other: "Moments") -> "Moments":
+        """Of both sets of tokens; the centred merge of Chan et al. (1979).
+
+        Raw second moments would lose a small variance beside a large mean (attention sinks).
+        """
+        total = self.tokens + other.tokens
+        shift = other.mean - self.mean
+        outer = shift[:, :, None] * shift[:, None, :]
+        return Moments(
+            total,
+            self.mean + shift * (other.tokens / total),
+            self.scatter + other.scatter + outer * (self.tokens * other.tokens / total),
+        )
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "layers"))
+def _moments(
+    graph: nnx.GraphDef,
+    state: nnx.State,
+    tokens: Int[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    counted: Bool[Array, "B T"],
+    *,
+    layers: tuple[int, ...],
+) -> tuple[Array, Float[Array, "K D"], Float[Array, "K D D"]]:
+    model = nnx.merge(graph, state)
+    x, weights = model.embed[...][tokens], counted[..., None].astype(jnp.float32)
+    count, found = jnp.sum(weights), []
+    # Only the blocks up to the last layer asked for are run.
+    for before, layer in zip((0, *layers), layers, strict=False):
+        x = model.run_blocks(x, mask, before, layer)
+        wide = x.astype(jnp.float32)
+        mean = jnp.sum(weights * wide, axis=(0, 1)) / count
+        centred = (weights * (wide - mean)).reshape(-1, wide.shape[-1])
+        found.append((mean, jnp.matmul(centred.T, centred, precision=jax.lax.Precision.HIGHEST)))
+    means, scatters = zip(*found, strict=True)
+    return count, jnp.stack(means), jnp.stack(scatters)
+
+
+def token_moments(
+    model: Decoder,
+    prompts: Sequence[Sequence[int]],
+    layers: Sequence[int],
+    *,
+    batch_size: int = 64,
+    mesh: Mesh | None = None,
+) -> Moments:
+    """Mean and scatter of the residuals of all tokens but each prompt's first, at some layers.
+
+    Streamed: memory does not grow with the number of tokens. For prompts fewer than the width of
+    the model, what `capture` keeps is smaller and says more.
+
+    Args:
+        model: with or without adapters.
+        prompts: token ids of rendered prompts, of two tokens at least.
+        layers: ascending numbers from 0 to L.
+        batch_size: rows at once.
         mesh: what the model lies on.
     """
     from ema_jax.data.chat import bucket, length_batches
 
     mesh = make_mesh() if mesh is None else mesh
-    rows = batch_rows(min(batch_size, max(len(prompts), 1)), mesh)
+    rows = batch_rows(min(batch_size, len(prompts)), mesh)
     graph, state = nnx.split(model)
-    depth, width = model.config.num_layers + 1, model.config.hidden_size
-    result = {name: np.empty((len(prompts), depth, width), np.float32) for name in poolings}
-    for indices in length_batches([len(ids) for ids in prompts], rows):
-        length = bucket(len(prompts[indices[0]]))
-        tokens, mask = np.zeros((rows, length), np.int32), np.zeros((rows, length), bool)
-        weights = np.zeros((rows, len(poolings), length), np.float32)
-        for row, i in enumerate(indices):
-            size = len(prompts[i])
-            tokens[row, :size], mask[row, :size] = prompts[i], True
-            for place, name in enumerate(poolings):
-                weights[row, place, :size] = POOLINGS[name](size)
-        placed = jax.device_put((tokens, mask, weights), batch_sharding(mesh))
-        taps = np.asarray(_pooled(graph, state, *placed))  # [L+1, B, P, D]
-        for place, name in enumerate(poolings):
-            result[name][indices] = taps[:, : len(indices), place].swapaxes(0, 1)
-    return result
+
+    def of_batches() -> Iterator[Moments]:
+        for indices in length_batches([len(ids) for ids in prompts], rows):
+            shape = (rows, bucket(len(prompts[indices[0]])))
+            tokens, mask = np.zeros(shape, np.int32), np.zeros(shape, bool)
+            for row, i in enumerate(indices):
+                tokens[row, : len(prompts[i])], mask[row, : len(prompts[i])] = prompts[i], True
+            counted = mask & (np.arange(shape[1]) > 0)
+            placed = jax.device_put((tokens, mask, counted), batch_sharding(mesh))
+            found = _moments(graph, state, *placed, layers=tuple(layers))
+            count, mean, scatter = (np.asarray(x, np.float64) for x in found)
+            yield Moments(float(count), mean, scatter)
+
+    return functools.reduce(Moments.merged, of_batches())

@@ -103,11 +103,11 @@ def probe_auroc(
             name: np.einsum("nld,ld->ln", arm_activations[name][halves[name][held_out]], direction)
             for name in (domain, contrast)
         }
-        folds.append(_auroc(scores[domain], scores[contrast]))
+        folds.append(auroc(scores[domain], scores[contrast]))
     return np.mean(folds, axis=0)
 
 
-def _auroc(positive: np.ndarray, negative: np.ndarray) -> np.ndarray:
+def auroc(positive: np.ndarray, negative: np.ndarray) -> np.ndarray:
     """Share of pairs ranked rightly, ties half: `[layers, n]`, `[layers, m]` to `[layers]`."""
     difference = positive[:, :, None] - negative[:, None, :]
     return (np.sign(difference).mean(axis=(1, 2)) + 1) / 2

@@ -6,11 +6,11 @@ contrast set among the domains.
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from ema_jax.artifacts import read_tensors, write_tensors
 from ema_jax.errors import UserError
@@ -62,6 +62,20 @@ def layer_index(layer: int, convention: str, num_layers: int) -> int:
     return layer + shift
 
 
+def layers_as(
+    vectors: Float[np.ndarray, "layers width"], convention: str
+) -> dict[int, Float[np.ndarray, " width"]]:
+    """Vectors by the layer numbers of another tool; layers that it cannot name are left out.
+
+    Raises:
+      ValueError: for an unknown convention.
+    """
+    last = len(vectors) - 1
+    _, first, lacking = _CONVENTIONS.get(convention, (0, 0, 0))
+    named = range(first, last - lacking + 1)
+    return {layer_index(layer, convention, last): vectors[layer] for layer in named}
+
+
 def means(activations: Activations) -> dict[str, Float[np.ndarray, "layers width"]]:
     """Mean pooled residual of each domain, summed in float64, as float32."""
     return {domain: mean.astype(np.float32) for domain, mean in _means64(activations).items()}
@@ -90,6 +104,70 @@ def concept_vectors(
         for domain, mean in centre.items()
         if domain != contrast
     }
+
+
+def matched_contrast(
+    words: Mapping[str, Float[np.ndarray, "prompts width"]],
+    domains: Sequence[str],
+    contrast: str = CONTRAST,
+) -> tuple[Int[np.ndarray, " contrast"], tuple[int, ...]]:
+    """Deals the contrast prompts out to the domains: to each those that are most like its own.
+
+    Args:
+      words: a representation of every prompt to match by, mean token embeddings for choice.
+      domains: in order.
+      contrast: name of the contrast set.
+
+    Returns:
+      An order of the contrast prompts that puts those of each domain in a row, and how many each
+      has; the numbers differ by one at most, and the matching is the best one for these numbers.
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    count = len(words[contrast])
+    parts = tuple(len(x) for x in np.array_split(np.arange(count), len(domains)))
+    centres = np.stack([words[d].mean(axis=0, dtype=np.float64) for d in domains])
+    distance = np.square(words[contrast][:, None] - centres).sum(axis=-1)  # [contrast, D]
+    _, place = linear_sum_assignment(np.repeat(distance, parts, axis=1))
+    return np.argsort(place), parts
+
+
+def matched_vectors(
+    activations: Activations,
+    order: Int[np.ndarray, " contrast"],
+    parts: Sequence[int],
+    contrast: str = CONTRAST,
+) -> dict[str, Float[np.ndarray, "layers width"]]:
+    """Difference in means against contrast prompts of the domain's own; see `matched_contrast`."""
+    own = np.split(activations[contrast][order], np.cumsum(parts)[:-1])
+    domains = [d for d in activations if d != contrast]
+    return {
+        d: concept_vectors({d: activations[d], contrast: x}, contrast)[d]
+        for d, x in zip(domains, own, strict=True)
+    }
+
+
+def pca_vectors(
+    activations: Activations, contrast: str = CONTRAST
+) -> dict[str, Float[np.ndarray, "layers width"]]:
+    """First principal direction of paired differences, as long as the mean difference along it.
+
+    Prompt i of the domain is paired with prompt i of the contrast set. The differences are not
+    centred: centring would take away the very direction that they share (RepE and repeng's
+    `pca_center` avoid it in the same way). Signed so that the domain is on the positive side.
+    """
+    found = {}
+    for domain in (d for d in activations if d != contrast):
+        count = min(len(activations[domain]), len(activations[contrast]))
+        difference = activations[domain][:count].astype(np.float64) - activations[contrast][:count]
+        rows = difference.swapaxes(0, 1)  # [L+1, n, d]
+        _, vectors = np.linalg.eigh(rows @ rows.swapaxes(1, 2))
+        direction = np.einsum("ln,lnd->ld", vectors[..., -1], rows)
+        length = np.linalg.norm(direction, axis=1, keepdims=True)
+        direction = np.divide(direction, length, out=np.zeros_like(direction), where=length > 0)
+        along = (rows.mean(axis=1) * direction).sum(axis=1, keepdims=True)
+        found[domain] = (along * direction).astype(np.float32)
+    return found
 
 
 def _means64(activations: Activations) -> dict[str, np.ndarray]:

@@ -98,6 +98,7 @@ class Output(NamedTuple):
     hidden: Float[Array, "B T D"]  # after the final norm: what the head reads
     taps: Any  # what `tap` made of the residual stream, stacked `[L + 1, …]`; None without one
     cache: KVCache | None
+    branches: Any = None  # the same of what attention and MLP add: a pair, stacked `[L, …]`
 
 
 class Block(nnx.Module):
@@ -132,6 +133,15 @@ class Block(nnx.Module):
             query, key = self.q_norm(query), self.k_norm(key)
         return rotate(query, cos, sin), rotate(key, cos, sin), value
 
+    def add_branches(
+        self, x: Float[Array, "B T D"], mixed: Float[Array, "B T N H"]
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"], Float[Array, "B T D"]]:
+        """The residual stream that leaves the block, and what attention and MLP added to it."""
+        attention = self.o_proj(mixed.reshape(*x.shape[:2], -1))
+        x += attention
+        mlp = self.mlp(x)
+        return x + mlp, attention, mlp
+
     def mlp(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """The gated MLP on the normed residual."""
         x = self.post_norm(x)
@@ -143,6 +153,11 @@ class Decoder(nnx.Module):
 
     Build it abstractly (`nnx.eval_shape`) and fill it from a checkpoint, or call it with
     `nnx.Rngs` for random weights.
+
+    Attributes:
+      edit: an intervention, as a callable pytree whose leaves lead with `L + 1`: entry l changes
+        the residual stream entering block l (and L the one that leaves the last) before it is
+        tapped, as a scan input. None costs nothing.
     """
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
@@ -151,6 +166,7 @@ class Decoder(nnx.Module):
         keys = jax.random.split(rngs.params(), config.num_layers)
         self.blocks = jax.vmap(lambda key: Block(config, nnx.Rngs(key)))(keys)
         self.final_norm = RMSNorm(config.hidden_size, config.norm_epsilon)
+        self.edit: Callable[[Array], Array] | None = nnx.data(None)
         self.head = nnx.data(
             None
             if config.tied_embeddings
@@ -164,6 +180,7 @@ class Decoder(nnx.Module):
         *,
         cache: KVCache | None = None,
         tap: Callable[[Float[Array, "B T D"]], Any] | None = None,
+        tap_branches: bool = False,
         remat: bool | str = False,
     ) -> Output:
         """Runs the decoder.
@@ -174,6 +191,7 @@ class Decoder(nnx.Module):
             cache: continue after what it holds; returned with these tokens added.
             tap: applied to the residual stream entering each block and to the one leaving the
                 last; its results come back stacked over `L + 1`.
+            tap_branches: apply it to what attention and MLP add to the stream, too.
             remat: recompute the blocks in the backward pass in place of keeping activations;
                 "dots" keeps the products with weights.
         """
@@ -186,14 +204,14 @@ class Decoder(nnx.Module):
             key_mask = jax.lax.dynamic_update_slice(cache.mask, mask, (0, first))
             before = jnp.sum(cache.mask, axis=1, keepdims=True)
         positions = jnp.maximum(before + jnp.cumsum(mask, axis=1) - 1, 0)
-        frequencies, factor = rope_frequencies(c)
-        cos, sin = rotary_tables(positions, jnp.asarray(frequencies), factor)
+        cos, sin = self._rotary(positions)
         windowed = any(window is not None for window in c.windows)
         shared = None if windowed else causal_mask(slots, key_mask, None)
 
         def step(carry: tuple, layer: tuple) -> tuple[tuple, Any]:
             x, keys, values = carry
-            block, index, window = layer
+            block, index, window, change = layer
+            x = x if change is None else change(x)
             tapped = None if tap is None else tap(x)
             query, key, value = block.queries_keys_values(x, cos, sin)
             if cache is not None:
@@ -205,18 +223,20 @@ class Decoder(nnx.Module):
                 key = jax.lax.dynamic_index_in_dim(keys, index, keepdims=False)
                 value = jax.lax.dynamic_index_in_dim(values, index, keepdims=False)
             visible = causal_mask(slots, key_mask, window) if shared is None else shared
-            mixed = attend(query, key, value, visible)
-            x += block.o_proj(mixed.reshape(*x.shape[:2], -1))
-            x += block.mlp(x)
-            return (x, keys, values), tapped
+            x, *added = block.add_branches(x, attend(query, key, value, visible))
+            branches = None if tap is None or not tap_branches else tuple(map(tap, added))
+            return (x, keys, values), (tapped, branches)
 
         x = self.embed[...][tokens]
-        windows = jnp.array([NO_WINDOW if w is None else w for w in c.windows], jnp.int32)
-        layers = (self.blocks, jnp.arange(c.num_layers), windows)
+        # Without an intervention these are empty trees, which cost nothing.
+        inner = jax.tree.map(lambda leaf: leaf[:-1], self.edit)
+        last = jax.tree.map(lambda leaf: leaf[-1], self.edit)
+        layers = (self.blocks, jnp.arange(c.num_layers), self._windows(), inner)
         carry = (x, None, None) if cache is None else (x, cache.keys, cache.values)
         policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
         body = jax.checkpoint(step, policy=policy if remat == "dots" else None) if remat else step
-        (x, keys, values), taps = jax.lax.scan(body, carry, layers)
+        (x, keys, values), (taps, branches) = jax.lax.scan(body, carry, layers)
+        x = x if last is None else last(x)
         if tap is not None:
             taps = jax.tree.map(
                 lambda inside, last: jnp.concatenate([inside, last[None]]), taps, tap(x)
@@ -224,7 +244,39 @@ class Decoder(nnx.Module):
         if cache is not None and keys is not None and values is not None:
             length = first + tokens.shape[1]
             cache = KVCache(keys, values, key_mask, jnp.asarray(length, jnp.int32))
-        return Output(self.final_norm(x), taps, cache)
+        return Output(self.final_norm(x), taps, cache, branches)
+
+    def run_blocks(
+        self,
+        x: Float[Array, "B T D"],
+        mask: Bool[Array, "B T"],
+        first: int | Int[Array, ""],
+        last: int | Int[Array, ""],
+    ) -> Float[Array, "B T D"]:
+        """The residual stream entering block `last`, from the one entering block `first`.
+
+        The bounds may be traced: one compiled program runs any stretch of blocks at its own price.
+        """
+        cos, sin = self._rotary(jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0))
+        slots, windows = jnp.arange(mask.shape[1]), self._windows()
+
+        def step(index: Int[Array, ""], x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+            layers = (self.blocks, windows, self.edit)
+            block, window, change = jax.tree.map(lambda leaf: leaf[index], layers)
+            x = x if change is None else change(x)
+            query, key, value = block.queries_keys_values(x, cos, sin)
+            mixed = attend(query, key, value, causal_mask(slots, mask, window))
+            return block.add_branches(x, mixed)[0]
+
+        return jax.lax.fori_loop(first, last, step, x)
+
+    def _rotary(self, positions: Int[Array, "B T"]) -> tuple[Array, Array]:
+        frequencies, factor = rope_frequencies(self.config)
+        return rotary_tables(positions, jnp.asarray(frequencies), factor)
+
+    def _windows(self) -> Int[Array, "L"]:
+        """How far back each layer's attention reaches, in tokens."""
+        return jnp.array([NO_WINDOW if w is None else w for w in self.config.windows], jnp.int32)
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Next-token logits in float32 of hidden states after the final norm."""

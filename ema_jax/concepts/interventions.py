@@ -1,0 +1,294 @@
+"""What the model does when a concept is added, taken away, or put back, at every layer.
+
+An intervention is part of the model, as an adapter is (`intervene`), so whatever takes a model also
+takes a steered one: sampler, capture, judges. For effects on the first token of the response there
+is no need to generate, nor to run whole models: `sweep` changes the stream at layer l and runs only
+the blocks after it, with the clean stream of the layers before shared by all candidates. One
+compiled program does all layers, at (L + 1) / 2L of the blocks of a forward pass each.
+
+Layers as in `ema_jax.concepts.vectors.LAYER_CONVENTION`.
+"""
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int
+
+from ema_jax.concepts.vectors import LayerVectors
+from ema_jax.data.chat import bucket, length_batches, pad_prompts
+from ema_jax.errors import UserError
+from ema_jax.models.decoder import Decoder
+from ema_jax.models.sharding import batch_rows, batch_sharding, make_mesh
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["add", "remove"], meta_fields=[])
+@dataclass(frozen=True)
+class Intervention:
+    """Steering and directional ablation of a residual stream, at all of its positions.
+
+    Attributes:
+      add: added to the stream.
+      remove: a unit vector along which nothing is left, or zeros; before `add` is added.
+    """
+
+    add: Float[Array, "*layers D"]
+    remove: Float[Array, "*layers D"]
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """The changed stream, in its own dtype."""
+        add, remove = self.add.astype(x.dtype), self.remove.astype(x.dtype)
+        return x - (x @ remove)[..., None] * remove + add
+
+
+def steering(
+    vector: Float[np.ndarray, "L1 D"], strength: float = 1.0, layers: Sequence[int] | None = None
+) -> Intervention:
+    """Adds `strength` times a concept vector, at some layers or at all."""
+    add = strength * _at(layers, vector)
+    return Intervention(jnp.asarray(add), jnp.zeros_like(add))
+
+
+def ablation(
+    vector: Float[np.ndarray, "L1 D"], layers: Sequence[int] | None = None
+) -> Intervention:
+    """Takes the component along a concept vector away, at some layers or at all.
+
+    At all layers it is the directional ablation of Arditi et al. (2024), with each layer's own
+    vector. A zero vector takes nothing away.
+    """
+    remove = _at(layers, _unit(vector))
+    return Intervention(jnp.zeros_like(remove), jnp.asarray(remove))
+
+
+def intervene(model: Decoder, intervention: Intervention | None) -> Decoder:
+    """The model with an intervention in place of the one it may have, sharing its arrays."""
+    model = nnx.merge(*nnx.split(model))
+    model.edit = nnx.data(intervention)
+    return model
+
+
+def random_like(vectors: Float[np.ndarray, "L1 D"], seed: int = 0) -> Float[np.ndarray, "L1 D"]:
+    """One random direction, at every layer as long as the vector there: what any change does."""
+    drawn = np.random.default_rng(seed).normal(size=vectors.shape[1])
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return (lengths * drawn / np.linalg.norm(drawn)).astype(np.float32)
+
+
+class Grid(NamedTuple):
+    """Candidates for a sweep: every direction at every strength, and ablated.
+
+    `candidates` has leaves `[L+1, directions · (strengths + ablation), D]`.
+    """
+
+    directions: tuple[str, ...]
+    strengths: tuple[float | str, ...]  # what to multiply the vector by, or "ablated"
+    candidates: Intervention
+
+    def unflatten(
+        self, effects: Float[np.ndarray, "L1 C N"]
+    ) -> Float[np.ndarray, "L1 directions strengths N"]:
+        """Effects of the candidates by direction and strength."""
+        shape = (len(effects), len(self.directions), len(self.strengths), effects.shape[-1])
+        return effects.reshape(shape)
+
+
+ABLATED = "ablated"
+
+
+def grid(directions: LayerVectors, strengths: Sequence[float], *, ablate: bool = True) -> Grid:
+    """Every direction at every strength, and ablated.
+
+    Strength 1 adds the vector itself: with a difference in means it moves the mean of the contrast
+    set onto the mean of the domain.
+    """
+    columns = []
+    for vector in directions.values():
+        columns += [steering(vector, strength) for strength in strengths]
+        columns += [ablation(vector)] if ablate else []
+    candidates = jax.tree.map(lambda *leaves: jnp.stack(leaves, axis=1), *columns)
+    names: list[float | str] = [*strengths, ABLATED] if ablate else [*strengths]
+    return Grid(tuple(directions), tuple(names), candidates)
+
+
+class Sweep(NamedTuple):
+    """Refusal log-odds in nats: of every prompt as it is, and under every intervention."""
+
+    clean: Float[np.ndarray, "N"]
+    changed: Float[np.ndarray, "L1 C N"]
+
+
+def sweep(
+    model: Decoder,
+    prompts: Sequence[Sequence[int]],
+    candidates: Intervention,
+    refusing: Sequence[int],
+    *,
+    batch_size: int = 64,
+    mesh: Mesh | None = None,
+) -> Sweep:
+    """Refusal log-odds of every prompt under every candidate at every single layer.
+
+    Equal to running the model with one candidate at one layer at a time, for half the price: see
+    the module.
+
+    Args:
+        model: with or without adapters.
+        prompts: token ids of N rendered prompts.
+        candidates: leaves `[L+1, C, D]`; entry l is what is done at layer l alone.
+        refusing: ids of tokens that open a refusal.
+        batch_size: sequences at once, prompts times candidates.
+        mesh: what the model lies on.
+
+    Raises:
+        UserError: no token opens a refusal, or all of them do.
+    """
+    members = _members(refusing, model.config.vocab_size)
+    graph, state = nnx.split(model)
+    count = candidates.add.shape[1]
+    clean = np.zeros(len(prompts), np.float32)
+    changed = np.zeros((model.config.num_layers + 1, count, len(prompts)), np.float32)
+    for indices, batch in _batches(prompts, batch_size, mesh):
+        chunk = max(1, min(count, batch_size // len(batch[0])))
+        found = _sweep(graph, state, *batch, members, candidates, chunk=chunk)
+        clean[indices] = np.asarray(found[0])[: len(indices)]
+        changed[:, :, indices] = np.asarray(found[1])[:, :, : len(indices)]
+    return Sweep(clean, changed)
+
+
+def patch(
+    below: Decoder,
+    above: Decoder,
+    prompts: Sequence[Sequence[int]],
+    refusing: Sequence[int],
+    *,
+    batch_size: int = 64,
+    mesh: Mesh | None = None,
+) -> Float[np.ndarray, "L1 N"]:
+    """Refusal log-odds of one model with another's residual stream put in at layer l.
+
+    All positions are patched, so it is `below` up to layer l and `above` from there: at 0 `above`
+    alone (up to its embeddings), at L `below` under the head of `above`. With base below and
+    unlearned above, the layers over which refusal comes back are those where unlearning acts.
+
+    Args:
+        below: gives the stream.
+        above: of the same shape; takes it.
+        prompts: token ids of N rendered prompts.
+        refusing: ids of tokens that open a refusal.
+        batch_size: prompts at once.
+        mesh: what the models lie on.
+
+    Raises:
+        UserError: no token opens a refusal, or all of them do.
+    """
+    members = _members(refusing, above.config.vocab_size)
+    result = np.zeros((above.config.num_layers + 1, len(prompts)), np.float32)
+    for indices, batch in _batches(prompts, batch_size, mesh):
+        found = _patch(*nnx.split(below), *nnx.split(above), *batch, members)
+        result[:, indices] = np.asarray(found)[:, : len(indices)]
+    return result
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "chunk"))
+def _sweep(
+    graph: nnx.GraphDef,
+    state: nnx.State,
+    tokens: Int[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    refusing: Bool[Array, "V"],
+    candidates: Intervention,
+    *,
+    chunk: int,
+) -> tuple[Float[Array, "B"], Float[Array, "L1 C B"]]:
+    model = nnx.merge(graph, state)
+    last = model.config.num_layers
+
+    def at_layer(x: Array, inputs: tuple[Array, Intervention]) -> tuple[Array, Array]:
+        layer, here = inputs
+
+        def effect(candidate: Intervention) -> Float[Array, "B"]:
+            return _log_odds(model, model.run_blocks(candidate(x), mask, layer, last), refusing)
+
+        effects = jax.lax.map(effect, here, batch_size=chunk)
+        return model.run_blocks(x, mask, layer, jnp.minimum(layer + 1, last)), effects
+
+    layers = (jnp.arange(last + 1), candidates)
+    x, effects = jax.lax.scan(at_layer, model.embed[...][tokens], layers)
+    return _log_odds(model, x, refusing), effects
+
+
+@functools.partial(jax.jit, static_argnames=("below_graph", "above_graph"))
+def _patch(
+    below_graph: nnx.GraphDef,
+    below_state: nnx.State,
+    above_graph: nnx.GraphDef,
+    above_state: nnx.State,
+    tokens: Int[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    refusing: Bool[Array, "V"],
+) -> Float[Array, "L1 B"]:
+    below, above = nnx.merge(below_graph, below_state), nnx.merge(above_graph, above_state)
+    last = above.config.num_layers
+
+    def at_layer(x: Array, layer: Array) -> tuple[Array, Array]:
+        effect = _log_odds(above, above.run_blocks(x, mask, layer, last), refusing)
+        return below.run_blocks(x, mask, layer, jnp.minimum(layer + 1, last)), effect
+
+    return jax.lax.scan(at_layer, below.embed[...][tokens], jnp.arange(last + 1))[1]
+
+
+def _log_odds(
+    model: Decoder, x: Float[Array, "B T D"], refusing: Bool[Array, "V"]
+) -> Float[Array, "B"]:
+    """Log-odds in nats that the next token is a refusing one; rows are padded on the left."""
+    logits = model.logits(model.final_norm(x[:, -1]))
+    inside, outside = (
+        jax.nn.logsumexp(jnp.where(chosen, logits, -jnp.inf), axis=-1)
+        for chosen in (refusing, ~refusing)
+    )
+    return inside - outside
+
+
+def _members(refusing: Sequence[int], vocab_size: int) -> Bool[np.ndarray, "V"]:
+    members = np.zeros(vocab_size, bool)
+    members[list(refusing)] = True
+    if not members.any() or members.all():
+        raise UserError(
+            f"layer sweep: {members.sum()} of {vocab_size} tokens open a refusal: name some"
+        )
+    return members
+
+
+def _batches(
+    prompts: Sequence[Sequence[int]], batch_size: int, mesh: Mesh | None
+) -> Iterator[tuple[list[int], tuple[Array, Array]]]:
+    """Indices of prompts with their padded `(tokens, mask)`, on the devices."""
+    mesh = make_mesh() if mesh is None else mesh
+    rows = batch_rows(min(batch_size, len(prompts)), mesh)
+    for indices in length_batches([len(ids) for ids in prompts], rows):
+        chosen = [prompts[i] for i in indices]
+        padded = pad_prompts(chosen, bucket(len(chosen[0])), rows, 0)
+        yield indices, jax.device_put(padded, batch_sharding(mesh))
+
+
+def _unit(vector: Float[np.ndarray, "L1 D"]) -> Float[np.ndarray, "L1 D"]:
+    length = np.linalg.norm(vector, axis=-1, keepdims=True)
+    return np.divide(vector, length, out=np.zeros_like(vector), where=length > 0)
+
+
+def _at(
+    layers: Sequence[int] | None, vector: Float[np.ndarray, "L1 D"]
+) -> Float[np.ndarray, "L1 D"]:
+    """The vector at some layers, zeros at the others."""
+    if layers is None:
+        return np.asarray(vector, np.float32)
+    chosen = np.zeros((len(vector), 1), np.float32)
+    chosen[list(layers)] = 1
+    return chosen * np.asarray(vector, np.float32)
