@@ -97,6 +97,7 @@ def ours(folder: Path, config: UnlearnConfig, number: int) -> tuple:
             trainee.graph,
             rule,
             config,
+            mesh,
             state[0],
             trainee.whole,
             trainee.frozen,

@@ -265,7 +265,7 @@ def idle_step(monkeypatch):
     """Replaces the train step; set `.loss` to what it should report."""
     step = type("Step", (), {"loss": 1.0})()
 
-    def do(graph, optimizer, config, trainable, whole, frozen, moments, forget, retain, draw):
+    def do(graph, optimizer, config, mesh, trainable, whole, frozen, moments, forget, retain, draw):
         assert (retain is not None) == (config.retain_weight > 0)
         loss = jnp.float32(step.loss)
         return trainable, moments, {"loss": loss, "forget_loss": loss}

@@ -5,11 +5,10 @@ shardings through the program.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -23,9 +22,10 @@ AXES = ("data", "fsdp", "tensor")
 BATCH = P(("data", "fsdp"))
 
 _COLUMN = {"kernel": P(None, "fsdp", "tensor"), "bias": P(None, "tensor")}
-_COLUMN |= {"lora_a": P(None, "fsdp"), "lora_b": P(None, None, "tensor")}
+# Adapters are small, and whole along fsdp: split there, XLA gathers all rows' activations on every
+# device to make their gradients.
+_COLUMN |= {"lora_b": P(None, None, "tensor")}
 _ROW = {"kernel": P(None, "tensor", "fsdp"), "lora_a": P(None, "tensor")}
-_ROW |= {"lora_b": P(None, None, "fsdp")}
 _SPECS: dict[str, P | dict[str, P]] = {
     "embed": P(("tensor", "fsdp")),
     "head": P("fsdp", "tensor"),
@@ -73,7 +73,7 @@ def parameter_spec(path: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh) ->
     return P(*spec)
 
 
-def parameter_shardings(state: nnx.State, mesh: Mesh) -> nnx.State:
+def parameter_shardings(state: Any, mesh: Mesh) -> Any:
     """The state's tree with a `NamedSharding` in place of every (abstract) array."""
 
     def sharding(path: tuple, leaf: jax.Array) -> NamedSharding:

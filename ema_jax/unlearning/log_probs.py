@@ -12,8 +12,8 @@ from jaxtyping import Array, Bool, Float, Int
 from ema_jax.models.decoder import Decoder
 
 _CHUNK = 128
-# Largest number of logits at once, in all rows: 256 MiB in float32, 441 tokens at 152,064 words.
-_LOGITS = 1 << 26
+# Largest number of logits at once, in all rows: 128 MiB in float32, 220 tokens at 152,064 words.
+_LOGITS = 1 << 25
 
 
 def token_log_probs(

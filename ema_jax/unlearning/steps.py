@@ -156,13 +156,14 @@ def dropout_key(draw: Int[Array, "2"]) -> jax.Array:
 
 @functools.partial(
     jax.jit,
-    static_argnames=("graph", "optimizer", "config"),
+    static_argnames=("graph", "optimizer", "config", "mesh"),
     donate_argnames=("trainable", "moments"),
 )
 def train_step(
     graph: nnx.GraphDef,
     optimizer: optax.GradientTransformation,
     config: UnlearnConfig,
+    mesh: Mesh,
     trainable: nnx.State,
     whole: nnx.State,
     frozen: nnx.State,
@@ -183,7 +184,12 @@ def train_step(
     )
     metrics["gradient_norm"] = optax.global_norm(gradients)
     updates, moments = optimizer.update(gradients, moments, trainable)
-    return optax.apply_updates(trainable, updates), moments, metrics
+    trained = optax.apply_updates(trainable, updates), moments
+    if mesh.size > 1:
+        # As they came in: else they are not donated, and the second step is compiled again.
+        shardings = parameter_shardings(trained, mesh)
+        trained = jax.lax.with_sharding_constraint(trained, shardings)
+    return *trained, metrics
 
 
 @functools.partial(jax.jit, static_argnames=("graph",))

@@ -262,6 +262,7 @@ def unlearn(
                 trainee.graph,
                 rule,
                 config,
+                mesh,
                 trainable,
                 trainee.whole,
                 trainee.frozen,
