@@ -23,7 +23,7 @@ def main(argv: Sequence[str]) -> None:
     """Runs the study that the flags describe."""
     del argv
     # Imported after the flags are read: a mistyped one should not wait for JAX.
-    from ema_jax import config, replication
+    from ema_jax import config, distributed, replication
 
     values = flags.FLAGS
     path = config_flags.get_config_filename(values["config"])
@@ -31,6 +31,7 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"--config: {path}: no such file; see configs/ for the ones there are")
     study = config.read(values.config)
     if not values.dry_run:
+        distributed.initialise(study.heartbeat_seconds)
         cli.keep_compiled_programs()
     replication.run(study, values.workdir, only=values.stage, dry_run=values.dry_run)
 

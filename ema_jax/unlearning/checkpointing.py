@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 from absl import logging
 
+from ema_jax import distributed
 from ema_jax.errors import RunStoppedError
 
 # What Orbax and TensorStore raise where a folder cannot be written, is full, or is damaged.
@@ -77,7 +78,7 @@ class Checkpoints:
             if metadata.get("fingerprint") != self._fingerprint:
                 logging.warning("%s: checkpoints of another run, removed", self.folder)
                 self.close()
-                shutil.rmtree(self.folder)
+                distributed.first_only(lambda: shutil.rmtree(self.folder), "checkpoints")
                 return None
             named = self._checkpointer().load(found.step, _named(abstract))
         leaves = [named[name] for name in _names(abstract)]
@@ -158,10 +159,13 @@ class Checkpoints:
 
 @contextlib.contextmanager
 def stop_requested() -> Iterator[Callable[[], bool]]:
-    """Catches SIGTERM while it lasts; yields what says whether one came.
+    """Catches SIGTERM while it lasts; yields what says whether one came, asked once a step.
 
-    Several processes have to agree on the step at which they stop: that is for the caller.
+    Several processes agree on the step at which they stop (`distributed.stop_requested`).
     """
+    if jax.process_count() > 1:
+        yield distributed.stop_requested
+        return
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield asked.is_set  # only a main thread may set a handler

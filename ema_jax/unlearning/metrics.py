@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,7 +10,8 @@ from typing import Any, TextIO
 
 import jax
 
-from ema_jax.artifacts import read_jsonl, write_jsonl
+from ema_jax import distributed
+from ema_jax.artifacts import write_jsonl
 
 
 class MetricsWriter:
@@ -42,17 +44,19 @@ class MetricsWriter:
     def _open(self, step: int) -> TextIO:
         from tensorboardX import SummaryWriter
 
-        before = []
+        before, first = [], distributed.is_first()
         if step > 1 and self.path.exists():
             # The last line of a killed process may be half a line.
-            whole = self.path.read_bytes().rpartition(b"\n")
-            self.path.write_bytes(whole[0] + whole[1])
-            before = [row for row in read_jsonl(self.path) if row["step"] < step]
-        else:
+            whole = self.path.read_text(encoding="utf-8").rpartition("\n")[0]
+            rows = map(json.loads, whole.splitlines())
+            before = [row for row in rows if row["step"] < step]
+        elif first:
             shutil.rmtree(self._events, ignore_errors=True)
         write_jsonl(self.path, before)
-        self._board = SummaryWriter(str(self._events), purge_step=step if before else None)
-        return open(self.path, "a", encoding="utf-8")
+        self._board = SummaryWriter(
+            str(self._events), purge_step=step if before else None, write_to_disk=first
+        )
+        return open(self.path if first else os.devnull, "a", encoding="utf-8")
 
     def __enter__(self) -> "MetricsWriter":
         return self

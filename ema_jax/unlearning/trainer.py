@@ -19,7 +19,7 @@ from ema_jax.data.chat import TokenExample
 from ema_jax.errors import UserError
 from ema_jax.models.decoder import Decoder
 from ema_jax.models.families import DecoderConfig
-from ema_jax.models.sharding import make_mesh, place_batch, validate
+from ema_jax.models.sharding import host_array, make_mesh, place_batch, validate
 from ema_jax.progress import Progress
 from ema_jax.unlearning.batches import Data, batch_indices
 from ema_jax.unlearning.checkpointing import Checkpoints, NonFiniteError, stop_requested
@@ -272,7 +272,7 @@ def unlearn(
             )
             step += 1
             host = data.host_batch(config, seed, step)  # while the device is at work
-            metrics = {name: float(value) for name, value in raw.items()}
+            metrics = {name: float(host_array(value)) for name, value in raw.items()}
             speed = meter.stop()
             if step == 1:
                 course.first_loss = metrics["forget_loss"]
