@@ -96,7 +96,8 @@ def test_the_step_on_a_mesh(folder, alone, shape, capfd):
         assert numbers[:2] not in ([rows, length], [rows, length - 1]), sizes
     for ours, theirs in zip(*map(jax.tree.leaves, (moved_by(program, takes), alone)), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
-    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(takes[0])), "donated"
+    given, got = program.input_shardings[0][0], program.output_shardings[0]
+    assert jax.tree.leaves(given) == jax.tree.leaves(got), "or the second step is compiled again"
 
 
 @pytest.mark.parametrize(
@@ -161,11 +162,11 @@ def test_batches_of_like_length_are_padded_little_and_cover_an_epoch():
     lengths = [size_of(item) for item in examples]
     reference = np.zeros(64, np.float32)
 
-    def padded(pool: int) -> int:
-        config = UnlearnConfig(batch_size=2, length_pool=pool)
+    def padding(pool: int) -> int:
+        config = UnlearnConfig(batch_size=8, length_pool=pool)
         data = Data(examples, reference)
-        batches = [data.host_batch(config, 0, step)[0].batch for step in range(32)]
-        return sum(batch.tokens.size for batch in batches)
+        batches = [data.host_batch(config, 0, step)[0].batch for step in range(8)]
+        return sum(batch.tokens.size for batch in batches) - sum(lengths)
 
     plain = [batch_indices(64, 8, 3, step) for step in range(8)]
     pooled = [batch_indices(64, 8, 3, step, lengths, 4) for step in range(8)]
@@ -173,8 +174,7 @@ def test_batches_of_like_length_are_padded_little_and_cover_an_epoch():
     for half in (slice(0, 4), slice(4, 8)):  # a pool holds what its batches held
         assert set(np.concatenate(plain[half])) == set(np.concatenate(pooled[half]))
     np.testing.assert_array_equal(pooled[5], batch_indices(64, 8, 3, 5, lengths, 4))
-    assert padded(8) < 0.75 * padded(1)
-    assert padded(1) < 64 * max(lengths), "no padding to the longest of all"
+    assert padding(4) < padding(1) / 2
 
 
 def test_schedules():
