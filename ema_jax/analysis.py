@@ -66,9 +66,10 @@ def results(workdir: Workdir, config: StudyConfig, model: Mapping[str, Any]) -> 
 def plain_arm(config: StudyConfig) -> str | None:
     """The arm without retain data that containment and forecast are scored against.
 
-    The first by name if there are several (a ConfigDict sorts its keys).
+    The first by name if there are several (a ConfigDict sorts its keys); one that trains, if any.
     """
-    return min((arm for arm in config.arms if config.arm(arm).retain_weight == 0), default=None)
+    plain = [arm for arm in config.arms if not config.arm(arm).retains]
+    return min(plain, key=lambda arm: (config.arm(arm).trainable == "ablation", arm), default=None)
 
 
 def listed(by_domain: Mapping[str, np.ndarray]) -> dict[str, list[float | None]]:
@@ -135,7 +136,7 @@ def _containment(
             "target_rate": pooled_rate(arms[arm][config.target])["rate"],
         }
         for arm in arms
-        if config.arm(arm).retain_weight > 0
+        if config.arm(arm).retains
     }
 
 

@@ -15,6 +15,7 @@ from ema_jax.analysis import plain_arm
 from ema_jax.config import ModelConfig, StudyConfig
 from ema_jax.data.prompts import OWN_SOURCES, build_prompts
 from ema_jax.errors import UserError
+from ema_jax.models.sharding import AXES
 from ema_jax.report.tables import p_value, percent, points
 from ema_jax.stages import Workdir
 from ema_jax.study import STAGES, Checkpoint, Study
@@ -67,6 +68,9 @@ def run(
             studies[name] = Study(cell, place, checkpoint)
             place.check(studies[name].settings())
     if dry_run:
+        for study in studies.values():
+            if -1 not in study.config.mesh:  # which needs the devices
+                study.check(dict(zip(AXES, study.config.mesh, strict=True)))
         for cell in cells.values():
             if cell.prompts.source in OWN_SOURCES:
                 build_prompts(cell.prompts, cell.domains, cell.target)

@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from absl import logging
 from flax import nnx
 from jax.sharding import Mesh
@@ -38,9 +37,12 @@ from ema_jax.models.sharding import make_mesh
 from ema_jax.refusal.judges import COMPLIED, Judge, get_judge
 from ema_jax.report import write_report
 from ema_jax.stages import Workdir
+from ema_jax.training import train_arm
+from ema_jax.unlearning.ablation import ablate
+from ema_jax.unlearning.checkpointing import Checkpoints
 from ema_jax.unlearning.harvest import Harvested, harvest, harvest_yield
-from ema_jax.unlearning.metrics import MetricsWriter
-from ema_jax.unlearning.trainer import Evaluation, reference_log_probs, unlearn
+from ema_jax.unlearning.settings import UnlearnConfig
+from ema_jax.unlearning.trainer import Evaluation, Trained, check_arm, reference_log_probs
 from ema_jax.unlearning.utility import perplexity, utility
 
 STAGES = (
@@ -164,11 +166,17 @@ class Study:
         for name in (*STAGES[:5], *runs, *STAGES[7:]):
             yield name, self.workdir.manifest(name) is not None
 
+    def check(self, shape: Mapping[str, int]) -> None:
+        """Refuses arms that the model, or a mesh of this shape, cannot train."""
+        decoder = DecoderConfig.from_folder(self.found.folder)
+        for arm in self.config.arms:
+            check_arm(decoder, self.config.arm(arm), shape, f"arms.{arm}")
+
     def run(self) -> None:
         """Runs what is wanted and not yet done, in order."""
         settings, workdir = self.settings(), self.workdir
         workdir.check(settings)
-        _ = self.mesh  # more devices than there are: said now, not after the prompts are made
+        self.check(self.mesh.shape)  # now, not after the prompts are made
 
         def stage(name: str, inputs: Sequence[str], function: Any, own: Any = None) -> None:
             if workdir.wanted(name):
@@ -185,7 +193,9 @@ class Study:
         for arm, seed in self.runs:
             trained = f"unlearn/{arm}/seed_{seed}"
             evaluated.append(f"evaluate/{arm}/seed_{seed}")
-            stage(trained, ["prompts", "harvest"], functools.partial(self.unlearn, arm, seed))
+            needed = ["prompts", "harvest"]
+            needed += ["concepts"] if self.config.arm(arm).trainable == "ablation" else []
+            stage(trained, needed, functools.partial(self.unlearn, arm, seed))
             stage(
                 evaluated[-1],
                 ["prompts", "baseline", "concepts", trained],
@@ -296,28 +306,13 @@ class Study:
 
     def unlearn(self, arm: str, seed: int) -> list[Path]:
         """Trains one arm with one seed until the target's dev refusal is low."""
-        c, workdir, name = self.config, self.workdir, f"{arm}.seed_{seed}"
-        rows = artifacts.read_jsonl(workdir / "harvest/forget.jsonl")
-        reference = [row.pop("reference_log_prob") for row in rows]
-        config = c.arm(arm)
-        dev = [prompt for prompt in self.prompts["dev"] if prompt.domain != BENIGN]
-
-        def evaluate(model: Decoder) -> Evaluation:
-            return self._ask(model, dev).rates()
-
-        with MetricsWriter(workdir.path, arm, seed) as metrics:
-            trained = unlearn(
-                self.base,
-                [Harvested.from_json(row).example(self.chat) for row in rows],
-                self._examples("harvest/retain.jsonl"),
-                np.asarray(reference, np.float32),
-                config,
-                seed=seed,
-                target=c.target,
-                evaluate=evaluate,
-                mesh=self.mesh,
-                log=metrics,
-            )
+        workdir, config, name = self.workdir, self.config.arm(arm), f"{arm}.seed_{seed}"
+        metrics = workdir / f"metrics/{name}.jsonl"
+        if config.trainable == "ablation":
+            trained = self._ablate(config)
+            artifacts.write_jsonl(metrics, [])
+        else:
+            trained = self._train(arm, seed)
         if config.trainable == "lora":
             weights = workdir / f"adapters/{arm}/seed_{seed}"
             lora.save_peft(trained.model, weights, config.lora, self.found.source)
@@ -332,11 +327,11 @@ class Study:
                 "seed": seed,
                 "steps": trained.steps,
                 "stopped": trained.stopped,
-                "first_loss": trained.first_loss,
+                "first_loss": None if math.isnan(trained.first_loss) else trained.first_loss,
                 "points": trained.trajectory,
             },
         )
-        return [weights, path, metrics.path]
+        return [weights, path, metrics]
 
     def evaluate(self, arm: str, seed: int) -> list[Path]:
         """What the trained model refuses, what else changed, and what of the concepts is left."""
@@ -430,6 +425,33 @@ class Study:
             self.workdir.partial / f"{keep}.jsonl" if keep else None,
         )
 
+    def _dev_rates(self, model: Decoder) -> Evaluation:
+        asked = [prompt for prompt in self.prompts["dev"] if prompt.domain != BENIGN]
+        return self._ask(model, asked).rates()
+
+    def _ablate(self, config: UnlearnConfig) -> Trained:
+        """No training: the target's own refusal direction is projected out of the weights."""
+        target = self.config.target
+        directions = vectors.load_concepts(self.workdir / "concepts/base.safetensors")
+        found = directions.vectors[target]
+        return ablate(self.base, found, config, target=target, evaluate=self._dev_rates)
+
+    def _train(self, arm: str, seed: int) -> Trained:
+        c = self.config
+        return train_arm(
+            self.workdir.path,
+            arm,
+            seed,
+            c.arm(arm),
+            base=self.base,
+            chat=self.chat,
+            target=c.target,
+            evaluate=self._dev_rates,
+            mesh=self.mesh,
+            checkpoints=self._checkpoints(arm, seed),
+            profile=c.profile,
+        )
+
     def _write_responses(self, name: str, judged: Judged) -> Path:
         path = self.workdir / f"responses/{name}.jsonl"
         rows = judged.rows(self.judge, self.extra_judges, keep_text=self.config.keep_text)
@@ -448,6 +470,19 @@ class Study:
     def _examples(self, file: str) -> list[TokenExample]:
         rows = artifacts.read_jsonl(self.workdir / file)
         return [Harvested.from_json(row).example(self.chat) for row in rows]
+
+    def _checkpoints(self, arm: str, seed: int) -> Checkpoints:
+        """Where a run keeps its state, bound to all that the run depends on."""
+        stage = f"unlearn/{arm}/seed_{seed}"
+        inputs = [
+            (self.workdir.manifest(name) or {}).get("hash") for name in ("prompts", "harvest")
+        ]
+        return Checkpoints(
+            self.workdir / f"checkpoints/{arm}.seed_{seed}",
+            every=self.config.checkpoints.every_steps,
+            keep=self.config.checkpoints.keep,
+            fingerprint=artifacts.sha256_json([self.settings()[stage], inputs]),
+        )
 
     def _utility(self, model: Decoder, judged: Judged) -> dict[str, float]:
         """Likelihood of the base's benign answers to the model, and of the model's to the base."""

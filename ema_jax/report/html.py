@@ -68,6 +68,7 @@ def write_report(
         "tables": {
             "refusal": tables.refusal(results),
             "runs": tables.runs(results),
+            "arms": tables.arms(results),
             "ema": results.get("ema") and tables.ema(results),
             "containment": results.get("containment") and tables.containment(results),
             "forecast": results.get("forecast", {}).get("score") and tables.forecast(results, arm),

@@ -227,6 +227,33 @@ def utility(results: Mapping[str, Any]) -> Table:
     )
 
 
+def arms(results: Mapping[str, Any]) -> Table:
+    """The ways to unlearn side by side: what was wanted, and what else it cost."""
+    target, groups = results["target"], []
+    for arm, entry in results["arms"].items():
+        if arm == "base":
+            continue
+        rates = entry.get("refusal", {})
+        others = {d: r["rate"] for d, r in rates.items() if d != target and r["rate"] is not None}
+        worst = min(others, key=lambda d: others[d], default=None)
+        shares = [r["invalid"] / r["total"] for r in rates.values() if r.get("total")]
+        measured = results.get("utility", {}).get(arm, {})
+        cells = (
+            percent(rates.get(target, {}).get("rate")),
+            MISSING if worst is None else f"{percent(others[worst])} ({label(worst)})",
+            percent(max(shares, default=None)),
+            number(measured.get("benign_nll")),
+            number(measured.get("kl_to_base")),
+        )
+        groups.append((arm, (Row(cells),)))
+    return Table(
+        "Every way to unlearn. They compare where the target's refusal rate is alike. Worst other "
+        "domain: the lowest refusal rate off target. Invalid: the worst domain's share.",
+        ("Arm", "Target refusal", "Worst other domain", "Invalid", "Benign NLL", "KL to base"),
+        tuple(groups),
+    )
+
+
 def agreement(results: Mapping[str, Any]) -> Table:
     """How far the judges agree on the same responses, per arm and pair."""
     groups = []
