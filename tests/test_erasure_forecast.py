@@ -149,9 +149,11 @@ def made_entanglement(centred, target="cybersecurity"):
     return Entanglement(
         target=target,
         domains=(target, *centred),
-        cosine=Calibrated(flat, flat, flat, flat, ci95),
-        cosine_centred=Calibrated(arrays, flat, flat, flat, ci95),
-        cosine_standardised=flat,
+        measures={
+            "cosine": Calibrated(flat, flat, flat, flat, flat, ci95),
+            "cosine_centred": Calibrated(arrays, flat, flat, flat, flat, ci95),
+        },
+        outlier_share=flat,
     )
 
 
