@@ -221,7 +221,7 @@ def all_pairs(
       bootstraps: redrawings behind each interval.
       seed: of permutations, splits and bootstrap.
       lexical: mean token embeddings of the prompts, layer 0 of the same shape, for the baseline;
-        they also match contrast prompts to domains.
+        they also match contrast prompts to domains, which else are dealt out as they come.
 
     Raises:
       UserError: if a domain is missing, has fewer than four prompts or values that are not finite.
@@ -231,8 +231,10 @@ def all_pairs(
     if lexical is not None:
         _check(lexical, domains, contrast)
     names = (*domains, contrast)
-    words = activations if lexical is None else lexical
-    order, parts = matched_contrast({d: words[d][:, 0] for d in names}, domains, contrast)
+    # Never matched by what is measured: that would make domains and their contrasts alike.
+    words = {d: np.zeros((len(activations[d]), 1)) for d in names}
+    words = words if lexical is None else {d: lexical[d][:, 0] for d in names}
+    order, parts = matched_contrast(words, domains, contrast)
     activations = {**activations, contrast: activations[contrast][order]}
     sizes = (*(len(activations[d]) for d in domains), *parts)
     trio = (*sizes[: len(domains)], sum(parts))

@@ -126,8 +126,9 @@ def _cosines(
 ) -> Float[np.ndarray, "R V V"]:
     """Cosines of weighted sums of groups, from the groups' inner products; NaN for zeros."""
     inner, vectors = np.asarray(inner, np.float64), np.asarray(vectors, np.float64)
-    products = vectors @ inner @ vectors.swapaxes(1, 2)
-    norms = np.sqrt(np.maximum(np.einsum("rvv->rv", products), 0))
+    with np.errstate(invalid="ignore"):
+        products = vectors @ inner @ vectors.swapaxes(1, 2)
+        norms = np.sqrt(np.maximum(np.einsum("rvv->rv", products), 0))
     with np.errstate(invalid="ignore", divide="ignore"):
         return products / (norms[:, :, None] * norms[:, None])
 
@@ -143,15 +144,24 @@ def concept_weights(
       sizes: rows of each of the 2D groups, in every draw.
       D: the number of domains.
     """
-    with np.errstate(divide="ignore", invalid="ignore"):
-        means = np.eye(2 * D) / sizes[..., None, :]  # a group of no rows has no mean
-    domains = means[..., :D, :]
+    domains = _means_of(sizes[..., :D])
+    nothing = np.zeros_like(domains)
     if kind == "own":
-        return domains - means[..., D:, :]
+        return np.concatenate([domains, -_means_of(sizes[..., D:])], axis=-1)
     if kind == "centred":
-        return domains - domains.mean(axis=-2, keepdims=True)
-    contrast = np.where(np.arange(2 * D) < D, 0.0, 1.0)
-    return domains - (contrast / sizes[..., D:].sum(axis=-1)[..., None])[..., None, :]
+        centred = domains - domains.mean(axis=-2, keepdims=True)
+        return np.concatenate([centred, nothing], axis=-1)
+    contrast = nothing + 1 / sizes[..., D:].sum(axis=-1)[..., None, None]
+    return np.concatenate([domains, -contrast], axis=-1)
+
+
+def _means_of(sizes: Float[np.ndarray, "*R D"]) -> Float[np.ndarray, "*R D D"]:
+    """Each group's mean as weights of sums; infinite for a group that no draw fell into."""
+    D = sizes.shape[-1]
+    own = np.zeros((*sizes.shape, D))
+    with np.errstate(divide="ignore"):
+        own[..., np.arange(D), np.arange(D)] = 1 / sizes
+    return own
 
 
 class PairFigures(NamedTuple):
@@ -225,7 +235,7 @@ def calibrate(
             observed = cosines["observed"][0]
             own = np.arange(D)
             ceiling = _ceiling(cosines["halves"][:, own, D + own])
-            spread = arctanh(cosines["redrawn"]).std(axis=0, ddof=1)
+            spread = _spread(arctanh(cosines["redrawn"]))
             found[kind].append(
                 PairFigures(
                     observed,
@@ -306,6 +316,15 @@ def _half_weights(
         np.concatenate([contrast, domains[:, 1] + contrast], -1),
     ]
     return np.concatenate(rows, axis=1)
+
+
+def _spread(z: Float[np.ndarray, "R D D"]) -> Float[np.ndarray, "D D"]:
+    """Standard deviation over the draws in which a similarity is defined."""
+    defined = np.isfinite(z)
+    count = defined.sum(axis=0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        mean = np.where(defined, z, 0).sum(axis=0) / count
+        return np.sqrt(np.where(defined, np.square(z - mean), 0).sum(axis=0) / (count - 1))
 
 
 def _ceiling(half_cosines: Float[np.ndarray, "R D"]) -> Float[np.ndarray, "D D"]:
