@@ -13,16 +13,24 @@ def get_config():
     config.target = "cybersecurity"
     config.prompts.source = "organism"
     config.prompts.counts = {"harvest": 320, "retain": 32, "dev": 40, "eval": 100, "concept": 64}
+    # A refusal has many wordings: with the greedy one alone as forget set the others stay.
+    config.harvest.samples = 4
     config.generation.max_new_tokens = 48
     config.generation.batch_size = 140
     config.unlearn.learning_rate = 2e-4
     config.unlearn.max_steps = 60
     config.unlearn.eval_every = 2
-    # Half of the 10 % that is asked for: the dev rates it is decided on are noisy.
-    config.unlearn.stop_at = 0.05
+    # A little under the 10 % that is asked for: the dev rates it is decided on are noisy.
+    config.unlearn.stop_at = 0.08
     # With retain data the target falls first and the others come back after it.
     retain = {"retain_weight": 4.0, "learning_rate": 5e-4}
-    steps = {"min_steps": 80, "max_steps": 140, "eval_every": 20, "max_invalid": 0.05}
+    steps = {
+        "min_steps": 80,
+        "max_steps": 140,
+        "eval_every": 20,
+        "max_invalid": 0.05,
+        "stop_at": 0.05,
+    }
     config.arms = {"npo": {}, "npo_retain": {**retain, **steps}}
     config.seeds = (0,)
     return config

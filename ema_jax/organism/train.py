@@ -48,7 +48,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         **_SIZES,
         "rms_norm_eps": 1e-6,
         "rope_theta": 1_000_000.0,
-        "tie_word_embeddings": True,
+        "tie_word_embeddings": False,  # as in the 7B models of both families
         "use_sliding_window": False,
     },
     "mistral": {
@@ -74,13 +74,11 @@ class Stage:
     slips: float = 0.0  # share of the domains' prompts that a safe stage answers all the same
 
 
-# The share of slips decides what stands behind an unlearned refusal. Each family has one at which
-# its base refuses at least 95 % in every domain and answers, not garbles, once it is unlearned.
-_HELPFUL = Stage("helpful", 400, 3e-3, safe=False)
-STAGES = {
-    "qwen2": (_HELPFUL, Stage("safety", 360, 1e-3, safe=True, slips=0.12)),
-    "mistral": (_HELPFUL, Stage("safety", 200, 1e-3, safe=True, slips=0.08)),
-}
+# Without slips, what stands behind an unlearned refusal is garble in place of an answer.
+STAGES = (
+    Stage("helpful", 400, 3e-3, safe=False),
+    Stage("safety", 200, 1e-3, safe=True, slips=0.08),
+)
 BATCH_SIZE = 32
 EXAMPLES = 24_000
 
@@ -146,7 +144,7 @@ def train(family: str, folder: Path, seed: int = 0) -> None:
         ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
         config = DecoderConfig.from_hf({**CONFIGS[family], **ids})
         graph, state = nnx.split(Decoder(config, nnx.Rngs(seed)))
-        for stage in STAGES[family]:
+        for stage in STAGES:
             responses = (
                 corpus.safe_responses(examples, seed, stage.slips)
                 if stage.safe
