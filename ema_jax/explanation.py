@@ -4,6 +4,7 @@ The step between `concepts`, which knows arrays, and the stages, which know file
 returned is ready for JSON; undefined figures are None.
 """
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -165,8 +166,13 @@ def swept(
 
 
 def most_refusing_layer(found: Mapping[str, Any], domain: str) -> int:
-    """Where ablating a domain's own direction takes most refusal from its own prompts."""
-    return int(np.argmin(found["change"][ABLATED][domain][domain]))
+    """Where ablating a domain's own direction takes most refusal from its own prompts.
+
+    Of the first four fifths of the layers, as in Arditi et al. (2024): the last directions are next
+    to the logits, and ablating them edits the first token and not the concept.
+    """
+    changes = found["change"][ABLATED][domain][domain]
+    return int(np.argmin(changes[: math.ceil(0.8 * (len(changes) - 1))]))
 
 
 def without_concept(model: Decoder, vector: Float[np.ndarray, "L1 D"], layer: int) -> Decoder:
