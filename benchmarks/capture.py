@@ -198,10 +198,10 @@ def time_sweep(folder: Path) -> None:
     """13 layers, 9 strengths, 4 directions against as many plain forward passes."""
     model = checkpoint.load(folder)
     rng = np.random.default_rng(0)
-    directions = {n: rng.normal(size=(13, 512)).astype(np.float32) for n in "abcd"}
+    directions = {n: rng.normal(size=(13, SIZES["hidden_size"])).astype(np.float32) for n in "abcd"}
     wanted = interventions.grid(directions, (-4, -2, -1, -0.5, 0.5, 1, 2, 4))
     count = wanted.candidates.add.shape[1]
-    prompts = tokens(BATCH // 2, seed=1).tolist()
+    prompts = tokens(rows := 8, seed=1).tolist()
     graph, state = nnx.split(model)
 
     @functools.partial(jax.jit, static_argnames="graph")
@@ -219,11 +219,11 @@ def time_sweep(folder: Path) -> None:
 
     plain(2)
     start = time.perf_counter()
-    interventions.sweep(model, prompts, wanted.candidates, range(5), batch_size=BATCH // 2)
+    interventions.sweep(model, prompts, wanted.candidates, range(5), batch_size=rows)
     first = time.perf_counter() - start
     one = [plain(10)]
     start = time.perf_counter()
-    interventions.sweep(model, prompts, wanted.candidates, range(5), batch_size=BATCH // 2)
+    interventions.sweep(model, prompts, wanted.candidates, range(5), batch_size=rows)
     spent = time.perf_counter() - start
     one.append(plain(10))
     forwards = 13 * count
