@@ -7,6 +7,8 @@ import json
 import math
 import os
 import shutil
+import socket
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +16,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from ema_jax import distributed
 from ema_jax.errors import UserError
+
+# Process ids repeat over machines that share a folder.
+_WRITER = f"{socket.gethostname()}.{os.getpid()}"
 
 # The format's names of NumPy's (and ml_dtypes') dtypes.
 _SAFETENSORS = {"bool": "BOOL", "bfloat16": "BF16"}
@@ -28,19 +34,24 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     """Yields a temporary file or folder name beside `path`; renames it to `path` on success.
 
     A folder that already stands at `path` is replaced whole. On an error nothing is left behind.
+    Of several processes all come here; the first one's is kept, and is there when any goes on.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    writer = f"{_WRITER}.{threading.get_ident()}"
+    temporary = path.with_name(f".{path.name}.{writer}.tmp")
     try:
         yield temporary
-        if temporary.is_dir() and path.is_dir():
-            old = path.with_name(f".{path.name}.{os.getpid()}.old")
+        if not distributed.is_first():
+            pass
+        elif temporary.is_dir() and path.is_dir():
+            old = path.with_name(f".{path.name}.{writer}.old")
             path.rename(old)
             temporary.rename(path)
             shutil.rmtree(old)
         else:
             os.replace(temporary, path)
+        distributed.barrier(f"writing {path.name}")
     finally:
         if temporary.is_dir():
             shutil.rmtree(temporary)

@@ -116,9 +116,11 @@ class StudyConfig:
         seeds: each arm is run once per seed.
         concepts: how concepts are measured.
         mesh: devices along `(data, fsdp, tensor)`; -1 takes what is left.
+        heartbeat_seconds: of several processes, one that is silent for as long ends them all.
         keep_text: keep model responses in artifacts and report; by default only their hashes.
         export: also write every trained model as a merged checkpoint.
         cells: for a replication: name → fields that this cell replaces, nested as in the config.
+        grid: for a sweep: fields, nested as in the config, each with a tuple of its values.
     """
 
     model: ModelConfig = ModelConfig()
@@ -136,9 +138,11 @@ class StudyConfig:
     seeds: tuple[int, ...] = (0, 1, 2)
     concepts: ConceptConfig = ConceptConfig()
     mesh: tuple[int, ...] = (1, 1, 1)
+    heartbeat_seconds: int = 60
     keep_text: bool = False
     export: bool = False
     cells: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    grid: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def arm(self, name: str) -> UnlearnConfig:
         """The settings of one arm."""
@@ -188,13 +192,22 @@ def read(config: Mapping[str, Any] | ConfigDict) -> StudyConfig:
 
 def cell(study: StudyConfig, name: str) -> StudyConfig:
     """One study of a replication: its fields in place of the shared ones."""
-    shared = dataclasses.asdict(dataclasses.replace(study, cells={}))
-    plain = _merge(shared, study.cells[name])
+    return replaced(study, study.cells[name], f"cells.{name}")
+
+
+def replaced(study: StudyConfig, changes: Mapping[str, Any], where: str) -> StudyConfig:
+    """One study out of several: with some fields changed, nested as in the config.
+
+    Raises:
+        UserError: what `read` finds wrong, with `where` in front.
+    """
+    shared = dataclasses.asdict(dataclasses.replace(study, cells={}, grid={}))
+    plain = _merge(shared, changes)
     try:
         result = _build(StudyConfig, plain, "")
         _validate(result)
     except UserError as error:
-        raise UserError(f"cells.{name}: {error}") from None
+        raise UserError(f"{where}: {error}") from None
     return result
 
 
@@ -249,6 +262,7 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
 
 
 _POSITIVE = (
+    "heartbeat_seconds",
     "generation.max_new_tokens",
     "generation.batch_size",
     "harvest.min_examples",

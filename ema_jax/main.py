@@ -23,13 +23,15 @@ def main(argv: Sequence[str]) -> None:
     """Runs the study that the flags describe."""
     del argv
     # Imported after the flags are read: a mistyped one should not wait for JAX.
-    from ema_jax import config, replication
+    from ema_jax import config, distributed, replication
 
     values = flags.FLAGS
     path = config_flags.get_config_filename(values["config"])
     if not Path(path).is_file():
         raise UserError(f"--config: {path}: no such file; see configs/ for the ones there are")
     study = config.read(values.config)
+    if not values.dry_run:
+        distributed.initialise(study.heartbeat_seconds)
     replication.run(study, values.workdir, only=values.stage, dry_run=values.dry_run)
 
 

@@ -1,5 +1,6 @@
 """Runs a study, or a replication: several studies in one folder with one table for R1 to R5."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import numpy as np
 from absl import logging
 from scipy import stats
 
-from ema_jax import artifacts
+from ema_jax import artifacts, distributed
 from ema_jax import config as config_lib
 from ema_jax.analysis import plain_arm
 from ema_jax.concepts.forecast import pooled_score
@@ -46,6 +47,8 @@ def run(
     unknown = [name for name in only or () if name not in STAGES]
     if unknown:
         raise UserError(f"--stage: {unknown[0]!r} is none of {', '.join(STAGES)}")
+    if config.grid:
+        raise UserError("config: grid: this is a sweep; run it with python -m ema_jax.sweep")
     root = Path(workdir)
     if root.exists() and not root.is_dir():
         raise UserError(f"--workdir: {root} is a file; name a folder")
@@ -80,7 +83,8 @@ def run(
         made = summarise(root, cells)
         artifacts.write_json(root / "replication.json", made)
         artifacts.write_csv(root / "replication.csv", made["rows"])
-        write_replication_report(root, made)
+        write = functools.partial(write_replication_report, root, made)
+        distributed.first_only(write, "report")
         logging.info("report: %s", root / "report/index.html")
 
 

@@ -12,8 +12,9 @@ from typing import Any
 
 from absl import logging
 
+from ema_jax import distributed
 from ema_jax.artifacts import read_json, sha256_file, sha256_json, write_json
-from ema_jax.errors import UserError
+from ema_jax.errors import RunStoppedError, UserError
 
 
 class Workdir:
@@ -86,6 +87,11 @@ class Workdir:
             there = all((self.path / name).exists() for name in manifest["outputs"])
             if manifest["inputs"] == hashes and there:
                 return
+        if distributed.stop_requested():
+            raise RunStoppedError(
+                f"{self.path}: asked to stop (SIGTERM) before the stage {stage}; the stages before "
+                "it are kept, and the same command goes on from there"
+            )
         logging.info("%s", stage)
         start = time.monotonic()
         outputs: dict[str, str] = {}

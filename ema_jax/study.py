@@ -16,7 +16,7 @@ from absl import logging
 from flax import nnx
 from jax.sharding import Mesh
 
-from ema_jax import analysis, artifacts, explanation
+from ema_jax import analysis, artifacts, distributed, explanation
 from ema_jax.concepts import vectors
 from ema_jax.concepts.capture import capture
 from ema_jax.config import ModelConfig, StudyConfig
@@ -433,7 +433,8 @@ class Study:
                 for row in artifacts.read_jsonl(workdir / f"responses/{name}.jsonl")
             ]
         results = artifacts.read_json(workdir / "results.json")
-        write_report(workdir.path, results, trajectories, samples)
+        write = functools.partial(write_report, workdir.path, results, trajectories, samples)
+        distributed.first_only(write, "report")
         logging.info("report: %s", workdir / "report/index.html")
         return [workdir / "report", workdir / "figures"]
 

@@ -20,6 +20,7 @@ from ema_jax.models.sharding import (
     batch_sharding,
     make_mesh,
     parameter_spec,
+    product,
 )
 
 MESHES = [(1, 1, 1), (2, 2, 2), (1, 4, 2), (8, 1, 1)]
@@ -89,7 +90,25 @@ def test_no_program_gathers_the_global_batch(tiny):
     program = _forward.lower(*nnx.split(model), *placed).compile().as_text()
     gathered = re.findall(r"= \w+\[([\d,]*)\]\S* all-gather", program)
     assert gathered, "the parameters are gathered"
-    assert not [shape for shape in gathered if shape.startswith(f"{rows},{length},")]
+    # Products are of rows and tokens together.
+    whole = (f"{rows},{length},", f"{rows * length},")
+    assert not [shape for shape in gathered if shape.startswith(whole)]
+
+
+@pytest.mark.parametrize(("rows", "kernel_is_gathered"), [(64, True), (8, False)])
+def test_a_product_sends_the_smaller_side(rows, kernel_is_gathered):
+    """And gives what NumPy gives, either way."""
+    mesh = make_mesh((1, 8, 1))
+    rng = np.random.default_rng(0)
+    x, kernel = rng.normal(size=(rows, 64)), rng.normal(size=(64, 128))
+    placed = (
+        jax.device_put(x.astype(np.float32), batch_sharding(mesh)),
+        jax.device_put(kernel.astype(np.float32), NamedSharding(mesh, P("fsdp"))),
+    )
+    program = jax.jit(product).lower(*placed).compile()
+    np.testing.assert_allclose(program(*placed), x @ kernel, rtol=1e-4, atol=1e-4)
+    gathered = re.findall(r"= f32\[([\d,]*)\]\S* all-gather", program.as_text())
+    assert ("64,128" in gathered) == kernel_is_gathered, gathered
 
 
 def test_meshes():

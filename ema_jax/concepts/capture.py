@@ -22,7 +22,7 @@ from ema_jax.concepts.store import ActivationStore
 from ema_jax.concepts.vectors import LAYER_CONVENTION
 from ema_jax.errors import UserError
 from ema_jax.models.decoder import Decoder
-from ema_jax.models.sharding import batch_rows, batch_sharding, make_mesh
+from ema_jax.models.sharding import batch_rows, host_array, make_mesh, place_batch
 
 Pooling = Callable[[int, int], Float[np.ndarray, "T"]]
 
@@ -182,13 +182,13 @@ def capture(
             tokens[row, :size], mask[row, :size] = texts[i], True
             for place, name in enumerate(poolings):
                 weights[row, place, :size] = pooling(name)(len(prompts[i]), len(answers[i]))
-        placed = jax.device_put((tokens, mask, weights), batch_sharding(mesh))
+        placed = place_batch((tokens, mask, weights), mesh)
         branches = any(stream != "residual" for stream in streams)
         taps = _pooled(graph, state, *placed, branches=branches)
         values = {}
         for stream, tap in zip(STREAMS, taps, strict=False):
             if stream in streams:
-                found = np.asarray(tap)[:, : len(indices)]  # [L+1, B, P, D]
+                found = host_array(tap)[:, : len(indices)]  # [L+1, B, P, D]
                 for place, name in enumerate(poolings):
                     key = name if stream == "residual" else f"{stream}/{name}"
                     values[key] = found[:, :, place].swapaxes(0, 1)
@@ -284,9 +284,9 @@ def token_moments(
             for row, i in enumerate(indices):
                 tokens[row, : len(prompts[i])], mask[row, : len(prompts[i])] = prompts[i], True
             counted = mask & (np.arange(shape[1]) > 0)
-            placed = jax.device_put((tokens, mask, counted), batch_sharding(mesh))
+            placed = place_batch((tokens, mask, counted), mesh)
             found = _moments(graph, state, *placed, layers=tuple(layers))
-            count, mean, scatter = (np.asarray(x, np.float64) for x in found)
+            count, mean, scatter = (host_array(x).astype(np.float64) for x in found)
             yield Moments(float(count), mean, scatter)
 
     return functools.reduce(Moments.merged, of_batches())

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from ema_jax.data.chat import Chat, bucket, length_batches, pad_prompts
 from ema_jax.errors import UserError
 from ema_jax.models.decoder import Decoder, KVCache
-from ema_jax.models.sharding import batch_rows, batch_sharding, make_mesh
+from ema_jax.models.sharding import batch_rows, host_array, make_mesh, place_batch
 
 
 class Response(NamedTuple):
@@ -178,14 +178,14 @@ def generate(
     rows = batch_rows(min(batch_size, max(len(prompts), 1)), mesh)
     rendered = [chat.prompt_tokens(prompt) for prompt in prompts]
     graph, state = nnx.split(model)
-    eos_ids = jnp.array(chat.eos_ids, jnp.int32)
+    eos_ids = np.array(chat.eos_ids, np.int32)
     settings = {"max_new_tokens": max_new_tokens, "sampling": sampling}
     for indices in length_batches([len(ids) for ids in rendered], rows):
         chosen = [rendered[i] for i in indices]
         tokens, mask = pad_prompts(chosen, bucket(len(chosen[0])), rows, chat.pad_id)
         places = np.resize(np.array(indices, np.int32), rows)
-        placed = jax.device_put((tokens, mask, places), batch_sharding(mesh))
-        output = np.asarray(_decode(graph, state, *placed, eos_ids, **settings))
+        placed = place_batch((tokens, mask, places), mesh)
+        output = host_array(_decode(graph, state, *placed, eos_ids, **settings))
         for i, row in zip(indices, output, strict=False):
             ends = np.flatnonzero(np.isin(row, chat.eos_ids))
             kept = row[: ends[0] + 1] if len(ends) else row

@@ -28,7 +28,7 @@ from ema_jax.models.decoder import Decoder, LoRAParam
 from ema_jax.models.families import FAMILIES, DecoderConfig
 from ema_jax.models.flax_folder import is_flax as is_flax
 from ema_jax.models.hub import resolve as resolve
-from ema_jax.models.sharding import make_mesh, parameter_shardings
+from ema_jax.models.sharding import host_array, make_mesh, parameter_shardings
 from ema_jax.models.weights import WeightFiles, open_weights, write_weights
 from ema_jax.progress import Progress
 
@@ -213,7 +213,7 @@ def hf_tensors(model: Decoder, dtype: Any = None) -> Iterator[np.ndarray]:
         if row.path in parameters:
             value = parameters[row.path][...]
             for i in range(len(row.names(model.config))):
-                tensor = np.asarray(value[i] if row.stacked else value)
+                tensor = host_array(value[i] if row.stacked else value)
                 tensor = tensor if dtype is None else tensor.astype(jnp.dtype(dtype), copy=False)
                 yield stream.turn(tensor) if row.transpose else tensor
 

@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ema_jax.models.attention import attend, causal_mask, rotary_tables, rotate
 from ema_jax.models.families import DecoderConfig, rope_frequencies
+from ema_jax.models.sharding import product
 
 NO_WINDOW = np.iinfo(np.int32).max
 
@@ -40,7 +41,7 @@ class Linear(nnx.Module):
         # Two-dimensional products: XLA's CPU backend transposes three-dimensional ones in the
         # backward pass, which makes a training step half as fast again.
         rows = x.reshape(-1, x.shape[-1])
-        y = rows @ self.kernel[...]
+        y = product(rows, self.kernel[...])
         if self.bias is not None:
             y += self.bias[...]
         if self.lora_a is not None and self.lora_b is not None:
@@ -270,7 +271,7 @@ class Decoder(nnx.Module):
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Next-token logits in float32 of hidden states after the final norm."""
         head = self.embed[...].T if self.head is None else self.head[...]
-        return jnp.matmul(hidden, head, preferred_element_type=jnp.float32)
+        return product(hidden, head, jnp.float32)
 
 
 def _normal(rngs: nnx.Rngs, shape: tuple[int, ...]) -> Float[Array, "..."]:

@@ -15,6 +15,7 @@ from ema_jax.artifacts import atomic_path, read_json, read_tensors
 from ema_jax.errors import UserError
 from ema_jax.models.checkpoint import TENSORS
 from ema_jax.models.decoder import Decoder, Linear, LoRAParam
+from ema_jax.models.sharding import host_array
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _PEFT_PREFIX = "base_model.model."
@@ -106,7 +107,7 @@ def save_peft(model: Decoder, folder: str | Path, config: LoRAConfig, base: str)
         linear: Linear = getattr(model.blocks, target)
         assert linear.lora_a is not None
         assert linear.lora_b is not None
-        a, b = np.asarray(linear.lora_a[...]), np.asarray(linear.lora_b[...])
+        a, b = host_array(linear.lora_a[...]), host_array(linear.lora_b[...])
         for i in range(a.shape[0]):
             module = _PEFT_PREFIX + _module_name(target).format(l=i)
             tensors[f"{module}.lora_A.weight"] = np.ascontiguousarray(a[i].T)

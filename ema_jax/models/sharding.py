@@ -4,14 +4,22 @@
 shardings through the program.
 """
 
+import math
 from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.experimental import multihost_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
 
 from ema_jax.errors import UserError
+
+T = TypeVar("T")
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = P(("data", "fsdp"))
@@ -32,7 +40,8 @@ def make_mesh(shape: Sequence[int] = (1, 1, 1)) -> Mesh:
     """A mesh over the first devices; one of the sizes may be -1, which takes what is left.
 
     Raises:
-        UserError: more devices asked for than there are, or no three sizes.
+        UserError: more devices asked for than there are (of several processes: not all), or no
+            three sizes.
     """
     sizes, available = list(shape), jax.device_count()
     if len(sizes) != 3 or sizes.count(-1) > 1 or any(n < 1 for n in sizes if n != -1):
@@ -48,6 +57,11 @@ def make_mesh(shape: Sequence[int] = (1, 1, 1)) -> Mesh:
         raise UserError(
             f"mesh {tuple(sizes)} (data, fsdp, tensor) needs {needed} devices and there are "
             f"{available}; set --config.mesh to sizes whose product is at most {available}"
+        )
+    if jax.process_count() > 1 and needed < available:
+        raise UserError(
+            f"mesh {tuple(sizes)} (data, fsdp, tensor): with several processes it has to take all "
+            f"{available} devices; set one of the sizes of --config.mesh to -1"
         )
     return jax.make_mesh(tuple(sizes), AXES, (AxisType.Auto,) * 3, devices=jax.devices()[:needed])
 
@@ -83,7 +97,34 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, BATCH)
 
 
-def batch_multiple(mesh: Mesh) -> int:
+def product(
+    x: Float[Array, "B ... I"], kernel: Float[Array, "I O"], dtype: Any = None
+) -> Float[Array, "B ... O"]:
+    """`x @ kernel`, by way of sending the smaller of the two over the fsdp axis.
+
+    The axis splits rows and, for storage, kernels. Left alone, XLA multiplies with the split
+    kernel: it gathers all rows on every device and sums their products over the mesh. That is
+    right for the few rows of a decode step, and several times too much for those of a batch: there
+    both sides (and so the gradient, too) stay split by rows, and the kernel is gathered.
+    """
+    results = math.prod(x.shape[:-1]) * kernel.shape[-1]
+    if x.size + 2 * results < kernel.size:
+        return jnp.matmul(_rows_over(x, None), kernel, preferred_element_type=dtype)
+    y = jnp.matmul(_rows_over(x, BATCH[0]), kernel, preferred_element_type=dtype)
+    return _rows_over(y, BATCH[0])
+
+
+def _rows_over(x: Float[Array, "B ..."], axes: Any) -> Float[Array, "B ..."]:
+    """Inside a program on a mesh: says over which of its axes the rows are split, if any."""
+    mesh = jax.typeof(x).sharding.mesh
+    traced = isinstance(x, jax.core.Tracer)
+    if mesh.axis_names != AXES or not traced or x.shape[0] % batch_multiple(mesh):
+        return x
+    spec = P(axes, *(P.UNCONSTRAINED,) * (x.ndim - 1))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+
+def batch_multiple(mesh: Mesh | AbstractMesh) -> int:
     """What the number of rows in a batch has to be a multiple of."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
@@ -92,3 +133,20 @@ def batch_rows(rows: int, mesh: Mesh) -> int:
     """The rows of a batch that is to hold `rows` (one at least): rounded up to what divides."""
     multiple = batch_multiple(mesh)
     return -(-max(rows, 1) // multiple) * multiple
+
+
+def place_batch(batch: T, mesh: Mesh) -> T:
+    """A batch that every process holds whole in NumPy, laid out by rows over the mesh."""
+    sharding = batch_sharding(mesh)
+    if jax.process_count() == 1:
+        return jax.device_put(batch, sharding)
+    return jax.tree.map(
+        lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]), batch
+    )
+
+
+def host_array(x: jax.Array) -> np.ndarray:
+    """The whole array in NumPy, on every process; each has to ask for it."""
+    if x.is_fully_addressable or x.is_fully_replicated:
+        return np.asarray(x)
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True))

@@ -18,7 +18,7 @@ from ema_jax.models import checkpoint
 from ema_jax.models.decoder import Decoder
 from ema_jax.models.families import DecoderConfig
 from ema_jax.models.hub import resolve
-from ema_jax.models.sharding import batch_rows, batch_sharding, make_mesh
+from ema_jax.models.sharding import batch_rows, host_array, make_mesh, place_batch
 from ema_jax.progress import Progress
 
 
@@ -153,8 +153,8 @@ def next_token_logprobs(
         for indices in length_batches([len(ids) for ids in prompts], rows):
             chosen = [prompts[i] for i in indices]
             padded = pad_prompts(chosen, bucket(len(chosen[0])), rows, pad_id)
-            placed = jax.device_put(padded, batch_sharding(mesh))
-            found = np.asarray(_group_logprobs(graph, state, *placed, members))
+            placed = place_batch(padded, mesh)
+            found = host_array(_group_logprobs(graph, state, *placed, members))
             result[indices] = found[: len(indices)]
             progress.update(len(indices))
     return result

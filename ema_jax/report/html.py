@@ -111,6 +111,21 @@ def write_replication_report(workdir: Path, replication: Mapping[str, Any]) -> N
     _render("replication.html.jinja", Path(workdir) / "report" / "index.html", page)
 
 
+def write_sweep_report(workdir: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Writes `workdir/report/index.html` over a sweep.
+
+    Args:
+        workdir: the sweep's folder.
+        rows: flat, one per point of the grid and arm.
+    """
+    caption = "Means over seeds; refusal rates in per cent, drops in points."
+    page = {
+        "title": "Emergent misalignment: a sweep",
+        "summary": tables.records(rows, caption),
+    }
+    _render("sweep.html.jinja", Path(workdir) / "report" / "index.html", page)
+
+
 def _render(template: str, path: Path, page: Mapping[str, Any]) -> None:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 

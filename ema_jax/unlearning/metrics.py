@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ema_jax import distributed
 from ema_jax.artifacts import write_jsonl
 
 
@@ -23,8 +24,10 @@ class MetricsWriter:
         self._run = {"arm": arm, "seed": seed}
         self._rows: list[dict[str, Any]] = []
         events = workdir / f"tensorboard/{arm}.seed_{seed}"
-        shutil.rmtree(events, ignore_errors=True)
-        self._board = SummaryWriter(str(events))
+        first = distributed.is_first()
+        if first:
+            shutil.rmtree(events, ignore_errors=True)
+        self._board = SummaryWriter(str(events), write_to_disk=first)
 
     def __call__(self, row: Mapping[str, Any]) -> None:
         """Adds the figures of one step."""

@@ -25,9 +25,10 @@ from ema_jax.models import lora as lora_lib
 from ema_jax.models.decoder import Decoder, LoRAParam
 from ema_jax.models.sharding import (
     batch_rows,
-    batch_sharding,
+    host_array,
     make_mesh,
     parameter_shardings,
+    place_batch,
 )
 from ema_jax.progress import Progress
 from ema_jax.unlearning.objectives import (
@@ -161,8 +162,8 @@ def reference_log_probs(
     parts = []
     for start in range(0, len(examples), rows):
         chunk = examples[start : start + rows]
-        batch = jax.device_put(pad_examples(chunk, length, rows, 0), batch_sharding(mesh))
-        parts.append(np.asarray(_sequence_log_probs(graph, state, batch))[: len(chunk)])
+        batch = place_batch(pad_examples(chunk, length, rows, 0), mesh)
+        parts.append(host_array(_sequence_log_probs(graph, state, batch))[: len(chunk)])
     return np.concatenate(parts)
 
 
@@ -258,7 +259,7 @@ def unlearn(
             trainable, moments, raw = _train_step(
                 graph, optimizer, config, trainable, frozen, moments, *next(batches)
             )
-            metrics = {name: float(value) for name, value in raw.items()}
+            metrics = {name: float(host_array(value)) for name, value in raw.items()}
             step += 1
             if step == 1:
                 first_loss = metrics["forget_loss"]
@@ -298,7 +299,6 @@ def _batches(
     seed: int,
     mesh: Mesh,
 ) -> Iterator[tuple[_ForgetBatch, Batch | None]]:
-    sharding = batch_sharding(mesh)
     rows = batch_rows(config.batch_size, mesh)
     retain_rows = batch_rows(config.retain_batch_size, mesh)
     length = _padded_length(forget)
@@ -307,12 +307,12 @@ def _batches(
     while True:
         chosen = batch_indices(len(forget), rows, seed, step)
         batch = pad_examples([forget[i] for i in chosen], length, rows, 0)
-        placed = jax.device_put(_ForgetBatch(batch, reference[chosen]), sharding)
+        placed = place_batch(_ForgetBatch(batch, reference[chosen]), mesh)
         kept = None
         if config.retain_weight and retain:
             chosen = batch_indices(len(retain), retain_rows, seed + 1, step)
             kept = pad_examples([retain[i] for i in chosen], retain_length, retain_rows, 0)
-            kept = jax.device_put(kept, sharding)
+            kept = place_batch(kept, mesh)
         yield placed, kept
         step += 1
 

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from ema_jax.data.chat import Batch, TokenExample, bucket, pad_examples
 from ema_jax.models.decoder import Decoder
-from ema_jax.models.sharding import batch_rows, batch_sharding, make_mesh
+from ema_jax.models.sharding import batch_rows, host_array, make_mesh, place_batch
 
 _CHUNK = 32
 
@@ -81,6 +81,6 @@ def utility(
     totals = np.zeros(3)
     for start in range(0, len(examples), rows):
         batch = pad_examples(examples[start : start + rows], length, rows, 0)
-        placed = jax.device_put(batch, batch_sharding(mesh))
-        totals += np.asarray(_totals(*nnx.split(model), *nnx.split(base), placed), np.float64)
+        placed = place_batch(batch, mesh)
+        totals += host_array(_totals(*nnx.split(model), *nnx.split(base), placed))
     return {"benign_nll": totals[0] / totals[2], "kl_to_base": max(totals[1] / totals[2], 0.0)}

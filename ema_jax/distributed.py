@@ -1,0 +1,148 @@
+"""Several processes as one program: who they are, who writes, and how they wait for each other.
+
+Every process runs the same stages on the same prompts in the same order; arrays are split over all
+devices, so the work on them is, too. Batches are placed by `models.sharding.place_batch` and read
+back by `host_array`. Files are written by the first process alone (`artifacts.atomic_path`) and
+read by all, so the folder has to be on a shared file system.
+
+The environment says who takes part:
+
+- `EMA_JAX_COORDINATOR=HOST:PORT`, `EMA_JAX_NUM_PROCESSES` and `EMA_JAX_PROCESS_ID`
+  (launch/local.py, launch/k8s/);
+- `EMA_JAX_COORDINATOR=auto`: JAX asks the cluster (a TPU slice; launch/tpu_vm.py);
+- a SLURM step of more than one task, by itself (launch/slurm.sbatch).
+"""
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from absl import logging
+
+from ema_jax.errors import RunStoppedError, UserError
+
+BARRIER_SECONDS = 1800
+_CONNECT_SECONDS = 300
+
+
+class _Processes:
+    """What this process knows of all of them; one alone until `initialise`."""
+
+    index = 0
+    count = 1
+    barriers = 0
+    polls = 0
+    alone = False
+
+
+def initialise(heartbeat_seconds: int, environment: Mapping[str, str] | None = None) -> None:
+    """Joins the other processes, if the environment names any; before any device is used.
+
+    Args:
+        heartbeat_seconds: a process that is silent for as long is lost, and ends the others.
+        environment: in place of `os.environ`.
+
+    Raises:
+        UserError: the environment says only half, or the others cannot be reached.
+    """
+    arguments = _arguments(os.environ if environment is None else environment)
+    if arguments is None:
+        return
+    import jax
+
+    try:
+        jax.distributed.initialize(
+            **arguments,
+            initialization_timeout=_CONNECT_SECONDS,
+            heartbeat_timeout_seconds=heartbeat_seconds,
+            shutdown_timeout_seconds=max(heartbeat_seconds, 30),
+        )
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0][:200]
+        raise UserError(
+            f"distributed: the other processes cannot be reached ({reason}); see that all of them "
+            "run, with one EMA_JAX_COORDINATOR that they can connect to"
+        ) from None
+    _Processes.index, _Processes.count = jax.process_index(), jax.process_count()
+    if _Processes.index:
+        logging.set_verbosity(logging.WARNING)  # one voice is enough
+    logging.info("%d processes, %d devices", _Processes.count, jax.device_count())
+
+
+def _arguments(environment: Mapping[str, str]) -> dict[str, Any] | None:
+    """What `jax.distributed.initialize` is given; None where there is one process."""
+    address = environment.get("EMA_JAX_COORDINATOR")
+    if address == "auto":
+        return {}
+    if address is None:
+        several = int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1
+        return {} if several else None
+    if re.fullmatch(r"[\w.:\[\]-]+:\d+", address) is None:
+        raise UserError(f"EMA_JAX_COORDINATOR: {address!r} is neither HOST:PORT nor auto")
+    numbers = []
+    for name in ("EMA_JAX_NUM_PROCESSES", "EMA_JAX_PROCESS_ID"):
+        text = environment.get(name, "")
+        if not text.isdigit():
+            raise UserError(f"{name}: {text!r} is no number; it goes with EMA_JAX_COORDINATOR")
+        numbers.append(int(text))
+    count, index = numbers
+    if not index < count:
+        raise UserError(f"EMA_JAX_PROCESS_ID: {index} is not below EMA_JAX_NUM_PROCESSES ({count})")
+    return {"coordinator_address": address, "num_processes": count, "process_id": index}
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes."""
+    return _Processes.index == 0
+
+
+def barrier(what: str, seconds: float = BARRIER_SECONDS) -> None:
+    """Waits until every process is here.
+
+    Raises:
+        RunStoppedError: some are not here in time; it says which.
+    """
+    if _Processes.count == 1 or _Processes.alone:
+        return
+    from orbax.checkpoint import multihost
+
+    _Processes.barriers += 1
+    try:
+        multihost.get_barrier_sync_fn()(
+            key=f"ema_jax.{_Processes.barriers}", timeout_ms=int(1000 * seconds)
+        )
+    except Exception as error:  # the coordination service's own, of whatever kind
+        # It ends in a line "Some timed out task names:" with one number a line.
+        named = str(error).partition("timed out task names:")[2].partition("\n\n")[0]
+        missing = sorted({int(i) for i in re.findall(r"^(?:.*task:)?(\d+)$", named, re.MULTILINE)})
+        who = ", ".join(map(str, missing)) if missing else "some"
+        raise RunStoppedError(
+            f"{what}: process {who} of {_Processes.count} did not come within {seconds:g} s; the "
+            "finished stages are kept: start all of them again"
+        ) from None
+
+
+def stop_requested() -> bool:
+    """Whether one of several processes was sent SIGTERM; true in all of them at the same call.
+
+    Every process has to call it equally often: at each train step and before each stage. One alone
+    is not asked here: it is ended by the signal, or catches it itself.
+    """
+    if _Processes.count == 1 or _Processes.alone:
+        return False
+    from jax.experimental import multihost_utils
+
+    _Processes.polls += 1
+    return multihost_utils.reached_preemption_sync_point(_Processes.polls)
+
+
+def first_only(function: Callable[[], None], what: str) -> None:
+    """Runs what only writes files in the first process, while the others wait."""
+    if is_first():
+        _Processes.alone = True
+        try:
+            function()
+        finally:
+            _Processes.alone = False
+    barrier(what)

@@ -1,0 +1,1 @@
+"""What running on more than one device asks for: topologies, programs for them, and their cost."""
