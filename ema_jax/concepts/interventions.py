@@ -12,7 +12,7 @@ Layers as in `ema_jax.concepts.vectors.LAYER_CONVENTION`.
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -269,7 +269,7 @@ def _members(refusing: Sequence[int], vocab_size: int) -> Bool[np.ndarray, "V"]:
 
 def _batches(
     prompts: Sequence[Sequence[int]], batch_size: int, mesh: Mesh | None
-) -> Iterator[tuple[list[int], tuple[Array, Array]]]:
+) -> Iterator[tuple[list[int], tuple[Any, Any]]]:
     """Indices of prompts with their padded `(tokens, mask)`, on the devices."""
     mesh = make_mesh() if mesh is None else mesh
     rows = batch_rows(min(batch_size, len(prompts)), mesh)
