@@ -74,6 +74,7 @@ def write_report(
             "susceptibility": results.get("forecast", {}).get("susceptibility")
             and tables.susceptibility(results),
             "utility": results.get("utility") and tables.utility(results),
+            "agreement": results.get("agreement") and tables.agreement(results),
             "provenance": results.get("provenance") and tables.provenance(results),
         },
         "forecast_sentence": headline.forecast_sentence(results),
