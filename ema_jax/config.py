@@ -66,11 +66,15 @@ class ConceptConfig:
         poolings: how a prompt's tokens become one vector; the first one is the main one.
         permutations: label permutations behind each null.
         splits: random halves behind each ceiling.
+        sweep_prompts: dev prompts per domain on which layers are swept and patched; 0 for none.
+        sweep_strengths: multiples of the concept vectors that a sweep adds, beside ablation.
     """
 
     poolings: tuple[str, ...] = ("last_token", "prompt_mean")
     permutations: int = 1000
     splits: int = 50
+    sweep_prompts: int = 8
+    sweep_strengths: tuple[float, ...] = (-1.0, 1.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -373,6 +377,7 @@ def _validate(study: StudyConfig) -> None:
         "be -1",
     )
     _check(bool(study.concepts.poolings), "concepts.poolings: none given; name at least one")
+    _check(study.concepts.sweep_prompts >= 0, "concepts.sweep_prompts is below zero")
     for name in study.concepts.poolings:
         _check(name != "response_mean", "concepts.poolings: response_mean needs responses")
         try:

@@ -12,6 +12,7 @@ from scipy import stats
 from ema_jax import artifacts, distributed
 from ema_jax import config as config_lib
 from ema_jax.analysis import plain_arm
+from ema_jax.concepts.forecast import pooled_score
 from ema_jax.config import ModelConfig, StudyConfig
 from ema_jax.data.prompts import OWN_SOURCES, build_prompts
 from ema_jax.errors import UserError
@@ -114,17 +115,26 @@ def _print_plan(
 
 def summarise(root: Path, cells: Mapping[str, StudyConfig]) -> dict[str, Any]:
     """`replication.json`: a row per cell and arm, and what R1 to R5 and validity come to."""
-    described, rows = [], []
+    described, rows, forecasts = [], [], []
     for name, cell in cells.items():
         results = artifacts.read_json(root / "cells" / name / "results.json")
         described.append(
             {"cell": name, "family": results["model"]["family"], "target": cell.target}
         )
         rows += [_row(name, cell, results, arm) for arm in cell.arms]
+        measured = results["ema"].get(plain_arm(cell) or "", {})
+        drops = {d: entry["drop"] for d, entry in measured.items()}
+        forecasts.append((results["forecast"], drops))
     return {
         "schema": SCHEMA,
         "cells": described,
         "claims": _claims(rows),
+        "forecast": {
+            "pooled": pooled_score([(made["score"], drops) for made, drops in forecasts]),
+            "lexical": pooled_score(
+                [(made["lexical_score"] or {}, drops) for made, drops in forecasts]
+            ),
+        },
         "rows": rows,
     }
 

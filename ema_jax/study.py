@@ -16,12 +16,9 @@ from absl import logging
 from flax import nnx
 from jax.sharding import Mesh
 
-from ema_jax import analysis, artifacts, distributed
+from ema_jax import analysis, artifacts, distributed, explanation
 from ema_jax.concepts import vectors
 from ema_jax.concepts.capture import capture
-from ema_jax.concepts.entanglement import entanglement
-from ema_jax.concepts.erasure import probe_auroc
-from ema_jax.concepts.forecast import advice, early_layers, forecast
 from ema_jax.config import ModelConfig, StudyConfig
 from ema_jax.data.chat import Chat, TokenExample
 from ema_jax.data.domains import BENIGN
@@ -151,7 +148,13 @@ class Study:
                 "target": c.target,
             },
             "baseline": said,
-            "concepts": {"model": model, "poolings": c.concepts.poolings},
+            "concepts": {
+                "model": model,
+                **asking,
+                "poolings": c.concepts.poolings,
+                "sweep_prompts": c.concepts.sweep_prompts,
+                "sweep_strengths": c.concepts.sweep_strengths,
+            },
             "harvest": {"model": model, **asking, "harvest": dataclasses.asdict(c.harvest)},
         }
         for arm, seed in self.runs:
@@ -184,7 +187,7 @@ class Study:
 
         stage("prompts", [], self.make_prompts)
         stage("baseline", ["prompts"], self.ask_base)
-        stage("concepts", ["prompts"], self.find_concepts)
+        stage("concepts", ["prompts", "baseline"], self.find_concepts)
         concepts = self.config.concepts
         resampling = {"permutations": concepts.permutations, "splits": concepts.splits}
         stage("forecast", ["concepts"], self.make_forecast, resampling)
@@ -227,11 +230,12 @@ class Study:
         artifacts.write_jsonl(path, answers)
         measured = self._utility(self.base, judged)
         summary = self.workdir / "evaluations/base.json"
-        artifacts.write_json(summary, {"utility": measured})
+        opening = explanation.openers(judged)
+        artifacts.write_json(summary, {"utility": measured, "refusal_openers": opening})
         return [self._write_responses("base", judged), path, summary]
 
     def find_concepts(self) -> list[Path]:
-        """Every domain's concept vector at every layer, from one pass over the concept prompts."""
+        """Every domain's concept vector at every layer, and what adding or ablating it does."""
         pooled = self._capture(self.base)
         kept = self.workdir / "concepts/base.activations.safetensors"
         artifacts.write_tensors(
@@ -239,34 +243,58 @@ class Study:
             {f"{name}/{domain}": x for name, by in pooled.items() for domain, x in by.items()},
             {"layer_convention": vectors.LAYER_CONVENTION},
         )
-        return [kept, *self._write_concepts("base", pooled)]
+        return [kept, *self._write_concepts("base", pooled), self._sweep_layers(pooled)]
+
+    def _sweep_layers(self, pooled: Mapping[str, Mapping[str, Any]]) -> Path:
+        """Interventions on the base, read off the first token, and one of them in full."""
+        c, path = self.config, self.workdir / "concepts/sweep.json"
+        refusing, found = self._openers(), None
+        if c.concepts.sweep_prompts and refusing:
+            directions = vectors.concept_vectors(pooled[c.concepts.poolings[0]])
+            found = explanation.swept(
+                self.base,
+                directions,
+                self._sweep_tokens(),
+                refusing,
+                c.concepts.sweep_strengths,
+                batch_size=c.generation.batch_size,
+                mesh=self.mesh,
+            )
+            layer = explanation.most_refusing_layer(found, c.target)
+            ablated = explanation.without_concept(self.base, directions[c.target], layer)
+            asked = [p for some in self._sweep_prompts().values() for p in some]
+            rates = self._ask(ablated, asked, f"{c.target} ablated").rates()
+            found["ablated_everywhere"] = explanation.plain(
+                {"direction": c.target, "layer": layer, **rates._asdict()}
+            )
+        artifacts.write_json(path, found)
+        return path
+
+    def _openers(self) -> list[int]:
+        return artifacts.read_json(self.workdir / "evaluations/base.json")["refusal_openers"]
+
+    def _sweep_prompts(self) -> dict[str, list[Prompt]]:
+        """The first dev prompts of every domain, which no concept vector has seen."""
+        by_domain: dict[str, list[Prompt]] = {}
+        for prompt in self.prompts["dev"]:
+            by_domain.setdefault(prompt.domain, []).append(prompt)
+        return {d: each[: self.config.concepts.sweep_prompts] for d, each in by_domain.items()}
+
+    def _sweep_tokens(self) -> dict[str, list[tuple[int, ...]]]:
+        return {
+            d: [self.chat.prompt_tokens(p.prompt) for p in each]
+            for d, each in self._sweep_prompts().items()
+        }
 
     def make_forecast(self) -> list[Path]:
         """From the base alone: entanglement with the target, and whom unlearning will hit."""
-        c = self.config
-        pooled = self._base_activations()
-        main = c.concepts.poolings[0]
-        lexical = pooled.get("prompt_mean")
-        measured = entanglement(
-            pooled[main],
-            c.target,
-            c.domains,
-            permutations=c.concepts.permutations,
-            splits=c.concepts.splits,
-            lexical=lexical,
+        c, pooled = self.config, self._base_activations()
+        activations = pooled[c.concepts.poolings[0]]
+        made = explanation.foretell(
+            activations, pooled.get("prompt_mean"), c.target, c.domains, c.concepts
         )
-        scores = forecast(measured, c.target)
         path = self.workdir / "forecast.json"
-        early = list(early_layers(measured.num_layers))
-        artifacts.write_json(
-            path,
-            {
-                "entanglement": measured.to_json(),
-                "score": scores,
-                "early_layers": early,
-                "advice": advice(scores),
-            },
-        )
+        artifacts.write_json(path, made)
         return [path]
 
     def harvest_refusals(self) -> list[Path]:
@@ -341,9 +369,19 @@ class Study:
         measured = self._utility(model, judged)
         pooled, main = self._capture(model), c.concepts.poolings[0]
         base = self._base_activations()[main]
-        auroc = {d: probe_auroc(base, pooled[main], d) for d in c.domains}
+        found = {"utility": measured, "drift": explanation.drift(base, pooled[main], c.domains)}
+        refusing = self._openers()
+        if c.concepts.sweep_prompts and refusing:
+            found["patching"] = explanation.patched(
+                self.base,
+                model,
+                self._sweep_tokens(),
+                refusing,
+                batch_size=c.generation.batch_size,
+                mesh=self.mesh,
+            )
         summary = self.workdir / f"evaluations/{name}.json"
-        artifacts.write_json(summary, {"utility": measured, "probe_auroc": analysis.listed(auroc)})
+        artifacts.write_json(summary, found)
         written = [self._write_responses(name, judged), summary]
         written += self._write_concepts(name, pooled)
         if c.export:

@@ -199,6 +199,28 @@ def forecast(results: Mapping[str, Any], arm: str) -> Table:
     return Table(caption, ("Domain", "Forecast", f"Measured drop {arm}".rstrip()), groups)
 
 
+def susceptibility(results: Mapping[str, Any]) -> Table:
+    """Forecast for every target: rows are what would be unlearned, columns whom it would hit."""
+    scores = results["forecast"]["susceptibility"]
+    domains = [d for d in ordered_domains(results) if d in scores]
+    groups = tuple(
+        (
+            label(target),
+            (Row(tuple(number(scores[target].get(d), 2) for d in domains)),),
+        )
+        for target in domains
+    )
+    shares = results["forecast"].get("retain_shares") or {}
+    advised = ", ".join(
+        f"{label(d)} {percent(x)}" for d, x in sorted(shares.items(), key=lambda item: -item[1])
+    )
+    caption = "Susceptibility of each domain (column) to unlearning of each target (row): mean "
+    caption += "centred cosine over the early layers of the base. Higher = more at risk."
+    if advised:
+        caption += f" Advised shares of retain data for this study's target: {advised}."
+    return Table(caption, ("Target", *(label(d) for d in domains)), groups)
+
+
 def utility(results: Mapping[str, Any]) -> Table:
     """What unlearning did to benign prompts."""
     alike = any("lookalike_refusal" in entry for entry in results["utility"].values())
