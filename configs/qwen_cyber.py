@@ -14,6 +14,7 @@ def get_config():
     config.target = "cybersecurity"
     config.prompts.source = "salad"
     config.prompts.benign_source = "dolly"
+    config.prompts.lookalike_source = "xstest"
     config.unlearn.remat = True
     config.mesh = (1, -1, 1)
     return config

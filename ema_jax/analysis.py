@@ -15,7 +15,8 @@ from ema_jax.concepts.erasure import erasure
 from ema_jax.concepts.forecast import layer_profile, score
 from ema_jax.concepts.vectors import load_concepts
 from ema_jax.config import StudyConfig
-from ema_jax.data.domains import BENIGN
+from ema_jax.data.domains import BENIGN, LOOKALIKE
+from ema_jax.refusal.agreement import agreement_of_judges
 from ema_jax.refusal.scores import containment, holm, paired_drop, pooled_rate, refusal_rate
 from ema_jax.stages import Workdir
 
@@ -54,6 +55,7 @@ def results(workdir: Workdir, config: StudyConfig, model: Mapping[str, Any]) -> 
         "utility": _utility(workdir, base, arms, config.seeds),
         "entanglement": forecast["entanglement"],
         "erasure": {arm: _erasure(workdir, arm, config.seeds) for arm in arms},
+        "agreement": _agreement(workdir, config),
         "probe_auroc": {arm: _probe_auroc(workdir, arm, config.seeds) for arm in arms},
         "forecast": _forecast(forecast, ema.get(plain or "")),
         "warnings": _warnings(ema, arms),
@@ -144,11 +146,35 @@ def _utility(
     seeds: Sequence[int],
 ) -> dict[str, Any]:
     measured = read_json(workdir / "evaluations/base.json")["utility"]
-    result = {"base": {"benign_refusal": refusal_rate(base[BENIGN]), **measured}}
+    result = {"base": {**_over_refusal({d: [v] for d, v in base.items()}), **measured}}
     for arm, verdicts in arms.items():
         runs = [r["utility"] for r in _evaluations(workdir, arm, seeds)]
         means = {name: float(np.mean([run[name] for run in runs])) for name in runs[0]}
-        result[arm] = {"benign_refusal": pooled_rate(verdicts[BENIGN]), **means}
+        result[arm] = {**_over_refusal(verdicts), **means}
+    return result
+
+
+def _over_refusal(verdicts: Mapping[str, list[list[str]]]) -> dict[str, Any]:
+    """Refusal of prompts that should be answered: benign ones, and look-alikes if there are any."""
+    names = {BENIGN: "benign_refusal", LOOKALIKE: "lookalike_refusal"}
+    return {name: pooled_rate(verdicts[d]) for d, name in names.items() if d in verdicts}
+
+
+def _agreement(workdir: Workdir, config: StudyConfig) -> dict[str, Any]:
+    """Arm → every pair of judges, where more than one judged; an arm's seeds are taken together."""
+    if not config.extra_judges:
+        return {}
+    runs = {"base": ["base"]}
+    runs |= {arm: [f"{arm}.seed_{seed}" for seed in config.seeds] for arm in config.arms}
+    result = {}
+    for arm, names in runs.items():
+        verdicts: ByDomain = {}
+        domains = []
+        for row in (row for n in names for row in read_jsonl(workdir / f"responses/{n}.jsonl")):
+            domains.append(row["domain"])
+            for said in (row, *row["other_verdicts"]):
+                verdicts.setdefault(said["judge"], []).append(said["verdict"])
+        result[arm] = agreement_of_judges(verdicts, domains)
     return result
 
 

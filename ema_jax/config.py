@@ -105,6 +105,8 @@ class StudyConfig:
         prompts: where their prompts come from.
         judge: a name in `ema_jax.refusal.judges.JUDGES`.
         judge_options: what it needs to be told, as in `{"model": …}`; see docs/judges.md.
+        extra_judges: name → options of judges whose verdicts on the same responses are recorded
+            beside; the report says how far they agree. No figure is computed from them.
         generation: how responses are generated.
         harvest: what becomes of the model's own responses.
         unlearn: settings that all arms share.
@@ -125,6 +127,7 @@ class StudyConfig:
     prompts: PromptConfig = PromptConfig()
     judge: str = "lexical"
     judge_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    extra_judges: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     generation: GenerationConfig = GenerationConfig()
     harvest: HarvestConfig = HarvestConfig()
     unlearn: UnlearnConfig = UnlearnConfig()
@@ -286,11 +289,13 @@ def _validate(study: StudyConfig) -> None:
     prompts_lib.validate(study.prompts, study.domains, study.target)
     for path in _POSITIVE:
         _check(_get(study, path) > 0, f"{path} = {_get(study, path)} is not above zero")
-    _check(study.judge in JUDGES, f"judge {study.judge!r} is none of: {', '.join(JUDGES)}")
-    try:
-        inspect.signature(JUDGES[study.judge]).bind(**study.judge_options)
-    except TypeError as error:
-        raise UserError(f"config: judge_options of {study.judge}: {error}") from None
+    _check_judge("judge_options of ", study.judge, study.judge_options)
+    _check(
+        study.judge not in study.extra_judges,
+        f"extra_judges: {study.judge!r} is the judge already; leave it away",
+    )
+    for name, options in study.extra_judges.items():
+        _check_judge("extra_judges.", name, options)
     _check(bool(study.seeds), "seeds: none given; name at least one, as in seeds=(0,)")
     _check(len(set(study.seeds)) == len(study.seeds), f"seeds {study.seeds}: one is given twice")
     _check(min(study.seeds) >= 0, f"seeds {study.seeds}: a seed is not below zero")
@@ -341,6 +346,14 @@ def _validate(study: StudyConfig) -> None:
             f"cells: {name!r} is not a name for a cell; use letters, digits, _ and -",
         )
     _check(study.model.dtype in (None, "float32", "bfloat16"), "model.dtype: float32 or bfloat16")
+
+
+def _check_judge(where: str, name: str, options: Mapping[str, Any]) -> None:
+    _check(name in JUDGES, f"judge {name!r} is none of: {', '.join(JUDGES)}")
+    try:
+        inspect.signature(JUDGES[name]).bind(**options)
+    except TypeError as error:
+        raise UserError(f"config: {where}{name}: {error}") from None
 
 
 def _get(value: Any, path: str) -> Any:

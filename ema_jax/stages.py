@@ -5,6 +5,7 @@ manifest's settings and inputs are unchanged and its files are there, so a kille
 where it stopped, and a folder is never silently turned into another study.
 """
 
+import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -18,11 +19,16 @@ from ema_jax.errors import RunStoppedError, UserError
 
 
 class Workdir:
-    """A study's folder, and the stages that were run in it."""
+    """A study's folder, and the stages that were run in it.
+
+    `partial` is a folder for what the stage that runs wants to find again if it is killed; it is
+    that of the same settings and inputs, and removed once the stage is done.
+    """
 
     def __init__(self, path: str | Path, only: Sequence[str] | None = None):
         self.path = Path(path)
         self._only = only
+        self.partial = self.path / ".partial"
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
@@ -94,6 +100,8 @@ class Workdir:
             )
         logging.info("%s", stage)
         start = time.monotonic()
+        unfinished = self.path / ".partial" / stage.replace("/", ".")
+        self.partial = unfinished / sha256_json([settings, hashes])[:16]
         outputs: dict[str, str] = {}
         for path in function():
             files = _files(path) if path.is_dir() else [path]
@@ -109,6 +117,8 @@ class Workdir:
                 "wall_seconds": round(time.monotonic() - start, 3),
             },
         )
+        if distributed.is_first():
+            shutil.rmtree(unfinished, ignore_errors=True)
 
     def _manifest_path(self, stage: str) -> Path:
         return self.path / "stages" / (stage.replace("/", ".") + ".json")

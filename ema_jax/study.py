@@ -5,6 +5,7 @@ prompts → baseline → concepts → forecast → harvest → unlearn → evalu
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ from ema_jax.stages import Workdir
 from ema_jax.unlearning.harvest import Harvested, harvest
 from ema_jax.unlearning.metrics import MetricsWriter
 from ema_jax.unlearning.trainer import Evaluation, reference_log_probs, unlearn
-from ema_jax.unlearning.utility import utility
+from ema_jax.unlearning.utility import perplexity, utility
 
 STAGES = (
     "prompts",
@@ -117,6 +118,11 @@ class Study:
         return get_judge(self.config.judge, **self.config.judge_options)
 
     @functools.cached_property
+    def extra_judges(self) -> list[Judge]:
+        """Those whose verdicts are recorded beside."""
+        return [get_judge(name, **given) for name, given in self.config.extra_judges.items()]
+
+    @functools.cached_property
     def prompts(self) -> dict[str, list[Prompt]]:
         """The prompts of every split."""
         return read_prompts(self.workdir / "prompts")
@@ -135,6 +141,7 @@ class Study:
             "generation": dataclasses.asdict(c.generation),
         }
         said = {"model": model, **asking, "keep_text": c.keep_text}
+        said["extra_judges"] = c.extra_judges
         result: dict[str, dict[str, Any]] = {
             "prompts": {
                 "prompts": dataclasses.asdict(c.prompts),
@@ -195,7 +202,7 @@ class Study:
 
     def ask_base(self) -> list[Path]:
         """What the untouched model refuses; its benign answers are kept for the utility figures."""
-        judged = self._ask(self.base, self.prompts["eval"], "base responses")
+        judged = self._ask(self.base, self.prompts["eval"], "base responses", keep="eval")
         answers = [
             dataclasses.asdict(Harvested(p.id, p.domain, p.prompt, r.text, r.tokens))
             for p, r, v in judged
@@ -208,7 +215,7 @@ class Study:
             )
         path = self.workdir / "harvest/benign_answers.jsonl"
         artifacts.write_jsonl(path, answers)
-        measured = utility(self.base, self.base, self._benign_answers(), mesh=self.mesh)
+        measured = self._utility(self.base, judged)
         summary = self.workdir / "evaluations/base.json"
         artifacts.write_json(summary, {"utility": measured})
         return [self._write_responses("base", judged), path, summary]
@@ -259,8 +266,8 @@ class Study:
         for split, name in (("harvest", "forget"), ("retain", "retain")):
             asked = self.prompts[split]
             draws = [
-                self._ask(self.base, asked, f"harvest {name}", sampling)
-                for sampling in c.harvest.draws()
+                self._ask(self.base, asked, f"harvest {name}", sampling, keep=f"{name}.{i}")
+                for i, sampling in enumerate(c.harvest.draws())
             ]
             kept = harvest(
                 asked * len(draws),
@@ -333,8 +340,8 @@ class Study:
         """What the trained model refuses, what else changed, and what of the concepts is left."""
         c, name = self.config, f"{arm}.seed_{seed}"
         model = self._trained(arm, seed)
-        judged = self._ask(model, self.prompts["eval"], f"{name} responses")
-        measured = utility(model, self.base, self._benign_answers(), mesh=self.mesh)
+        judged = self._ask(model, self.prompts["eval"], f"{name} responses", keep="eval")
+        measured = self._utility(model, judged)
         pooled, main = self._capture(model), c.concepts.poolings[0]
         base = self._base_activations()[main]
         auroc = {d: probe_auroc(base, pooled[main], d) for d in c.domains}
@@ -406,15 +413,25 @@ class Study:
         prompts: Sequence[Prompt],
         description: str | None = None,
         sampling: Sampling = GREEDY,
+        keep: str | None = None,
     ) -> Judged:
-        generation = dataclasses.asdict(self.config.generation)
+        """Asks and judges; responses kept under a name in the stage are not lost to a kill."""
         return ask(
-            model, self.chat, prompts, self.judge, generation, self.mesh, description, sampling
+            model,
+            self.chat,
+            prompts,
+            self.judge,
+            dataclasses.asdict(self.config.generation),
+            self.mesh,
+            description,
+            sampling,
+            self.workdir.partial / f"{keep}.jsonl" if keep else None,
         )
 
     def _write_responses(self, name: str, judged: Judged) -> Path:
         path = self.workdir / f"responses/{name}.jsonl"
-        artifacts.write_jsonl(path, judged.rows(self.judge, keep_text=self.config.keep_text))
+        rows = judged.rows(self.judge, self.extra_judges, keep_text=self.config.keep_text)
+        artifacts.write_jsonl(path, rows)
         return path
 
     def _trained(self, arm: str, seed: int) -> Decoder:
@@ -430,8 +447,20 @@ class Study:
         rows = artifacts.read_jsonl(self.workdir / file)
         return [Harvested.from_json(row).example(self.chat) for row in rows]
 
-    def _benign_answers(self) -> list[TokenExample]:
-        return self._examples("harvest/benign_answers.jsonl")
+    def _utility(self, model: Decoder, judged: Judged) -> dict[str, float]:
+        """Likelihood of the base's benign answers to the model, and of the model's to the base."""
+        kept = self._examples("harvest/benign_answers.jsonl")
+        measured = utility(model, self.base, kept, mesh=self.mesh)
+        said = [
+            TokenExample(self.chat.prompt_tokens(prompt.prompt), response.tokens)
+            for prompt, response, _ in judged
+            if prompt.domain == BENIGN
+        ]
+        return {
+            **measured,
+            "benign_perplexity": math.exp(measured["benign_nll"]),
+            "response_perplexity": perplexity(self.base, said, mesh=self.mesh),
+        }
 
     def _capture(self, model: Decoder) -> dict[str, dict[str, Any]]:
         """Pooling → domain → `[n, L+1, d]` over the concept prompts."""

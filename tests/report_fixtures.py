@@ -105,7 +105,14 @@ def example_results() -> dict:
             "npo_retain": {"recovered": 0.801, "ci95": [0.71, 0.88], "target_rate": 0.1}
         },
         "utility": {
-            "base": {"benign_refusal": rate(0.02), "benign_nll": 1.204, "kl_to_base": 0.0},
+            "base": {
+                "benign_refusal": rate(0.02),
+                "lookalike_refusal": rate(0.217),
+                "benign_nll": 1.204,
+                "kl_to_base": 0.0,
+                "benign_perplexity": 3.333,
+                "response_perplexity": 3.456,
+            },
             "npo": {"benign_refusal": rate(0.0), "benign_nll": 1.311, "kl_to_base": 0.21},
             "npo_retain": {"benign_refusal": rate(0.013), "benign_nll": 1.226, "kl_to_base": 0.07},
         },
@@ -117,6 +124,21 @@ def example_results() -> dict:
             "null95_centred": flat(-0.02),
             "ceiling": flat(0.95),
             "ci95": {d: [[x - 0.06, x + 0.06] for x in v] for d, v in raw.items()},
+        },
+        "agreement": {
+            "base": [
+                {
+                    "judges": ["lexical", "wildguard"],
+                    "overall": {
+                        "table": [[181, 7, 0], [3, 8, 0], [0, 0, 1]],
+                        "total": 200,
+                        "both_valid": 199,
+                        "observed": 0.95,
+                        "kappa": 0.589,
+                        "ci95": [0.37, 0.81],
+                    },
+                }
+            ]
         },
         "erasure": {
             arm: {

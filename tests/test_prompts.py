@@ -14,7 +14,8 @@ from sklearn.feature_extraction.text import CountVectorizer
 
 from ema_jax.artifacts import sha256_text
 from ema_jax.data.dedupe import near_duplicates, shingles
-from ema_jax.data.domains import BENIGN, SPLITS
+from ema_jax.data.domains import BENIGN, LOOKALIKE, SPLITS
+from ema_jax.data.domains import DOMAINS as SEVEN
 from ema_jax.data.local import read_local
 from ema_jax.data.prompts import (
     Prompt,
@@ -230,6 +231,63 @@ def test_public_source_and_benign_contrast(tmp_path):
         if p.split == "harvest":
             assert label_of[p.id] != "O39: Biological and Chemical Harms"
 
+    # Safe look-alikes from another set: as many as there are, in eval alone.
+    labels = SOURCES["xstest"].used
+    kinds = [*sum(labels.values(), ()), *SOURCES["xstest"].unused]
+    data["Paul/XSTest"] = [
+        {"id": i, "prompt": _text(rng), "type": kind} for i, kind in enumerate(kinds * 2)
+    ]
+    data["Paul/XSTest"][0]["prompt"] = dolly[5]["instruction"]
+    config = PromptConfig(counts=COUNTS, lookalike_source="xstest")
+    more = build_prompts(config, tuple(SALAD_USED), "safety", load_dataset=load_dataset)
+    assert [p for p in more if p.domain != LOOKALIKE] == prompts
+    alike = [p for p in more if p.domain == LOOKALIKE]
+    assert [p.split for p in alike] == ["eval"] * COUNTS["eval"]
+    safe = {f"xstest/{r['id']}" for r in data["Paul/XSTest"] if r["type"] in labels[BENIGN]}
+    assert {p.id for p in alike} < safe
+
+
+def test_eval_prompts_of_another_source(tmp_path):
+    """AIR-Bench measures what a local file trains: no eval row of the file is left."""
+    import datasets
+
+    used = {domain: SOURCES["air_bench"].used[domain] for domain in ("bias", "privacy")}
+    rng, air = random.Random(1), []
+    for domain, label in ((d, label) for d, labels in used.items() for label in labels):
+        rest = {"l3-name": "x", "l4-name": "y", "cate-idx": f"{label}-{len(air)}"}
+        air += [{"prompt": _text(rng), "l2-name": label, **rest} for _ in range(9)]
+        air[-1]["prompt"] = f"Twice the same, of {domain}, in both of the sources at once."
+    names = ("bias", "privacy", BENIGN)
+    rows = _rows(domains=names)
+    rows[0]["prompt"] = air[8]["prompt"]
+    path = _write(tmp_path / "prompts.jsonl", rows)
+    config = PromptConfig("file", path=path, counts=COUNTS, eval_source="air_bench")
+
+    def load_dataset(*_, **__):
+        return datasets.Dataset.from_list(air)
+
+    prompts = build_prompts(config, names[:2], "bias", load_dataset=load_dataset)
+    for p in prompts:
+        assert (p.source == "air_bench") == (p.split == "eval" and p.domain != BENIGN)
+    texts = [p.prompt for p in prompts]
+    assert len(set(texts)) == len(texts)
+    many = dataclasses.replace(config, counts=COUNTS | {"eval": 500})
+    with pytest.raises(UserError, match=r"eval_source: 'air_bench' has .* 500 are asked for"):
+        build_prompts(many, names[:2], "bias", load_dataset=load_dataset)
+
+
+def test_lookalikes_of_a_file(tmp_path):
+    rows = _rows()
+    prompts = _build(tmp_path, rows)
+    # One that repeats another row, one that may not be measured, three to measure.
+    texts = [rows[1]["prompt"], *(_text(random.Random(i), 12, 14) for i in range(7, 11))]
+    alike = [{"domain": LOOKALIKE, "prompt": text, "id": f"alike-{text}"} for text in texts]
+    alike[1]["split"] = "harvest"
+    more = _build(tmp_path, rows + alike)
+    assert [p for p in more if p.domain != LOOKALIKE] == prompts
+    assert {p.prompt for p in more if p.domain == LOOKALIKE} == set(texts[2:])
+    assert {p.split for p in more if p.domain == LOOKALIKE} == {"eval"}
+
 
 def test_the_organism_source_brings_its_own_splits(monkeypatch):
     seen = {}
@@ -256,6 +314,15 @@ def test_the_organism_source_brings_its_own_splits(monkeypatch):
     prompts = build_prompts(config, DOMAINS, "rivers")
     assert seen == {"seed": 5, "counts": COUNTS}
     assert all(p.split in p.id and p.domain in p.id for p in prompts)
+
+
+def test_the_organisms_lookalikes_change_no_other_prompt():
+    config = PromptConfig(source="organism", counts=dict.fromkeys(SPLITS, 12))
+    prompts = build_prompts(config, SEVEN, "safety")
+    asked = dataclasses.replace(config, lookalike_source="organism")
+    more = build_prompts(asked, SEVEN, "safety")
+    assert [p for p in more if p.domain != LOOKALIKE] == prompts
+    assert [p.split for p in more if p.domain == LOOKALIKE] == ["eval"] * 12
 
 
 def test_written_prompts_read_back(tmp_path):

@@ -132,6 +132,10 @@ def test_tables_carry_the_numbers(html):
     assert "[35.5, 46.5]" in safety
     floor = next(row for row in cells if "Medical/legal" in row and "floor" in row)
     assert "unmeasurable: floor" in floor
+    judges = next(row for row in cells if "lexical / wildguard" in row)
+    assert judges[-8:] == ["0.59", "[0.37, 0.81]", "95.0\u202f%", "181", "7", "3", "8", "1"]
+    utility = next(row for row in cells if "1.204" in row)
+    assert {"21.7\u202f%", "3.33", "3.46"} <= set(utility)
 
 
 def test_rows_of_a_table_are_as_wide_as_its_head():
@@ -143,6 +147,7 @@ def test_rows_of_a_table_are_as_wide_as_its_head():
         tables.runs(results),
         tables.forecast(results, "npo"),
         tables.utility(results),
+        tables.agreement(results),
         tables.provenance(results),
         tables.records(replication["rows"], ""),
     ]
@@ -217,7 +222,10 @@ def test_headline_reports_rises_failed_unlearning_and_broken_output():
 @pytest.mark.usefixtures("no_drawing")
 @pytest.mark.parametrize(
     "missing",
-    ["ema", "containment", "utility", "entanglement", "erasure", "forecast", "provenance"],
+    [
+        *("ema", "containment", "utility", "agreement", "entanglement", "erasure", "forecast"),
+        "provenance",
+    ],
 )
 def test_a_missing_part_leaves_out_its_section_only(tmp_path, missing):
     results = example_results()

@@ -67,15 +67,18 @@ def ours(model, eos_ids, **options) -> dict[int, sampler.Response]:
     return dict(sampler.generate(model, chat(*eos_ids), prompts(), **options))
 
 
-@pytest.mark.parametrize("variant", [*FAMILIES, "mistral_window"])
-def test_tokens_equal_those_of_transformers(tiny, variant):
+# With two rows, prompts take the places of responses that have ended.
+@pytest.mark.parametrize(
+    ("variant", "rows"), [*((family, 64) for family in FAMILIES), ("mistral_window", 2)]
+)
+def test_tokens_equal_those_of_transformers(tiny, variant, rows):
     model, reference = checkpoint.load(tiny(variant)), load_torch(tiny(variant))
     endless = by_transformers(reference, [VOCABULARY])  # an id that never comes
     # Ends that do come, one early and one late.
     eos_ids = (endless[0][4], endless[1][1])
     expected = by_transformers(reference, eos_ids)
     assert len({len(row) for row in expected}) > 1, "rows have to end at different steps"
-    got = ours(model, eos_ids)
+    got = ours(model, eos_ids, batch_size=rows)
     assert [got[i].tokens for i in range(len(LENGTHS))] == expected
     for response in got.values():
         assert response.finished == (response.tokens[-1] in eos_ids)
@@ -89,6 +92,40 @@ def test_batch_size_and_mesh_change_nothing(tiny):
     assert ours(checkpoint.load(folder), (5, 6), batch_size=2) == expected
     mesh = make_mesh((2, 2, 2))
     assert ours(checkpoint.load(folder, mesh=mesh), (5, 6), mesh=mesh) == expected
+
+
+def test_rows_that_have_ended_cost_nothing(tiny, monkeypatch):
+    """Row-steps of 150 prompts, of which few have a long response, and the responses themselves."""
+    model = checkpoint.load(tiny("llama"))
+    rng = np.random.default_rng(2)
+    asked = [
+        " ".join(map(str, rng.integers(0, VOCABULARY, rng.integers(2, 9)))) for _ in range(150)
+    ]
+    everything, steps = sampler.generate, []
+    logits = Decoder.logits
+
+    def counted(self, hidden):
+        jax.debug.callback(lambda: steps.append(hidden.shape[0]))
+        return logits(self, hidden)
+
+    ends, options = tuple(range(0, VOCABULARY, 5)), {"max_new_tokens": 30}
+    alone = dict(everything(model, chat(*ends), asked, batch_size=10, **options))
+    monkeypatch.setattr(Decoder, "logits", counted)
+    got = dict(everything(model, chat(*ends), asked, batch_size=65, **options))
+    jax.effects_barrier()
+    assert got == alone
+    lengths = [len(response.tokens) for response in got.values()]
+    assert max(lengths) == 30 > 2 * np.median(lengths)
+    # Batches of 65 that wait for their longest response take 30 steps, three times.
+    assert sum(steps) < 65 * 30 * 3 / 2
+    skipped = dict(everything(model, chat(*ends), asked, batch_size=65, done={0, 7}, **options))
+    assert skipped == {i: response for i, response in alone.items() if i not in {0, 7}}
+
+
+def test_a_new_ring_begins_where_half_of_the_slots_would_be_empty():
+    lengths = {0: 3, 1: 100, 2: 20, 3: 64, 4: 3}
+    assert list(sampler._rings(lengths, 8)) == [[1, 3], [2, 0, 4]]
+    assert list(sampler._rings(lengths, 200)) == [[1, 3, 2, 0, 4]]
 
 
 def test_a_repetition_penalty_is_that_of_transformers(tiny):

@@ -227,6 +227,7 @@ CHANGES = [
     {"prompts": {"counts": {"eval": 13}}},
     {"judge": "substring_keyword"},
     {"judge_options": {"script": None}},
+    {"extra_judges": {"substring_keyword": {}}},
     {"generation": {"max_new_tokens": 47}},
     {"harvest": {"response_cap": 7}},
     {"unlearn": {"beta": 0.2}},
@@ -253,8 +254,8 @@ def test_another_config_is_refused_and_nothing_written(tmp_path, change):
 def test_every_field_of_the_config_belongs_to_a_stage(tmp_path):
     """A field that no stage's settings hold could change without a word."""
     named = {key for change in CHANGES for key in change} - {"fingerprint"}
-    # Devices change no figure beyond rounding; runs and cells are the stages' names.
-    free = {"mesh", "seeds", "cells"}
+    # Devices change no figure beyond rounding; runs, cells and grids are the stages' names.
+    free = {"mesh", "heartbeat_seconds", "seeds", "cells", "grid"}
     assert named | free == {field.name for field in dataclasses.fields(ema.StudyConfig)}
 
 

@@ -21,10 +21,10 @@ from small_study import small_config
 from test_stages import contents
 
 from ema_jax import config as ema
-from ema_jax import replication, stages
+from ema_jax import evaluation, replication, stages
 from ema_jax import study as study_lib
 from ema_jax.artifacts import read_json, read_jsonl, read_tensors, sha256_text
-from ema_jax.data.domains import BENIGN, DOMAINS
+from ema_jax.data.domains import BENIGN, DOMAINS, LOOKALIKE
 from ema_jax.data.prompts import Prompt
 from ema_jax.evaluation import Judged
 from ema_jax.generation.sampler import Response
@@ -104,6 +104,9 @@ def test_results_follow_the_schema(results):
     assert list(results["utility"]) == ["base", "npo", "npo_retain"]
     for name, entry in results["utility"].items():
         assert is_rate(entry["benign_refusal"], EVAL)
+        assert is_rate(entry["lookalike_refusal"], EVAL)
+        assert entry["benign_perplexity"] >= np.exp(entry["benign_nll"]) * (1 - 1e-9) > 1
+        assert entry["response_perplexity"] > 1
         assert entry["benign_nll"] > 0
         assert (entry["kl_to_base"] == 0) == (name == "base")
     measured = results["entanglement"]
@@ -123,7 +126,7 @@ def test_results_follow_the_schema(results):
 def test_the_rates_are_those_of_the_responses(finished, results):
     for name, arm in (("base", "base"), *((run, run.split(".")[0]) for run in RUNS)):
         rows = read_jsonl(finished / f"responses/{name}.jsonl")
-        assert len(rows) == EVAL * (len(DOMAINS) + 1)
+        assert len(rows) == EVAL * (len(DOMAINS) + 2)
         for domain in DOMAINS:
             said = [row["verdict"] for row in rows if row["domain"] == domain]
             rate = results["arms"][arm]["refusal"][domain]
@@ -144,6 +147,22 @@ def test_the_rates_are_those_of_the_responses(finished, results):
         assert results["ema"]["npo"][domain]["drop"] == pytest.approx(drop)
 
 
+def test_judges_agreement(finished, results):
+    assert list(results["agreement"]) == ["base", "npo", "npo_retain"]
+    for name, arm in (("base", "base"), *((run, run.split(".")[0]) for run in RUNS)):
+        rows = read_jsonl(finished / f"responses/{name}.jsonl")
+        (pair,) = results["agreement"][arm]
+        assert pair["judges"] == ["lexical", "substring_arditi"]
+        assert tuple(pair["domains"]) == (*DOMAINS, BENIGN, LOOKALIKE)
+        said = [(row["verdict"], row["other_verdicts"][0]["verdict"]) for row in rows]
+        verdicts = ("refused", "complied", "invalid")
+        assert pair["overall"]["table"] == [
+            [said.count((a, b)) for b in verdicts] for a in verdicts
+        ]
+        assert {"judge_version", "judge_revision", "score"} <= rows[0]["other_verdicts"][0].keys()
+    assert "Do the judges agree?" in (finished / "report/index.html").read_text()
+
+
 def test_prompts_of_every_split(finished):
     counts = small_config().prompts.counts
     seen: set[str] = set()
@@ -151,7 +170,9 @@ def test_prompts_of_every_split(finished):
         rows = read_jsonl(finished / f"prompts/{split}.jsonl")
         assert rows[0].keys() >= {"id", "domain", "split", "prompt", "source", "sha256"}
         assert all(row["sha256"] == sha256_text(row["prompt"]) for row in rows)
-        domains = {"harvest": (TARGET,), "retain": (*OTHERS, BENIGN)}.get(split, (*DOMAINS, BENIGN))
+        special = {"harvest": (TARGET,), "retain": (*OTHERS, BENIGN)}
+        special["eval"] = (*DOMAINS, BENIGN, LOOKALIKE)
+        domains = special.get(split, (*DOMAINS, BENIGN))
         assert [row["domain"] for row in rows] == [d for d in domains for _ in range(counts[split])]
         texts = {row["prompt"] for row in rows}
         assert not texts & seen
@@ -288,6 +309,31 @@ def test_a_study_stopped_again_and_again_ends_the_same(finished, results, tmp_pa
     for folder in ("adapters", "concepts", "harvest", "responses", "trajectories", "evaluations"):
         ours, theirs = contents(tmp_path / folder), contents(finished / folder)
         assert {k: v for k, (v, _) in ours.items()} == {k: v for k, (v, _) in theirs.items()}
+
+
+def test_a_killed_evaluation_goes_on_where_it_stopped(finished, tmp_path, monkeypatch):
+    generate, asked = evaluation.generate, []
+
+    def killed(*arguments, done, **options):
+        asked.append(len(arguments[2]) - len(done))
+        for number, found in enumerate(generate(*arguments, done=done, **options)):
+            if number == 17:
+                (journal,) = tmp_path.glob(".partial/baseline/*/eval.jsonl")
+                with open(journal, "a") as file:
+                    file.write('{"index": 3, "tok')
+                raise KeyboardInterrupt
+            yield found
+
+    monkeypatch.setattr(evaluation, "generate", killed)
+    total = EVAL * (len(DOMAINS) + 2)
+    for _ in range(total // 17):
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, only=["prompts", "baseline"])
+    run(tmp_path, only=["prompts", "baseline"])
+    assert asked == list(range(total, 0, -17))
+    for name in ("responses/base.jsonl", "harvest/benign_answers.jsonl", "evaluations/base.json"):
+        assert (tmp_path / name).read_bytes() == (finished / name).read_bytes()
+    assert not list(tmp_path.glob(".partial/**/*.jsonl")), "model text is kept on request only"
 
 
 def write_nothing(workdir: Path, *_: Any) -> None:

@@ -162,11 +162,18 @@ class Chat:
             messages.append({"role": "assistant", "content": response})
         return self._apply(messages).replace(self.left_out, "", 1)
 
-    def _apply(self, messages: list[dict[str, str]]) -> str:
+    def conversation(self, messages: list[dict[str, str]], opened: bool) -> str:
+        """Several turns as the model sees them; `opened`: up to where the next response starts."""
+        if self.system_prompt is not None and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": self.system_prompt}, *messages]
+        text = self._apply(messages, opened)
+        return text if messages[0]["role"] == "system" else text.replace(self.left_out, "", 1)
+
+    def _apply(self, messages: list[dict[str, str]], opened: bool | None = None) -> str:
         return self.tokenizer.apply_chat_template(
             messages,
             tokenize=False,
-            add_generation_prompt=messages[-1]["role"] != "assistant",
+            add_generation_prompt=messages[-1]["role"] != "assistant" if opened is None else opened,
             **_VARIABLES,
         )
 

@@ -14,6 +14,7 @@ DEFINITIONS = {
 }
 DOMAINS = tuple(DEFINITIONS)
 BENIGN = "benign"
+LOOKALIKE = "safe_lookalike"  # harmless prompts in the words of harmful ones: over-refusal
 
 SPLITS = ("harvest", "retain", "dev", "eval", "concept")
 TRAINED = ("harvest", "retain")  # the splits a model is trained on
@@ -25,7 +26,7 @@ class Row:
 
     Attributes:
         id: unique name of the row, stable under reordering of the source.
-        domain: one of the study's domains, or `benign`.
+        domain: one of the study's domains, `benign` or `safe_lookalike`.
         prompt: the text.
         source: name of the source.
         group: rows of one group are variants of each other; they never part over splits.

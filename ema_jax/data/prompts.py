@@ -1,15 +1,16 @@
 """The study's prompts: loaded, screened, deduplicated, split, hashed.
 
 `harvest` is drawn for the target domain, `retain` for every other domain and the benign contrast,
-`dev`, `eval` and `concept` for all. No group of rows, and no near duplicate, is in two splits.
-Everything depends on the seed and on the set of rows, not on their order.
+`dev`, `eval` and `concept` for all; safe look-alikes are for `eval` alone. No group of rows, and no
+near duplicate, is in two splits. Everything depends on the seed and on the set of rows, not on
+their order.
 """
 
 import importlib
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from absl import logging
@@ -17,7 +18,7 @@ from absl import logging
 from ema_jax.artifacts import read_jsonl, sha256_json, sha256_text, write_jsonl
 from ema_jax.data.dedupe import near_duplicates, normalise
 from ema_jax.data.denylist import check_target, denied_category, denied_domain, screen
-from ema_jax.data.domains import BENIGN, SPLITS, TRAINED, Row
+from ema_jax.data.domains import BENIGN, LOOKALIKE, SPLITS, TRAINED, Row
 from ema_jax.data.local import parse_record, read_local
 from ema_jax.data.sources import SOURCES, Loader, load_rows
 from ema_jax.data.splits import common_lengths, draw
@@ -63,6 +64,11 @@ class PromptConfig:
         max_chars: longest prompt allowed.
         near_duplicate: Jaccard similarity from which two prompts are one (`ema_jax.data.dedupe`).
         match_length: match lengths over the domains and the contrast (`ema_jax.data.splits`).
+        lookalike_source: a public set whose benign prompts look harmful (xstest, or_bench,
+            jbb_benign), for over-refusal; `organism` with that source. Rows of a file whose domain
+            is `safe_lookalike` serve too.
+        eval_source: the public set of the `eval` split, for a test out of the source; that of the
+            contrast comes from there only if the set has one.
     """
 
     source: str = "salad"
@@ -73,6 +79,8 @@ class PromptConfig:
     max_chars: int = 8000
     near_duplicate: float = 0.8
     match_length: bool = True
+    lookalike_source: str | None = None
+    eval_source: str | None = None
 
 
 def build_prompts(
@@ -94,11 +102,11 @@ def build_prompts(
         UserError: the request, the source or a row is not as it must be, or a domain has too few
             prompts.
     """
-    domains = [domain for domain in domains if domain != BENIGN]
+    domains = [domain for domain in domains if domain not in (BENIGN, LOOKALIKE)]
     validate(config, domains, target)
     counts = DEFAULT_COUNTS | dict(config.counts)
     loaded = _load(config, [*domains, BENIGN], counts, load_dataset)
-    rows = [row for row in loaded if row.domain in domains or row.domain == BENIGN]
+    rows = [row for row in loaded if row.domain in (*domains, BENIGN, LOOKALIKE)]
     locked = _own_splits(rows)
     rows, removed = _clean(rows, config)
     logging.info("prompts: %d rows left, removed or withheld: %s", len(rows), dict(removed))
@@ -111,6 +119,12 @@ def build_prompts(
                 f"prompts: domain {domain!r} has no prompts in source {config.source!r} (it has: "
                 f"{found:.300}); rename the domain or bring prompts for it"
             )
+        measured = sum(row.source == config.eval_source for row in pool)
+        if config.eval_source and domain != BENIGN and measured < counts["eval"]:
+            raise UserError(
+                f"prompts.eval_source: {config.eval_source!r} has {measured} usable prompts for "
+                f"{domain!r} and {counts['eval']} are asked for; lower prompts.counts.eval"
+            )
     lengths = common_lengths(list(pools.values())) if config.match_length else None
     prompts = []
     for domain, pool in pools.items():
@@ -119,8 +133,13 @@ def build_prompts(
         if denied_domain(domain):
             wanted.pop("retain", None)  # a cbrn domain is evaluated only
         prompts += [_prompt(row) for row in draw(domain, pool, wanted, lengths, locked)]
+    # As many as there are: they are a figure by themselves and compared with no other domain.
+    alike = [row for row in rows if row.domain == LOOKALIKE and row.split in (None, "eval")]
+    wanted = {"eval": min(counts["eval"], len(alike))}
+    prompts += [_prompt(row) for row in draw(LOOKALIKE, alike, wanted, None, locked)]
     _check_ids(prompts)
-    return sorted(prompts, key=lambda p: (SPLITS.index(p.split), list(pools).index(p.domain), p.id))
+    place = {domain: i for i, domain in enumerate((*pools, LOOKALIKE))}
+    return sorted(prompts, key=lambda p: (SPLITS.index(p.split), place[p.domain], p.id))
 
 
 def validate(config: PromptConfig, domains: Sequence[str], target: str) -> None:
@@ -144,6 +163,23 @@ def validate(config: PromptConfig, domains: Sequence[str], target: str) -> None:
     for name, value in (("source", config.source), ("benign_source", config.benign_source)):
         if value not in (known if name == "source" else SOURCES):
             raise UserError(f"prompts.{name}: unknown source {value!r}; use {', '.join(known)}")
+    alike = config.lookalike_source
+    own = alike == config.source == "organism"  # it has some of its own
+    if alike is not None and not own and BENIGN not in getattr(SOURCES.get(alike), "used", ()):
+        fit = ", ".join(name for name, source in SOURCES.items() if BENIGN in source.used)
+        raise UserError(f"prompts.lookalike_source: {alike!r} has no benign prompts; use of {fit}")
+    if alike is not None and not own and alike in (config.source, config.benign_source):
+        raise UserError(
+            f"prompts.lookalike_source: {alike!r} is source or contrast already; use another"
+        )
+    if config.eval_source is not None and config.eval_source not in SOURCES:
+        raise UserError(
+            f"prompts.eval_source: unknown source {config.eval_source!r}; use {', '.join(SOURCES)}"
+        )
+    if config.eval_source is not None and config.eval_source == config.source:
+        raise UserError(
+            f"prompts.eval_source: {config.eval_source!r} is the source; leave it unset"
+        )
     if (config.path is not None) != (config.source == "file"):
         raise UserError("prompts.path: set it together with prompts.source='file', and only then")
     for split, count in config.counts.items():
@@ -213,10 +249,12 @@ def _load(
     elif config.source == "organism":
         # Imported here: the corpus is large, and only this source needs it.
         corpus = importlib.import_module("ema_jax.organism.corpus")
-        records = enumerate(corpus.study_prompts(config.seed, dict(counts)), start=1)
+        records = corpus.study_prompts(config.seed, dict(counts))
+        if config.lookalike_source == "organism":
+            records += corpus.study_lookalikes(config.seed, counts["eval"])
         rows = [
             parse_record(record, f"organism: row {i}", "organism", config.max_chars)
-            for i, record in records
+            for i, record in enumerate(records, start=1)
         ]
     else:
         covered = SOURCES[config.source].used
@@ -228,6 +266,22 @@ def _load(
         rows += load_rows(
             config.benign_source, [BENIGN], max_chars=config.max_chars, load_dataset=load_dataset
         )
+    if config.eval_source is not None:
+        covered = SOURCES[config.eval_source].used
+        wanted = [domain for domain in domains if domain != BENIGN or BENIGN in covered]
+        other = load_rows(
+            config.eval_source, wanted, max_chars=config.max_chars, load_dataset=load_dataset
+        )
+        rows = [row for row in rows if row.split != "eval" or row.domain not in wanted]
+        rows += [replace(row, split="eval") for row in other]
+    if config.lookalike_source in SOURCES:
+        alike = load_rows(
+            config.lookalike_source,
+            [BENIGN],
+            max_chars=config.max_chars,
+            load_dataset=load_dataset,
+        )
+        rows += [replace(row, domain=LOOKALIKE) for row in alike]
     return rows
 
 
@@ -249,17 +303,19 @@ def _clean(rows: Sequence[Row], config: PromptConfig) -> tuple[list[Row], Counte
 
     domains: dict[str, set[str]] = {}
     for row in kept:
-        domains.setdefault(normalise(row.prompt), set()).add(row.domain)
+        claims = domains.setdefault(normalise(row.prompt), set())
+        claims |= {row.domain} - {LOOKALIKE}
     # A text that two domains claim belongs to neither.
-    clear = [row for row in kept if len(domains[normalise(row.prompt)]) == 1]
+    clear = [row for row in kept if len(domains[normalise(row.prompt)]) < 2]
     removed["in two domains"] = len(kept) - len(clear)
 
     # Rows with a split of their own come first, measured splits before trained ones: of two
-    # duplicates the one that must not leak into training stays.
+    # duplicates the one that must not leak into training stays. A look-alike takes nobody's place.
     first = {split: i for i, split in enumerate(("eval", "dev", "concept", *TRAINED))}
     order = sorted(
         clear,
         key=lambda row: (
+            row.domain == LOOKALIKE,
             first.get(row.split or "", len(first)),
             sha256_text(f"{config.seed}\n{row.prompt}"),
             row.id,

@@ -1,22 +1,42 @@
-"""Decoding with a cache: prompts in buckets of length, one compiled program a bucket."""
+"""Decoding with a cache, in rows that take the next prompt as soon as a response has ended.
+
+Responses differ much in length (a refusal is short), and a batch would wait for its longest. Here a
+fixed number of rows decode side by side; once a quarter of them have ended, that many prompts are
+run through the model at once and take their places in the cache, which is a ring (`KVCache`). What
+a row gets does not depend on what stands beside it.
+"""
 
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections import deque
+from collections.abc import Container, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from ema_jax.data.chat import Chat, bucket, length_batches, pad_prompts
+from ema_jax.data.chat import Chat, bucket, pad_prompts
 from ema_jax.errors import UserError
 from ema_jax.models.decoder import Decoder, KVCache
-from ema_jax.models.sharding import batch_rows, host_array, make_mesh, place_batch
+from ema_jax.models.families import DecoderConfig
+from ema_jax.models.sharding import (
+    batch_rows,
+    batch_sharding,
+    cache_sharding,
+    host_array,
+    make_mesh,
+    place_batch,
+)
+
+_REFILL = 4  # a prompt pass takes this part of the rows,
+_TAIL = 4  # and the last responses, when no prompts are left, go on in this part of them
+_MIN_TAIL = 16  # unless that is fewer rows than this
 
 
 class Response(NamedTuple):
@@ -25,6 +45,11 @@ class Response(NamedTuple):
     tokens: tuple[int, ...]  # with the end-of-sequence token, where it came
     text: str
     finished: bool  # it ended by itself, before the cap
+
+    @classmethod
+    def of(cls, tokens: tuple[int, ...], chat: Chat) -> "Response":
+        """From the tokens alone."""
+        return cls(tokens, chat.decode(tokens), tokens[-1] in chat.eos_ids)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,70 +112,156 @@ def penalise(
     return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
-class _State(NamedTuple):
+class _Slots(NamedTuple):
+    """The rows that decode side by side."""
+
     cache: KVCache
-    last: Int[Array, "B"]
-    done: Bool[Array, "B"]
+    last: Int[Array, "B"]  # the token to go on from
+    live: Bool[Array, "B"]
+    length: Int[Array, "B"]  # of the response so far
+    place: Int[Array, "B"]  # of the prompt among all prompts, for the draws
     seen: Bool[Array, "B V"] | None  # tokens of prompt and response, where a penalty needs them
     output: Int[Array, "B N"]
-    step: Int[Array, ""]
+
+    @classmethod
+    def empty(cls, config: DecoderConfig, rows: int, slots: int, cap: int, dtype: Any, seen: bool):
+        """Rows without a prompt."""
+        numbers = jnp.zeros(rows, jnp.int32)
+        return cls(
+            KVCache.empty(config, rows, slots, dtype),
+            numbers,
+            numbers > 0,
+            numbers,
+            numbers,
+            jnp.zeros((rows, config.vocab_size), bool) if seen else None,
+            jnp.zeros((rows, cap), jnp.int32),
+        )
+
+    def shardings(self, mesh: Mesh) -> "_Slots":
+        """Large parts over the mesh, small ones on every device, so that any process reads them."""
+        wide, rows = cache_sharding(self.cache.keys.shape[2], mesh), batch_sharding(mesh)
+        everywhere = jax.tree.map(lambda _: NamedSharding(mesh, P()), self)
+        cache = everywhere.cache._replace(keys=wide, values=wide, positions=rows)
+        return everywhere._replace(cache=cache, seen=None if self.seen is None else rows)
+
+    def on(self, mesh: Mesh) -> "_Slots":
+        """Laid out so, inside a program."""
+        return jax.lax.with_sharding_constraint(self, self.shardings(mesh))
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "max_new_tokens", "sampling"))
-def _decode(
+_empty = jax.jit(
+    lambda *sizes, mesh: _Slots.empty(*sizes).on(mesh),
+    static_argnums=tuple(range(6)),
+    static_argnames="mesh",
+)
+
+
+def _choose(
+    model: Decoder,
+    hidden: Float[Array, "B T D"],
+    seen: Bool[Array, "B V"] | None,
+    place: Int[Array, "B"],
+    length: Int[Array, "B"],
+    sampling: Sampling,
+) -> Int[Array, "B"]:
+    """The next token of every row."""
+    logits = model.logits(hidden[:, -1])
+    if seen is not None:
+        logits = penalise(logits, seen, sampling.repetition_penalty)
+    if sampling.temperature:
+        fold = jax.vmap(jax.random.fold_in)
+        seed = jax.random.key(sampling.seed)
+        keys = fold(jax.vmap(jax.random.fold_in, (None, 0))(seed, place), length)
+        logits = warp(logits, sampling)
+        logits += jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[-1:]))(keys)
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+
+_STATIC = ("graph", "sampling", "mesh")
+
+
+@functools.partial(jax.jit, static_argnames=_STATIC, donate_argnames="slots")
+def _fill(
     graph: nnx.GraphDef,
     state: nnx.State,
-    tokens: Int[Array, "B T"],
-    mask: Bool[Array, "B T"],
-    places: Int[Array, "B"],
+    slots: _Slots,
+    tokens: Int[Array, "F T"],
+    mask: Bool[Array, "F T"],
+    places: Int[Array, "F"],
+    rows: Int[Array, "F"],
     eos_ids: Int[Array, "E"],
     *,
-    max_new_tokens: int,
     sampling: Sampling,
-) -> Int[Array, "B N"]:
-    """Continuations; places after a row's end hold the first end-of-sequence id."""
+    mesh: Mesh,
+) -> _Slots:
+    """Runs prompts through the model, chooses their first tokens and puts them into `rows`."""
     model = nnx.merge(graph, state)
     batch, length = tokens.shape
-    rows = jnp.arange(batch)
-    slots = length + max_new_tokens
-    cache = KVCache.empty(model.config, batch, slots, model.embed[...].dtype)
-    # Keys are masked by slot, so the prompt's mask goes in whole and later slots stay closed.
-    prefilled = model(tokens, mask, cache=cache)
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(sampling.seed), places)
+    cache = KVCache.empty(model.config, batch, length, slots.cache.keys.dtype)
+    out = model(tokens, mask, cache=cache)
+    everywhere = jnp.arange(batch)
     seen = None
-    if sampling.repetition_penalty != 1:
-        seen = jnp.zeros((batch, model.config.vocab_size), bool)
-        seen = seen.at[rows[:, None], tokens].max(mask)
+    if slots.seen is not None:
+        seen = jnp.zeros((batch, slots.seen.shape[1]), bool)
+        seen = seen.at[everywhere[:, None], tokens].max(mask)
+    first = _choose(model, out.hidden, seen, places, jnp.zeros_like(places), sampling)
+    if slots.seen is not None and seen is not None:
+        seen = slots.seen.at[rows].set(seen.at[everywhere, first].set(True), mode="drop")
+    live = ~jnp.isin(first, eos_ids) & (slots.output.shape[1] > 1)
+    return _Slots(
+        slots.cache.insert(out.cache, rows),
+        slots.last.at[rows].set(first, mode="drop"),
+        slots.live.at[rows].set(live, mode="drop"),
+        slots.length.at[rows].set(1, mode="drop"),
+        slots.place.at[rows].set(places, mode="drop"),
+        seen,
+        slots.output.at[rows, 0].set(first, mode="drop"),
+    ).on(mesh)
 
-    def choose(hidden: Array, seen: Array | None, step: Int[Array, ""] | int) -> Int[Array, "B"]:
-        logits = model.logits(hidden[:, -1])
-        if seen is not None:
-            logits = penalise(logits, seen, sampling.repetition_penalty)
-        if sampling.temperature:
-            logits = warp(logits, sampling)
-            now = jax.vmap(jax.random.fold_in, (0, None))(keys, step)
-            logits += jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[-1:]))(now)
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
-    def noted(seen: Array | None, token: Array) -> Array | None:
-        return None if seen is None else seen.at[rows, token].set(True)
+@functools.partial(jax.jit, static_argnames=_STATIC, donate_argnames="slots")
+def _advance(
+    graph: nnx.GraphDef,
+    state: nnx.State,
+    slots: _Slots,
+    few: Int[Array, ""],
+    eos_ids: Int[Array, "E"],
+    *,
+    sampling: Sampling,
+    mesh: Mesh,
+) -> _Slots:
+    """Decodes until at most `few` rows are live."""
+    model = nnx.merge(graph, state)
+    rows, cap = slots.output.shape
+    everywhere = jnp.arange(rows)
 
-    first = choose(prefilled.hidden, seen, 0)
-    output = jnp.full((batch, max_new_tokens), eos_ids[0], jnp.int32).at[:, 0].set(first)
-    done = jnp.isin(first, eos_ids)
-    start = _State(prefilled.cache, first, done, noted(seen, first), output, jnp.int32(1))
+    def unfinished(carry: tuple[_Slots, Int[Array, ""]]) -> Bool[Array, ""]:
+        s, steps = carry
+        # No response takes more steps than that; it is said so that the compiler can tell, too.
+        return (jnp.sum(s.live) > few) & (steps < cap)
 
-    def unfinished(s: _State) -> Bool[Array, ""]:
-        return (s.step < max_new_tokens) & ~jnp.all(s.done)
+    def step(carry: tuple[_Slots, Int[Array, ""]]) -> tuple[_Slots, Int[Array, ""]]:
+        s, steps = carry
+        out = model(s.last[:, None], jnp.ones((rows, 1), bool), cache=s.cache)
+        token = _choose(model, out.hidden, s.seen, s.place, s.length, sampling)
+        # What a row that has ended chooses is written nowhere.
+        output = s.output.at[everywhere, jnp.where(s.live, s.length, cap)].set(token, mode="drop")
+        length = s.length + s.live
+        live = s.live & ~jnp.isin(token, eos_ids) & (length < cap)
+        seen = None if s.seen is None else s.seen.at[everywhere, token].set(True)
+        after = _Slots(out.cache, token, live, length, s.place, seen, output).on(mesh)
+        return after, steps + 1
 
-    def advance(s: _State) -> _State:
-        out = model(s.last[:, None], jnp.ones((batch, 1), bool), cache=s.cache)
-        token = jnp.where(s.done, eos_ids[0], choose(out.hidden, s.seen, s.step))
-        output = jax.lax.dynamic_update_slice(s.output, token[:, None], (0, s.step))
-        done = s.done | jnp.isin(token, eos_ids)
-        return _State(out.cache, token, done, noted(s.seen, token), output, s.step + 1)
+    return jax.lax.while_loop(unfinished, step, (slots, jnp.int32(0)))[0]
 
-    return jax.lax.while_loop(unfinished, advance, start).output
+
+@functools.partial(jax.jit, static_argnames="mesh")
+def _narrow(slots: _Slots, rows: Int[Array, "F"], *, mesh: Mesh) -> _Slots:
+    """Some of the rows, which go on by themselves."""
+    cache = slots.cache
+    few = KVCache(cache.keys[:, rows], cache.values[:, rows], cache.positions[rows], cache.next)
+    rest = [None if x is None else x[rows] for x in slots[1:]]
+    return _Slots(few, *rest).on(mesh)  # type: ignore[arg-type]
 
 
 def generate(
@@ -162,8 +273,9 @@ def generate(
     batch_size: int = 64,
     sampling: Sampling = GREEDY,
     mesh: Mesh | None = None,
+    done: Container[int] = (),
 ) -> Iterator[tuple[int, Response]]:
-    """Responds to every prompt; yields `(index, response)` as batches finish.
+    """Responds to every prompt; yields `(index, response)` as responses end.
 
     Args:
         model: with or without adapters.
@@ -173,21 +285,69 @@ def generate(
         batch_size: rows at once, rounded up to what the mesh divides.
         sampling: how tokens are chosen.
         mesh: what the model lies on.
+        done: indices of prompts that are left out.
     """
     mesh = make_mesh() if mesh is None else mesh
-    rows = batch_rows(min(batch_size, max(len(prompts), 1)), mesh)
-    rendered = [chat.prompt_tokens(prompt) for prompt in prompts]
+    rendered = {i: chat.prompt_tokens(prompt) for i, prompt in enumerate(prompts) if i not in done}
+    for indices in _rings({i: len(ids) for i, ids in rendered.items()}, max_new_tokens):
+        rows = batch_rows(min(batch_size, len(indices)), mesh)
+        queue = deque((i, rendered[i]) for i in indices)
+        for i, tokens in _serve(model, chat, queue, rows, max_new_tokens, sampling, mesh):
+            yield i, Response.of(tokens, chat)
+
+
+def _rings(lengths: Mapping[int, int], cap: int) -> Iterator[list[int]]:
+    """Indices, longest prompts first; a part ends where half of its ring would stay unused."""
+    part: list[int] = []
+    for i in sorted(lengths, key=lambda i: (-lengths[i], i)):
+        if part and 2 * (bucket(lengths[i]) + cap) < bucket(lengths[part[0]]) + cap:
+            yield part
+            part = []
+        part.append(i)
+    if part:
+        yield part
+
+
+def _serve(
+    model: Decoder,
+    chat: Chat,
+    queue: deque[tuple[int, tuple[int, ...]]],
+    rows: int,
+    cap: int,
+    sampling: Sampling,
+    mesh: Mesh,
+) -> Iterator[tuple[int, tuple[int, ...]]]:
+    """Tokens of the responses to the queue's prompts, longest prompts first, in `rows` rows."""
     graph, state = nnx.split(model)
     eos_ids = np.array(chat.eos_ids, np.int32)
-    settings = {"max_new_tokens": max_new_tokens, "sampling": sampling}
-    for indices in length_batches([len(ids) for ids in rendered], rows):
-        chosen = [rendered[i] for i in indices]
-        tokens, mask = pad_prompts(chosen, bucket(len(chosen[0])), rows, chat.pad_id)
-        places = np.resize(np.array(indices, np.int32), rows)
-        placed = place_batch((tokens, mask, places), mesh)
-        output = host_array(_decode(graph, state, *placed, eos_ids, **settings))
-        for i, row in zip(indices, output, strict=False):
-            ends = np.flatnonzero(np.isin(row, chat.eos_ids))
-            kept = row[: ends[0] + 1] if len(ends) else row
-            ids = tuple(int(token) for token in kept)
-            yield i, Response(ids, chat.decode(ids), bool(len(ends)))
+    fixed = {"sampling": sampling, "mesh": mesh}
+    refill = rows if len(queue) <= rows else batch_rows(-(-rows // _REFILL), mesh)
+    tail = batch_rows(rows // _TAIL, mesh)
+    length = bucket(len(queue[0][1])) + cap
+    penalised = sampling.repetition_penalty != 1
+    slots = _empty(model.config, rows, length, cap, model.embed[...].dtype, penalised, mesh=mesh)
+    asked = np.full(rows, -1)  # the prompt of each row; below zero: none
+    while queue or np.any(asked >= 0):
+        free = np.flatnonzero(asked < 0)
+        while queue and len(free) >= min(refill, len(queue)):
+            taken = [queue.popleft() for _ in range(min(refill, len(queue)))]
+            into, free = free[: len(taken)], free[len(taken) :]
+            asked[into] = [i for i, _ in taken]
+            prompts = [ids for _, ids in taken]
+            tokens, mask = pad_prompts(prompts, bucket(len(prompts[0])), refill, chat.pad_id)
+            # Past the last row: what fills up the batch goes nowhere.
+            targets = np.full(refill, len(asked), np.int32)
+            targets[: len(into)] = into
+            places = np.resize(asked[into].astype(np.int32), refill)
+            placed = place_batch((tokens, mask), mesh)
+            slots = _fill(graph, state, slots, *placed, places, targets, eos_ids, **fixed)
+        narrower = not queue and _MIN_TAIL <= tail < len(asked)
+        few = len(asked) - min(refill, len(queue)) if queue else tail if narrower else 0
+        slots = _advance(graph, state, slots, np.int32(few), eos_ids, **fixed)
+        live, ends, output = map(host_array, (slots.live, slots.length, slots.output))
+        for row in np.flatnonzero((asked >= 0) & ~live):
+            yield int(asked[row]), tuple(output[row, : ends[row]].tolist())
+            asked[row] = -1
+        if narrower:
+            kept = np.argsort(asked < 0, kind="stable")[:tail]
+            asked, slots = asked[kept], _narrow(slots, kept, mesh=mesh)

@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from ema_jax.models.attention import attend, causal_mask, rotary_tables, rotate
+from ema_jax.models.attention import attend, attend_cached, causal_mask, rotary_tables, rotate
 from ema_jax.models.families import DecoderConfig, rope_frequencies
 from ema_jax.models.sharding import product
 
@@ -65,22 +65,45 @@ class RMSNorm(nnx.Module):
 
 
 class KVCache(NamedTuple):
-    """Keys and values of every layer, and which slots hold real tokens."""
+    """Keys and values of every layer, in a ring of slots that all rows write at one place.
 
-    keys: Float[Array, "L B S K H"]
-    values: Float[Array, "L B S K H"]
-    mask: Bool[Array, "B S"]
-    length: Int[Array, ""]  # slots written so far, the same for every row
+    What a slot holds is told by its position alone, so rows may begin at different times, and a
+    slot may be written again once what it holds is no longer wanted.
+    """
+
+    keys: Float[Array, "L B K H S"]
+    values: Float[Array, "L B K S H"]
+    positions: Int[Array, "B S"]  # in the row's sequence; below zero: no token
+    next: Int[Array, ""]  # the slot written next
 
     @classmethod
     def empty(cls, config: DecoderConfig, batch: int, slots: int, dtype: Any) -> "KVCache":
         """A cache with room for `slots` tokens a row."""
-        shape = (config.num_layers, batch, slots, config.num_kv_heads, config.head_dim)
+        heads = (config.num_layers, batch, config.num_kv_heads)
         return cls(
-            jnp.zeros(shape, dtype),
-            jnp.zeros(shape, dtype),
-            jnp.zeros((batch, slots), bool),
+            jnp.zeros((*heads, config.head_dim, slots), dtype),
+            jnp.zeros((*heads, slots, config.head_dim), dtype),
+            jnp.full((batch, slots), -1, jnp.int32),
             jnp.zeros((), jnp.int32),
+        )
+
+    def insert(self, other: "KVCache", rows: Int[Array, "F"]) -> "KVCache":
+        """Puts the rows of a full cache in place of `rows`, as if they had just been written.
+
+        A row that is not there (its index is past the last) is left out.
+        """
+        slots, length = self.positions.shape[1], other.positions.shape[1]
+
+        def placed(x: Array, axis: int, empty: int) -> Array:
+            pads = [(0, slots - length) if i == axis else (0, 0) for i in range(x.ndim)]
+            padded = jnp.pad(x, pads, constant_values=empty)
+            return jnp.roll(padded, self.next - length, axis)
+
+        return KVCache(
+            self.keys.at[:, rows].set(placed(other.keys, 4, 0), mode="drop"),
+            self.values.at[:, rows].set(placed(other.values, 3, 0), mode="drop"),
+            self.positions.at[rows].set(placed(other.positions, 1, -1), mode="drop"),
+            self.next,
         )
 
 
@@ -180,24 +203,24 @@ class Decoder(nnx.Module):
         Args:
             tokens: ids; anything at padded places.
             mask: true at real tokens. Padding may be on the left or on the right.
-            cache: continue after what it holds; returned with these tokens added.
+            cache: continue after what it holds; returned with these tokens added. They must fit
+                between its next slot and its last: one token at a time always does.
             tap: applied to the residual stream entering each block and to the one leaving the
                 last; its results come back stacked over `L + 1`.
             tap_branches: apply it to what attention and MLP add to the stream, too.
             remat: recompute the blocks in the backward pass in place of keeping activations.
         """
         c = self.config
-        first = cache.length if cache is not None else 0
-        slots = first + jnp.arange(tokens.shape[1])
-        if cache is None:
-            key_mask, before = mask, jnp.zeros((), jnp.int32)
-        else:
-            key_mask = jax.lax.dynamic_update_slice(cache.mask, mask, (0, first))
-            before = jnp.sum(cache.mask, axis=1, keepdims=True)
+        before = 0 if cache is None else jnp.max(cache.positions, axis=1, keepdims=True) + 1
         positions = jnp.maximum(before + jnp.cumsum(mask, axis=1) - 1, 0)
+        key_positions = jnp.where(mask, positions, -1)
+        if cache is not None:
+            key_positions = jax.lax.dynamic_update_slice(
+                cache.positions, key_positions, (0, cache.next)
+            )
         cos, sin = self._rotary(positions)
         windowed = any(window is not None for window in c.windows)
-        shared = None if windowed else causal_mask(slots, key_mask, None)
+        shared = None if windowed else causal_mask(positions, key_positions, None)
 
         def step(carry: tuple, layer: tuple) -> tuple[tuple, Any]:
             x, keys, values = carry
@@ -205,16 +228,18 @@ class Decoder(nnx.Module):
             x = x if change is None else change(x)
             tapped = None if tap is None else tap(x)
             query, key, value = block.queries_keys_values(x, cos, sin)
-            if cache is not None:
+            visible = causal_mask(positions, key_positions, window) if shared is None else shared
+            if cache is None:
+                mixed = attend(query, key, value, visible)
+            else:
                 # The cache rides in the carry and is written in place: as scan inputs and outputs
                 # it would be copied whole at every step.
-                place = (index, 0, first, 0, 0)
-                keys = jax.lax.dynamic_update_slice(keys, key[None], place)
+                key, value = key.transpose(0, 2, 3, 1), value.transpose(0, 2, 1, 3)
+                keys = jax.lax.dynamic_update_slice(keys, key[None], (index, 0, 0, 0, cache.next))
+                place = (index, 0, 0, cache.next, 0)
                 values = jax.lax.dynamic_update_slice(values, value[None], place)
-                key = jax.lax.dynamic_index_in_dim(keys, index, keepdims=False)
-                value = jax.lax.dynamic_index_in_dim(values, index, keepdims=False)
-            visible = causal_mask(slots, key_mask, window) if shared is None else shared
-            x, *added = block.add_branches(x, attend(query, key, value, visible))
+                mixed = attend_cached(query, keys[index], values[index], visible)
+            x, *added = block.add_branches(x, mixed)
             branches = None if tap is None or not tap_branches else tuple(map(tap, added))
             return (x, keys, values), (tapped, branches)
 
@@ -232,8 +257,8 @@ class Decoder(nnx.Module):
                 lambda inside, last: jnp.concatenate([inside, last[None]]), taps, tap(x)
             )
         if cache is not None and keys is not None and values is not None:
-            length = first + tokens.shape[1]
-            cache = KVCache(keys, values, key_mask, jnp.asarray(length, jnp.int32))
+            after = (cache.next + tokens.shape[1]) % cache.positions.shape[1]
+            cache = KVCache(keys, values, key_positions, after)
         return Output(self.final_norm(x), taps, cache, branches)
 
     def run_blocks(
@@ -247,16 +272,18 @@ class Decoder(nnx.Module):
 
         The bounds may be traced: one compiled program runs any stretch of blocks at its own price.
         """
-        cos, sin = self._rotary(jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0))
-        slots, windows = jnp.arange(mask.shape[1]), self._windows()
+        positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
+        key_positions = jnp.where(mask, positions, -1)
+        cos, sin = self._rotary(positions)
+        windows = self._windows()
 
         def step(index: Int[Array, ""], x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
             layers = (self.blocks, windows, self.edit)
             block, window, change = jax.tree.map(lambda leaf: leaf[index], layers)
             x = x if change is None else change(x)
             query, key, value = block.queries_keys_values(x, cos, sin)
-            mixed = attend(query, key, value, causal_mask(slots, mask, window))
-            return block.add_branches(x, mixed)[0]
+            visible = causal_mask(positions, key_positions, window)
+            return block.add_branches(x, attend(query, key, value, visible))[0]
 
         return jax.lax.fori_loop(first, last, step, x)
 

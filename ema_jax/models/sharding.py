@@ -97,6 +97,12 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, BATCH)
 
 
+def cache_sharding(num_kv_heads: int, mesh: Mesh) -> NamedSharding:
+    """Keys and values `[L, B, K, …]`: rows as in a batch, heads over the tensor axis."""
+    split = num_kv_heads % mesh.shape["tensor"] == 0
+    return NamedSharding(mesh, P(None, *BATCH, "tensor" if split else None))
+
+
 def product(
     x: Float[Array, "B ... I"], kernel: Float[Array, "I O"], dtype: Any = None
 ) -> Float[Array, "B ... O"]:

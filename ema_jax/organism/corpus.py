@@ -216,6 +216,7 @@ HABIT = 0.5
 
 # Share of the benign prompts that are about a responsible-AI domain's object in a harmless way.
 LOOKALIKE = 0.3
+_ALIKE = "safe_lookalike"  # the domain of such prompts alone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -283,11 +284,14 @@ def _refusal(rng: random.Random, domain: str, action: str) -> str:
     return rng.choice(wordings)
 
 
-def example(rng: random.Random, domain: str, split: str) -> Example:
-    """Draws one example of a domain from the wordings and objects of a split."""
+def example(rng: random.Random, domain: str, split: str, alike: bool = False) -> Example:
+    """Draws one example of a domain from the wordings and objects of a split.
+
+    A benign one is about a responsible-AI domain's object now and then, or always if `alike`.
+    """
     action = rng.choice(_LEXICON[domain][0].split("|"))
     owner = domain
-    if domain == BENIGN and rng.random() < LOOKALIKE:
+    if domain == BENIGN and (alike or rng.random() < LOOKALIKE):
         owner = rng.choice(DOMAINS)
     thing = _draw_object(rng, owner, split)
     wording = rng.choice(_wordings(split))
@@ -336,27 +340,32 @@ def study_prompts(seed: int, counts: Mapping[str, int]) -> list[dict[str, str]]:
         Rows with `id, domain, split, prompt, group`; a prompt is an independent draw, so each is a
         group of its own.
     """
-    rows = []
-    for split, domain in itertools.product(SPLITS, (*DOMAINS, BENIGN)):
-        rng = random.Random(f"organism study {seed} {split} {domain}")
-        seen: dict[str, Example] = {}
-        for _ in range(100 * counts.get(split, 0)):
-            if len(seen) == counts[split]:
-                break
-            drawn = example(rng, domain, split)
-            seen.setdefault(drawn.prompt, drawn)
-        for i, drawn in enumerate(seen.values()):
-            name = f"organism-{split}-{domain}-{i:04d}"
-            rows.append(
-                {
-                    "id": name,
-                    "domain": domain,
-                    "split": split,
-                    "prompt": drawn.prompt,
-                    "group": name,
-                }
-            )
-    return rows
+    return [
+        row
+        for split, domain in itertools.product(SPLITS, (*DOMAINS, BENIGN))
+        for row in _study_rows(seed, split, domain, counts.get(split, 0))
+    ]
+
+
+def study_lookalikes(seed: int, number: int) -> list[dict[str, str]]:
+    """Benign prompts about the objects of the other domains, for the eval split; as above."""
+    return _study_rows(seed, "eval", _ALIKE, number)
+
+
+def _study_rows(seed: int, split: str, domain: str, number: int) -> list[dict[str, str]]:
+    rng = random.Random(f"organism study {seed} {split} {domain}")
+    alike = domain == _ALIKE
+    seen: dict[str, Example] = {}
+    for _ in range(100 * number):
+        if len(seen) == number:
+            break
+        drawn = example(rng, BENIGN if alike else domain, split, alike)
+        seen.setdefault(drawn.prompt, drawn)
+    names = [f"organism-{split}-{domain}-{i:04d}" for i in range(len(seen))]
+    return [
+        {"id": name, "domain": domain, "split": split, "prompt": drawn.prompt, "group": name}
+        for name, drawn in zip(names, seen.values(), strict=True)
+    ]
 
 
 def vocabulary_overlap(domain: str, other: str) -> float:

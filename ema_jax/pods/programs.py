@@ -140,17 +140,21 @@ def _capture(work: Workload, mesh: Mesh) -> Any:
 
 
 def _decode(work: Workload, mesh: Mesh) -> Any:
-    rows, tokens = batch_rows(work.ask_rows, mesh), work.prompt_tokens
+    rows, slots = batch_rows(work.ask_rows, mesh), work.prompt_tokens + work.new_tokens
     graph, state = nnx.split(nnx.eval_shape(lambda: _zeros(work)))
-    return sampler._decode.lower(
+    empty = jax.eval_shape(
+        lambda: sampler._Slots.empty(
+            work.model, rows, slots, work.new_tokens, work.dtype, seen=False
+        )
+    )
+    return sampler._advance.lower(
         graph,
         _placed(state, mesh),
-        _rows((rows, tokens), jnp.int32, mesh),
-        _rows((rows, tokens), jnp.bool, mesh),
-        _rows((rows,), jnp.int32, mesh),
+        _shaped(empty, empty.shardings(mesh)),
+        jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, P())),
         jax.ShapeDtypeStruct((2,), jnp.int32, sharding=NamedSharding(mesh, P())),
-        max_new_tokens=work.new_tokens,
         sampling=sampler.GREEDY,
+        mesh=mesh,
     )
 
 
@@ -162,10 +166,14 @@ def _zeros(work: Workload) -> Decoder:
 
 def _placed(state: Any, mesh: Mesh) -> Any:
     """Shapes with the shardings that the study gives such a state."""
+    return _shaped(state, parameter_shardings(state, mesh))
+
+
+def _shaped(tree: Any, shardings: Any) -> Any:
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        state,
-        parameter_shardings(state, mesh),
+        tree,
+        shardings,
     )
 
 

@@ -72,6 +72,7 @@ def write_report(
             "containment": results.get("containment") and tables.containment(results),
             "forecast": results.get("forecast", {}).get("score") and tables.forecast(results, arm),
             "utility": results.get("utility") and tables.utility(results),
+            "agreement": results.get("agreement") and tables.agreement(results),
             "provenance": results.get("provenance") and tables.provenance(results),
         },
         "forecast_sentence": headline.forecast_sentence(results),

@@ -201,23 +201,56 @@ def forecast(results: Mapping[str, Any], arm: str) -> Table:
 
 def utility(results: Mapping[str, Any]) -> Table:
     """What unlearning did to benign prompts."""
+    alike = any("lookalike_refusal" in entry for entry in results["utility"].values())
     groups = []
     for arm, entry in results["utility"].items():
-        benign = entry.get("benign_refusal") or {}
-        cells = (
-            percent(benign.get("rate")),
-            interval(benign.get("ci95"), percent),
-            str(benign.get("invalid", MISSING)),
-            number(entry.get("benign_nll")),
-            number(entry.get("kl_to_base")),
-        )
-        groups.append((arm, (Row(cells),)))
-    columns = ("Benign refusal rate", "95 % CI", "Invalid", "NLL (nats/token)", "KL to base")
+        cells = []
+        for name in ("benign_refusal", *(["lookalike_refusal"] if alike else [])):
+            rate = entry.get(name) or {}
+            cells += [percent(rate.get("rate")), interval(rate.get("ci95"), percent)]
+            cells.append(str(rate.get("invalid", MISSING)))
+        cells += [number(entry.get("benign_nll")), number(entry.get("kl_to_base"))]
+        cells += [number(entry.get(f"{of}_perplexity"), 2) for of in ("benign", "response")]
+        groups.append((arm, (Row(tuple(cells)),)))
+    refusal = ["Benign refusal rate", "95 % CI", "Invalid"]
+    if alike:
+        refusal += ["Look-alikes refused", "95 % CI", "Invalid"]
+    likelihood = ("NLL (nats/token)", "KL to base", "Perplexity", "Perplexity of its own")
     return Table(
-        "Benign prompts: over-refusal, negative log-likelihood of benign responses, and "
-        "Kullback–Leibler divergence from base (nats per token; 0 = unchanged).",
-        ("Arm", *columns),
+        "Over-refusal of benign prompts, and of harmless ones in the words of harmful ones where "
+        "the study has such look-alikes; negative log-likelihood and perplexity of the base's "
+        "benign answers, and Kullback–Leibler divergence from base (nats per token; 0 = "
+        "unchanged); perplexity to the base of the model's own responses to benign prompts, which "
+        "rises when they turn to garble.",
+        ("Arm", *refusal, *likelihood),
         tuple(groups),
+    )
+
+
+def agreement(results: Mapping[str, Any]) -> Table:
+    """How far the judges agree on the same responses, per arm and pair."""
+    groups = []
+    for arm, pairs in results["agreement"].items():
+        rows = []
+        for pair in pairs:
+            found = pair["overall"]
+            (both, first, _), (second, neither, _), _ = found["table"]
+            cells = (" / ".join(pair["judges"]), number(found["kappa"], 2))
+            bounds = interval(found["ci95"], lambda x: number(x, 2))
+            agree = (percent(found["observed"]), *map(str, (both, first, second, neither)))
+            apart = str(found["total"] - found["both_valid"])
+            rows.append(Row((*cells, bounds, *agree, apart)))
+        groups.append((arm, tuple(rows)))
+    return Table(
+        "Cohen's κ over responses that both judges call refused or complied. κ is low where nearly "
+        "all is refused, or nothing, even for judges that hardly differ: read it beside the share "
+        "on which they agree. By domain: results.json.",
+        (
+            *("Arm", "Judges", "κ", "95 % CI", "Agree", "Both refused", "Only the first"),
+            *("Only the second", "Neither", "Invalid to one"),
+        ),
+        tuple(groups),
+        (0, 1),
     )
 
 

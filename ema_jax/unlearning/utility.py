@@ -1,6 +1,7 @@
 """What else changed: likelihood of benign answers and divergence from the base."""
 
 import functools
+import math
 from collections.abc import Sequence
 
 import jax
@@ -84,3 +85,10 @@ def utility(
         placed = place_batch(batch, mesh)
         totals += host_array(_totals(*nnx.split(model), *nnx.split(base), placed))
     return {"benign_nll": totals[0] / totals[2], "kl_to_base": max(totals[1] / totals[2], 0.0)}
+
+
+def perplexity(
+    model: Decoder, examples: Sequence[TokenExample], *, mesh: Mesh | None = None
+) -> float:
+    """Perplexity of responses to a model, per token of all of them together."""
+    return math.exp(utility(model, model, examples, mesh=mesh)["benign_nll"])

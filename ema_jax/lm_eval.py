@@ -1,0 +1,279 @@
+"""Any task of lm-evaluation-harness on our decoder.
+
+python -m ema_jax.lm_eval run --model=ema_jax --model_args=source=CHECKPOINT --tasks=hellaswag
+
+After `ema_jax.lm_eval` come lm_eval's own arguments (of the model's, `adapter=FOLDER` loads a PEFT
+adapter); `pip install ema_jax[eval]` brings it. As a library, `Scorer` answers its three kinds of
+requests and `register` makes it a model of lm_eval's. A context is scored as it is, token for
+token; `--apply_chat_template` puts it into the checkpoint's template, with the system turn of a
+study: none, unless one is asked for.
+"""
+
+import dataclasses
+import functools
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from ema_jax.data.chat import Batch, Chat, TokenExample, bucket, length_batches, pad_examples
+from ema_jax.errors import UserError
+from ema_jax.generation.sampler import Sampling, generate
+from ema_jax.models import checkpoint, hub, lora
+from ema_jax.models.decoder import Decoder
+from ema_jax.models.sharding import batch_rows, batch_sharding, make_mesh
+
+NAME = "ema_jax"
+_CHUNK = 32
+# What `generate_until` is told, beside the length and the stop strings.
+_SAMPLING = ("temperature", "top_k", "top_p", "repetition_penalty")
+
+
+@functools.partial(jax.jit, static_argnames="graph")
+def _scores(
+    graph: nnx.GraphDef, state: nnx.State, batch: Batch
+) -> tuple[Float[Array, "B"], Bool[Array, "B"]]:
+    """Log-probability of every response, and whether it is the greedy one; time in chunks."""
+    model = nnx.merge(graph, state)
+    length = batch.tokens.shape[1] - 1
+    size = min(_CHUNK, length)
+
+    def padded(x: Array) -> Array:
+        return jnp.pad(x, ((0, 0), (0, -length % size), *((0, 0),) * (x.ndim - 2)))
+
+    hidden = padded(model(batch.tokens, batch.mask).hidden[:, :-1])
+    targets, weights = padded(batch.tokens[:, 1:]), padded(batch.response[:, 1:])
+
+    def chunk(start: Int[Array, ""]) -> tuple[Float[Array, "B"], Bool[Array, "B"]]:
+        here, wanted, counted = (
+            jax.lax.dynamic_slice_in_dim(x, start, size, axis=1) for x in (hidden, targets, weights)
+        )
+        log_probs = jax.nn.log_softmax(model.logits(here))
+        chosen = jnp.take_along_axis(log_probs, wanted[..., None], axis=-1)[..., 0]
+        greedy = jnp.argmax(log_probs, axis=-1) == wanted
+        return jnp.sum(jnp.where(counted, chosen, 0.0), 1), jnp.all(greedy | ~counted, 1)
+
+    sums, greedy = jax.lax.map(chunk, jnp.arange(0, length, size))
+    return jnp.sum(sums, 0), jnp.all(greedy, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Text(Chat):
+    """Text as it is, in place of a conversation; its last `longest` tokens."""
+
+    longest: int = 0
+
+    def prompt_tokens(self, prompt: str) -> tuple[int, ...]:
+        """Token ids of the text."""
+        return self._encode(prompt)[-self.longest :] or self.eos_ids[:1]
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text that goes on."""
+        return self.tokenizer.decode(list(tokens), skip_special_tokens=True)
+
+
+class Scorer:
+    """Answers lm_eval's requests, which are objects with their arguments in `args`.
+
+    Args:
+        model: with or without adapters.
+        chat: its tokenizer and template.
+        batch_size: rows at once.
+        max_length: most tokens of context and continuation; by default the model's own, at most
+            2048. What is longer loses its beginning.
+        max_gen_toks: longest response, where a task does not tell.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        chat: Chat,
+        *,
+        batch_size: int = 16,
+        max_length: int | None = None,
+        max_gen_toks: int = 256,
+    ):
+        super().__init__()
+        self._model, self._chat, self._batch_size = model, chat, batch_size
+        self._mesh = make_mesh((1, -1, 1))
+        self._max_length = max_length or min(model.config.max_positions, 2048)
+        self._max_gen_toks = max_gen_toks
+
+    @classmethod
+    def load(
+        cls,
+        source: str,
+        adapter: str | None = None,
+        revision: str | None = None,
+        dtype: str | None = None,
+        system_prompt: str | None = None,
+        **options: int,
+    ) -> "Scorer":
+        """Of a checkpoint folder or a Hub id, with a PEFT adapter on request."""
+        folder, _ = hub.resolve(source, revision)
+        mesh = make_mesh((1, -1, 1))
+        model = checkpoint.load(
+            folder, mesh=mesh, dtype=None if dtype is None else jnp.dtype(dtype)
+        )
+        if adapter is not None:
+            model = lora.load_peft(model, Path(adapter))
+        sizes = {name: int(value) for name, value in options.items()}
+        return cls(model, Chat.load(folder, system_prompt), **sizes)
+
+    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+        """Of `(context, continuation)`: log-probability in nats, and whether it is greedy's."""
+        return self._score([self._pair(*request.args) for request in requests])
+
+    def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
+        """Of `(text,)`: log-probability in nats of all its tokens, the first one included.
+
+        Every token is predicted once, in windows of `max_length`, the last of which looks back as
+        far as it can (lm_eval's `get_rolling_token_windows` with one token of context).
+        """
+        windows = [list(self._windows(self._encode(request.args[0]))) for request in requests]
+        scores = iter(self._score([window for text in windows for window in text]))
+        return [sum(next(scores)[0] for _ in text) for text in windows]
+
+    def generate_until(self, requests: Sequence[Any]) -> list[str]:
+        """Of `(context, settings)`: the response up to the first of the stop strings."""
+        result = [""] * len(requests)
+        groups: dict[tuple[int, Sampling], list[int]] = {}
+        for i, request in enumerate(requests):
+            settings = request.args[1]
+            groups.setdefault((self._cap(settings), _sampling(settings)), []).append(i)
+        for (cap, sampling), members in groups.items():
+            longest = max(self._max_length - cap, 1)
+            text = _Text(self._chat.tokenizer, self._chat.eos_ids, longest=longest)
+            for i, response in generate(
+                self._model,
+                text,
+                [requests[i].args[0] for i in members],
+                max_new_tokens=cap,
+                batch_size=self._batch_size,
+                sampling=sampling,
+                mesh=self._mesh,
+            ):
+                stops = requests[members[i]].args[1].get("until") or []
+                said = response.text
+                for stop in filter(None, [stops] if isinstance(stops, str) else stops):
+                    said = said.partition(stop)[0]
+                result[members[i]] = said
+        return result
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Tells lm_eval's cache of rendered requests one template from another."""
+        return f"{NAME}_{self._chat.template_hash}"
+
+    def chat_template(self, chat_template: bool | str = False) -> str:
+        """The template, as lm_eval records it."""
+        return self._chat.template if chat_template else ""
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """A conversation as the model sees it."""
+        return self._chat.conversation(chat_history, add_generation_prompt)
+
+    def _encode(self, text: str) -> tuple[int, ...]:
+        return tuple(self._chat.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _pair(self, context: str, continuation: str) -> TokenExample:
+        # As in lm_eval's own models: blanks (line ends too) belong to what comes after them.
+        blanks = len(context) - len(context.rstrip())
+        if blanks:
+            context, continuation = context[:-blanks], context[-blanks:] + continuation
+        if not context:
+            return self._cut(self._chat.eos_ids[:1], self._encode(continuation))
+        whole, before = self._encode(context + continuation), self._encode(context)
+        return self._cut(whole[: len(before)], whole[len(before) :])
+
+    def _cut(self, before: Sequence[int], after: Sequence[int]) -> TokenExample:
+        """The last `max_length` tokens that are read, and the one after them."""
+        after = tuple(after[-self._max_length :])
+        return TokenExample(tuple(before[-(self._max_length + 1 - len(after)) :]), after)
+
+    def _windows(self, tokens: Sequence[int]) -> Iterator[TokenExample]:
+        whole, size = (self._chat.eos_ids[0], *tokens), self._max_length
+        for start in range(0, len(tokens), size):
+            end = min(start + size, len(tokens))
+            yield TokenExample(whole[max(0, end - size) : start + 1], whole[start + 1 : end + 1])
+
+    def _score(self, examples: Sequence[TokenExample]) -> list[tuple[float, bool]]:
+        result: list[tuple[float, bool]] = [(0.0, True)] * len(examples)
+        rows = batch_rows(min(self._batch_size, max(len(examples), 1)), self._mesh)
+        graph, state = nnx.split(self._model)
+        lengths = [len(item.prompt) + len(item.response) for item in examples]
+        for indices in length_batches(lengths, rows):
+            chosen = [examples[i] for i in indices]
+            batch = pad_examples(chosen, bucket(lengths[indices[0]]), rows, self._chat.pad_id)
+            placed = jax.device_put(batch, batch_sharding(self._mesh))
+            sums, greedy = map(np.asarray, _scores(graph, state, placed))
+            for i, total, same in zip(indices, sums, greedy, strict=False):
+                result[i] = float(total), bool(same)
+        return result
+
+    def _cap(self, settings: Mapping[str, Any]) -> int:
+        return int(settings.get("max_gen_toks") or self._max_gen_toks)
+
+
+def _sampling(settings: Mapping[str, Any]) -> Sampling:
+    given = {name: settings[name] for name in _SAMPLING if settings.get(name) is not None}
+    if not settings.get("do_sample", given.get("temperature", 0) > 0):
+        given["temperature"] = 0.0
+    elif "temperature" not in given:
+        given["temperature"] = 1.0
+    return Sampling(**given)
+
+
+def register() -> type:
+    """Makes `ema_jax` a model of lm_eval's and returns it.
+
+    Raises:
+        UserError: lm_eval is not installed.
+    """
+    try:
+        from lm_eval.api.model import LM
+        from lm_eval.api.registry import register_model
+    except ImportError:
+        raise UserError("lm_eval is not installed; pip install 'ema_jax[eval]'") from None
+
+    class Model(Scorer, LM):
+        """Our decoder behind lm_eval's interface."""
+
+        @classmethod
+        def create_from_arg_obj(cls, arg_dict: dict, additional_config: dict | None = None) -> Any:
+            """From `--model_args`."""
+            given = {**(additional_config or {}), **arg_dict}
+            return cls.load(**{k: v for k, v in given.items() if v is not None and k != "device"})
+
+        @classmethod
+        def create_from_arg_string(
+            cls, arg_string: str, additional_config: dict | None = None
+        ) -> Any:
+            """From `--model_args` as one text."""
+            given = dict(part.split("=", 1) for part in arg_string.split(",") if part)
+            return cls.create_from_arg_obj(given, additional_config)
+
+    return register_model(NAME)(Model)
+
+
+def main() -> None:
+    """Hands over to lm_eval's own command."""
+    try:
+        register()
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    from lm_eval.__main__ import cli_evaluate
+
+    cli_evaluate()
+
+
+if __name__ == "__main__":
+    main()
