@@ -92,6 +92,11 @@ def _arguments(environment: Mapping[str, str]) -> dict[str, Any] | None:
     return {"coordinator_address": address, "num_processes": count, "process_id": index}
 
 
+def several() -> bool:
+    """Whether there is more than this process."""
+    return _Processes.count > 1
+
+
 def is_first() -> bool:
     """Whether this process is the one that writes."""
     return _Processes.index == 0
@@ -103,7 +108,7 @@ def barrier(what: str, seconds: float = BARRIER_SECONDS) -> None:
     Raises:
         RunStoppedError: some are not here in time; it says which.
     """
-    if _Processes.count == 1 or _Processes.alone:
+    if not several() or _Processes.alone:
         return
     from orbax.checkpoint import multihost
 
@@ -129,7 +134,7 @@ def stop_requested() -> bool:
     Every process has to call it equally often: at each train step and before each stage. One alone
     is not asked here: it is ended by the signal, or catches it itself.
     """
-    if _Processes.count == 1 or _Processes.alone:
+    if not several() or _Processes.alone:
         return False
     from jax.experimental import multihost_utils
 

@@ -259,6 +259,30 @@ def test_what_does_not_fit_says_by_how_much():
     assert made["over_gib"] == pytest.approx(4.5)
 
 
+def test_a_program_that_cannot_be_printed_leaves_its_collectives_unknown():
+    class Memory:
+        output_size_in_bytes, alias_size_in_bytes = 3 << 30, 1 << 30
+        argument_size_in_bytes, temp_size_in_bytes = 5 << 30, 4 << 30
+        generated_code_size_in_bytes = 1 << 30
+
+    class Program:
+        def compile(self):
+            return self
+
+        def memory_analysis(self):
+            return Memory
+
+        def as_text(self):
+            raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure")
+
+    slice_ = topology.Topology("v5e:2x2", topology.CHIPS["v5e"], 4, jax.devices()[:4])
+    made = check._figures(Program(), slice_)
+    assert (made["fits"], made["hbm_gib_per_chip"], made["collectives"]) == (True, 12, None)
+    work = Workload.of(ema.read(small_config()), 16)
+    bound = check._bound(work, slice_, slice_.mesh((1, 4, 1)), made)
+    assert (bound["communication"], bound["limit"]) == (None, "unknown")
+
+
 def test_a_mesh_has_to_use_the_slice():
     slice_ = topology.Topology("v5e:2x4", topology.CHIPS["v5e"], 8, jax.devices())
     assert dict(slice_.mesh((2, -1, 2)).shape) == {"data": 2, "fsdp": 2, "tensor": 2}

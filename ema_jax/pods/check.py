@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import jax
 from absl import logging
 from jax.sharding import Mesh
 
@@ -110,9 +111,11 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 def _bound(
     work: Workload, topology: Topology, mesh: Mesh, figures: dict[str, Any]
 ) -> dict[str, Any]:
+    known = figures["collectives"] is not None
     sent = sum(kind["sent_bytes"] for kind in (figures["collectives"] or {}).values())
     bound = roofline.train_bound(work, topology, mesh, sent)
-    return {**dataclasses.asdict(bound), "seconds": bound.seconds, "limit": bound.limit}
+    made = {**dataclasses.asdict(bound), "seconds": bound.seconds, "limit": bound.limit}
+    return made if known else made | {"communication": None, "limit": "unknown"}
 
 
 def _verdict(row: dict[str, Any], topology: Topology) -> str:
@@ -142,14 +145,17 @@ def _figures(program: Any, topology: Topology) -> dict[str, Any]:
     own_output = memory.output_size_in_bytes - memory.alias_size_in_bytes
     held = memory.argument_size_in_bytes + own_output + memory.temp_size_in_bytes
     held += memory.generated_code_size_in_bytes
-    text = compiled.as_text()
-    found = collectives.read(text, len(topology.devices))
+    try:
+        found = collectives.summary(collectives.read(compiled.as_text(), len(topology.devices)))
+    except jax.errors.JaxRuntimeError as error:  # libtpu cannot print some programs
+        logging.warning("collectives unknown: %s", str(error).strip().splitlines()[0][:200])
+        found = None
     return {
         "fits": held * apart <= topology.chip.hbm_gib * GIB,
         "hbm_gib_per_chip": held * apart / GIB,
         "argument_gib": memory.argument_size_in_bytes * apart / GIB,
         "temp_gib": memory.temp_size_in_bytes * apart / GIB,
-        "collectives": collectives.summary(found),
+        "collectives": found,
     } | shared
 
 
