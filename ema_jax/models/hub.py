@@ -106,7 +106,11 @@ def cached(source: str, revision: str | None = None) -> tuple[Path, str | None] 
 
     try:
         snapshot = huggingface_hub.snapshot_download(
-            source, revision=revision, local_files_only=True
+            source,
+            revision=revision,
+            allow_patterns=[*_SMALL, _WEIGHTS],  # files that were never wanted are not missed
+            ignore_patterns=_UNWANTED,
+            local_files_only=True,
         )
     except errors.LocalEntryNotFoundError:
         return None
