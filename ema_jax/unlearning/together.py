@@ -79,7 +79,7 @@ def _step(
         )
         metrics["gradient_norm"] = optax.global_norm(gradients)
         updates, moments = rule.update(gradients, moments, trainable)
-        # Every optimizer of ours is linear in its learning rate, and the rule has the arm's.
+        # Linear in the learning rate, which the rule has from the arm (but for adafactor's decay).
         updates = jax.tree.map(lambda x: x * (rate / config.learning_rate), updates)
         return optax.apply_updates(trainable, updates), moments, metrics
 
