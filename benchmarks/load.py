@@ -1,6 +1,6 @@
 """How fast a 7B checkpoint loads, beside a plain read of its files: `python benchmarks/load.py`.
 
-Writes a random bfloat16 checkpoint of Mistral-7B-v0.3's shape (14.5 GB, four files), reads the
+Writes a random bfloat16 checkpoint of Mistral-7B-v0.3's shape (14.5 GB, three files), reads the
 files plainly, loads them, and prints seconds, GB/s and peak memory. The files are dropped from the
 page cache before either (Linux). On an accelerator it also times a forward pass. The checkpoint is
 removed at the end unless `--keep`; a later run with the same `--folder` reuses it.

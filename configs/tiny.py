@@ -23,14 +23,8 @@ def get_config():
     # A little under the 10 % that is asked for: the dev rates it is decided on are noisy.
     config.unlearn.stop_at = 0.08
     # With retain data the target falls first and the others come back after it.
-    retain = {"retain_weight": 4.0, "learning_rate": 5e-4}
-    steps = {
-        "min_steps": 80,
-        "max_steps": 140,
-        "eval_every": 20,
-        "max_invalid": 0.05,
-        "stop_at": 0.05,
-    }
-    config.arms = {"npo": {}, "npo_retain": {**retain, **steps}}
+    retain = {"retain_weight": 4.0, "learning_rate": 5e-4, "min_steps": 80, "max_steps": 140}
+    stopping = {"eval_every": 20, "stop_at": 0.05, "max_invalid": 0.05}
+    config.arms = {"npo": {}, "npo_retain": {**retain, **stopping}}
     config.seeds = (0,)
     return config

@@ -15,8 +15,10 @@ _HOME = {
     "DecoderConfig": "ema_jax.models.families",
     "LoRAConfig": "ema_jax.models.lora",
     "UnlearnConfig": "ema_jax.unlearning.trainer",
+    "all_pairs": "ema_jax.concepts.entanglement",
     "attach_lora": "ema_jax.models.lora:attach",
     "capture": "ema_jax.concepts.capture",
+    "cka": "ema_jax.concepts.cka",
     "concept_vectors": "ema_jax.concepts.vectors",
     "containment": "ema_jax.refusal.scores",
     "entanglement": "ema_jax.concepts.entanglement",
@@ -25,6 +27,7 @@ _HOME = {
     "forecast": "ema_jax.concepts.forecast",
     "generate": "ema_jax.generation.sampler",
     "get_judge": "ema_jax.refusal.judges",
+    "intervene": "ema_jax.concepts.interventions",
     "load": "ema_jax.models.checkpoint",
     "load_peft": "ema_jax.models.lora",
     "make_mesh": "ema_jax.models.sharding",
@@ -35,6 +38,7 @@ _HOME = {
     "refusal_rate": "ema_jax.refusal.scores",
     "save_peft": "ema_jax.models.lora",
     "unlearn": "ema_jax.unlearning.trainer",
+    "unlearn_together": "ema_jax.unlearning.together",
 }
 
 __all__ = sorted([*_HOME, "__version__"])

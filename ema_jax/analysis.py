@@ -2,7 +2,7 @@
 
 import importlib.metadata
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,9 +11,7 @@ import numpy as np
 import ema_jax
 from ema_jax.artifacts import read_json, read_jsonl
 from ema_jax.concepts.entanglement import Entanglement
-from ema_jax.concepts.erasure import erasure
 from ema_jax.concepts.forecast import layer_profile, score
-from ema_jax.concepts.vectors import load_concepts
 from ema_jax.config import StudyConfig
 from ema_jax.data.domains import BENIGN, LOOKALIKE
 from ema_jax.refusal.agreement import agreement_of_judges
@@ -54,9 +52,9 @@ def results(workdir: Workdir, config: StudyConfig, model: Mapping[str, Any]) -> 
         "containment": _containment(base, arms, config, others),
         "utility": _utility(workdir, base, arms, config.seeds),
         "entanglement": forecast["entanglement"],
-        "erasure": {arm: _erasure(workdir, arm, config.seeds) for arm in arms},
+        **_concepts(workdir, arms, config.seeds),
+        "sweep": read_json(workdir / "concepts/sweep.json"),
         "agreement": _agreement(workdir, config),
-        "probe_auroc": {arm: _probe_auroc(workdir, arm, config.seeds) for arm in arms},
         "forecast": _forecast(forecast, ema.get(plain or "")),
         "warnings": _warnings(ema, arms),
         "provenance": _provenance(workdir, config),
@@ -66,9 +64,10 @@ def results(workdir: Workdir, config: StudyConfig, model: Mapping[str, Any]) -> 
 def plain_arm(config: StudyConfig) -> str | None:
     """The arm without retain data that containment and forecast are scored against.
 
-    The first by name if there are several (a ConfigDict sorts its keys).
+    The first by name if there are several (a ConfigDict sorts its keys); one that trains, if any.
     """
-    return min((arm for arm in config.arms if config.arm(arm).retain_weight == 0), default=None)
+    plain = [arm for arm in config.arms if not config.arm(arm).retains]
+    return min(plain, key=lambda arm: (config.arm(arm).trainable == "ablation", arm), default=None)
 
 
 def listed(by_domain: Mapping[str, np.ndarray]) -> dict[str, list[float | None]]:
@@ -135,7 +134,7 @@ def _containment(
             "target_rate": pooled_rate(arms[arm][config.target])["rate"],
         }
         for arm in arms
-        if config.arm(arm).retain_weight > 0
+        if config.arm(arm).retains
     }
 
 
@@ -182,27 +181,43 @@ def _evaluations(workdir: Workdir, arm: str, seeds: Sequence[int]) -> list[dict[
     return [read_json(workdir / f"evaluations/{arm}.seed_{seed}.json") for seed in seeds]
 
 
-def _erasure(workdir: Workdir, arm: str, seeds: Sequence[int]) -> dict[str, Any]:
-    base = load_concepts(workdir / "concepts/base.safetensors").vectors
-    runs = [
-        erasure(base, load_concepts(workdir / f"concepts/{arm}.seed_{seed}.safetensors").vectors)
-        for seed in seeds
-    ]
-    return listed({d: np.mean([run[d] for run in runs], axis=0) for d in runs[0]})
+def _concepts(workdir: Workdir, arms: Iterable[str], seeds: Sequence[int]) -> dict[str, Any]:
+    """What became of the concepts: figure → arm → domain → `[L+1]`, means over seeds."""
+    result: dict[str, Any] = {}
+    for arm in arms:
+        runs = _evaluations(workdir, arm, seeds)
+        drifts = [run["drift"] for run in runs]
+        for figure in ("erasure", "norm_ratio", "angle_degrees", "probe_auroc"):
+            by_domain = _mean([drift[figure] for drift in drifts])
+            direction = by_domain.pop("refusal")  # of all domains together
+            result.setdefault("refusal_direction", {}).setdefault(arm, {})[figure] = direction
+            result.setdefault(figure, {})[arm] = by_domain
+        result.setdefault("cka", {})[arm] = _mean([{"": drift["cka"]} for drift in drifts])[""]
+        # One ranking a seed: which concept goes is a matter of the run.
+        ranked = {str(seed): d["ranking"] for seed, d in zip(seeds, drifts, strict=True)}
+        result.setdefault("erasure_ranking", {})[arm] = ranked
+        if all("patching" in run for run in runs):
+            result.setdefault("patching", {})[arm] = _mean([run["patching"] for run in runs])
+    return result
 
 
-def _probe_auroc(workdir: Workdir, arm: str, seeds: Sequence[int]) -> dict[str, Any]:
-    runs = [run["probe_auroc"] for run in _evaluations(workdir, arm, seeds)]
-    return listed({d: np.mean(np.array([run[d] for run in runs], float), axis=0) for d in runs[0]})
+def _mean(runs: Sequence[Mapping[str, Sequence[float | None]]]) -> dict[str, list[float | None]]:
+    return listed({d: np.mean([np.array(run[d], float) for run in runs], axis=0) for d in runs[0]})
 
 
 def _forecast(made: Mapping[str, Any], ema: Mapping[str, Any] | None) -> dict[str, Any]:
-    result = {key: made[key] for key in ("score", "early_layers", "advice")}
+    result = {key: value for key, value in made.items() if key != "entanglement"}
     if ema is None:
         return result | {"spearman": None, "p": None}
     drops = {domain: entry["drop"] for domain, entry in ema.items()}
     profile = layer_profile(Entanglement.from_json(made["entanglement"]), drops)
-    return result | score(made["score"], drops) | {"layer_spearman": listed({"": profile})[""]}
+    words = made["lexical_score"]
+    return {
+        **result,
+        **score(made["score"], drops),
+        "layer_spearman": listed({"": profile})[""],
+        "lexical": None if words is None else score(words, drops),
+    }
 
 
 def _warnings(

@@ -27,7 +27,9 @@ from ema_jax.errors import UserError
 from ema_jax.generation.sampler import GREEDY, Sampling
 from ema_jax.models import lora
 from ema_jax.refusal.judges import JUDGES
-from ema_jax.unlearning.trainer import UnlearnConfig
+from ema_jax.unlearning.objectives import FORGET, RETAIN
+from ema_jax.unlearning.optimizers import OPTIMIZERS, SCHEDULES
+from ema_jax.unlearning.settings import UnlearnConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +52,7 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class GenerationConfig:
-    """How responses are generated: greedily, in batches of like length."""
+    """How responses are generated: greedily, `batch_size` of them side by side."""
 
     max_new_tokens: int = 256
     batch_size: int = 64
@@ -64,11 +66,15 @@ class ConceptConfig:
         poolings: how a prompt's tokens become one vector; the first one is the main one.
         permutations: label permutations behind each null.
         splits: random halves behind each ceiling.
+        sweep_prompts: dev prompts per domain on which layers are swept and patched; 0 for none.
+        sweep_strengths: multiples of the concept vectors that a sweep adds, beside ablation.
     """
 
     poolings: tuple[str, ...] = ("last_token", "prompt_mean")
     permutations: int = 1000
     splits: int = 50
+    sweep_prompts: int = 8
+    sweep_strengths: tuple[float, ...] = (-1.0, 1.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +101,19 @@ class HarvestConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """How the state of a run in training is kept; what it learns does not depend on it.
+
+    Attributes:
+        every_steps: steps between two checkpoints.
+        keep: how many of a run's newest are kept.
+    """
+
+    every_steps: int = 50
+    keep: int = 2
+
+
+@dataclasses.dataclass(frozen=True)
 class StudyConfig:
     """One study: a model, a target, arms over seeds. With `cells`, several of them.
 
@@ -113,6 +132,8 @@ class StudyConfig:
         arms: name → settings of `unlearn` that this arm replaces.
         seeds: each arm is run once per seed.
         concepts: how concepts are measured.
+        checkpoints: how the state of a run in training is kept.
+        profile: steps of each run of which a trace is written, to `profile/`; 0 for none.
         mesh: devices along `(data, fsdp, tensor)`; -1 takes what is left.
         heartbeat_seconds: of several processes, one that is silent for as long ends them all.
         keep_text: keep model responses in artifacts and report; by default only their hashes.
@@ -136,6 +157,8 @@ class StudyConfig:
     )
     seeds: tuple[int, ...] = (0, 1, 2)
     concepts: ConceptConfig = ConceptConfig()
+    checkpoints: CheckpointConfig = CheckpointConfig()
+    profile: int = 0
     mesh: tuple[int, ...] = (1, 1, 1)
     heartbeat_seconds: int = 60
     keep_text: bool = False
@@ -270,6 +293,8 @@ _POSITIVE = (
     "harvest.temperature",
     "concepts.permutations",
     "concepts.splits",
+    "checkpoints.every_steps",
+    "checkpoints.keep",
 )
 _ARM_POSITIVE = (
     "beta",
@@ -279,10 +304,30 @@ _ARM_POSITIVE = (
     "retain_batch_size",
     "max_steps",
     "eval_every",
+    "accumulate",
+    "length_pool",
+    "steering",
     "lora.rank",
     "lora.alpha",
 )
-_ARM_NOT_NEGATIVE = ("forget_weight", "retain_weight", "warmup_steps", "min_steps")
+_ARM_NOT_NEGATIVE = (
+    "forget_weight",
+    "retain_weight",
+    "warmup_steps",
+    "min_steps",
+    "weight_decay",
+    "margin",
+    "feature_layer",
+)
+_ARM_CHOICES = {
+    "trainable": ("lora", "full", "ablation"),
+    "objective": tuple(FORGET),
+    "retain_objective": (*RETAIN, "none"),
+    "forget_norm": ("sum", "mean"),
+    "optimizer": tuple(OPTIMIZERS),
+    "schedule": tuple(SCHEDULES),
+    "remat_policy": ("full", "dots"),
+}
 
 
 def _validate(study: StudyConfig) -> None:
@@ -312,20 +357,18 @@ def _validate(study: StudyConfig) -> None:
         for path in _ARM_NOT_NEGATIVE:
             value = _get(arm, path)
             _check(0 <= value < math.inf, f"arms.{name}: {path} = {value} is below zero")
-        _check(
-            arm.trainable in ("lora", "full"),
-            f"arms.{name}: trainable {arm.trainable!r} is neither 'lora' nor 'full'",
-        )
+        _validate_arm(name, arm, study)
         _check(0 <= arm.stop_at < 1, f"arms.{name}: stop_at = {arm.stop_at} is not in [0, 1)")
         _check(
             0 <= arm.max_invalid <= 1,
             f"arms.{name}: max_invalid = {arm.max_invalid} is not in [0, 1]",
         )
-        unknown = [t for t in arm.lora.targets if t not in lora.TARGETS]
+        unknown = [t for t in (*arm.lora.targets, *arm.modules) if t not in lora.TARGETS]
         _check(
             not unknown and bool(arm.lora.targets),
-            f"arms.{name}: lora.targets {unknown} are none of {', '.join(lora.TARGETS)}",
+            f"arms.{name}: lora.targets or modules {unknown} are none of {', '.join(lora.TARGETS)}",
         )
+    _check(study.profile >= 0, f"profile = {study.profile} is below zero")
     _check(
         len(study.mesh) == 3
         and all(n > 0 or n == -1 for n in study.mesh)
@@ -334,6 +377,7 @@ def _validate(study: StudyConfig) -> None:
         "be -1",
     )
     _check(bool(study.concepts.poolings), "concepts.poolings: none given; name at least one")
+    _check(study.concepts.sweep_prompts >= 0, "concepts.sweep_prompts is below zero")
     for name in study.concepts.poolings:
         _check(name != "response_mean", "concepts.poolings: response_mean needs responses")
         try:
@@ -346,6 +390,41 @@ def _validate(study: StudyConfig) -> None:
             f"cells: {name!r} is not a name for a cell; use letters, digits, _ and -",
         )
     _check(study.model.dtype in (None, "float32", "bfloat16"), "model.dtype: float32 or bfloat16")
+
+
+def _validate_arm(name: str, arm: UnlearnConfig, study: StudyConfig) -> None:
+    for field, choices in _ARM_CHOICES.items():
+        value = getattr(arm, field)
+        _check(value in choices, f"arms.{name}: {field} {value!r} is none of {', '.join(choices)}")
+    _check(
+        0 <= arm.lora.dropout < 1, f"arms.{name}: lora.dropout = {arm.lora.dropout} not in [0, 1)"
+    )
+    _check(
+        not arm.layers or (len(arm.layers) == 2 and 0 <= arm.layers[0] <= arm.layers[1]),
+        f"arms.{name}: layers {arm.layers} is not (first, last), as in (2, 5)",
+    )
+    _check(
+        arm.trainable == "full" or not arm.modules,
+        f"arms.{name}: modules is for trainable = 'full'; adapters have lora.targets",
+    )
+    domains = (*study.domains, domains_lib.BENIGN)
+    for domain, count in arm.retain_counts.items():
+        _check(
+            domain in domains and isinstance(count, int) and count > 0,
+            f"arms.{name}: retain_counts {{{domain!r}: {count!r}}} is not a number above zero for "
+            f"one of {', '.join(domains)}",
+        )
+    if FORGET[arm.objective].preferred and arm.preferred not in ("idk", "organism"):
+        _check(
+            Path(arm.preferred).is_file(),
+            f"arms.{name}: preferred {arm.preferred!r} is neither 'idk', 'organism' nor a file",
+        )
+    for field in ("batch_size", "retain_batch_size"):
+        rows = getattr(arm, field)
+        _check(
+            rows % arm.accumulate == 0,
+            f"arms.{name}: {field} = {rows} is no multiple of accumulate = {arm.accumulate}",
+        )
 
 
 def _check_judge(where: str, name: str, options: Mapping[str, Any]) -> None:

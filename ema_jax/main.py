@@ -32,6 +32,7 @@ def main(argv: Sequence[str]) -> None:
     study = config.read(values.config)
     if not values.dry_run:
         distributed.initialise(study.heartbeat_seconds)
+        cli.keep_compiled_programs()
     replication.run(study, values.workdir, only=values.stage, dry_run=values.dry_run)
 
 

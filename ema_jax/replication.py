@@ -12,9 +12,11 @@ from scipy import stats
 from ema_jax import artifacts, distributed
 from ema_jax import config as config_lib
 from ema_jax.analysis import plain_arm
+from ema_jax.concepts.forecast import pooled_score
 from ema_jax.config import ModelConfig, StudyConfig
 from ema_jax.data.prompts import OWN_SOURCES, build_prompts
 from ema_jax.errors import UserError
+from ema_jax.models.sharding import AXES
 from ema_jax.report.tables import p_value, percent, points
 from ema_jax.stages import Workdir
 from ema_jax.study import STAGES, Checkpoint, Study
@@ -67,6 +69,9 @@ def run(
             studies[name] = Study(cell, place, checkpoint)
             place.check(studies[name].settings())
     if dry_run:
+        for study in studies.values():
+            if -1 not in study.config.mesh:  # which needs the devices
+                study.check(dict(zip(AXES, study.config.mesh, strict=True)))
         for cell in cells.values():
             if cell.prompts.source in OWN_SOURCES:
                 build_prompts(cell.prompts, cell.domains, cell.target)
@@ -110,17 +115,26 @@ def _print_plan(
 
 def summarise(root: Path, cells: Mapping[str, StudyConfig]) -> dict[str, Any]:
     """`replication.json`: a row per cell and arm, and what R1 to R5 and validity come to."""
-    described, rows = [], []
+    described, rows, forecasts = [], [], []
     for name, cell in cells.items():
         results = artifacts.read_json(root / "cells" / name / "results.json")
         described.append(
             {"cell": name, "family": results["model"]["family"], "target": cell.target}
         )
         rows += [_row(name, cell, results, arm) for arm in cell.arms]
+        measured = results["ema"].get(plain_arm(cell) or "", {})
+        drops = {d: entry["drop"] for d, entry in measured.items()}
+        forecasts.append((results["forecast"], drops))
     return {
         "schema": SCHEMA,
         "cells": described,
         "claims": _claims(rows),
+        "forecast": {
+            "pooled": pooled_score([(made["score"], drops) for made, drops in forecasts]),
+            "lexical": pooled_score(
+                [(made["lexical_score"] or {}, drops) for made, drops in forecasts]
+            ),
+        },
         "rows": rows,
     }
 

@@ -12,17 +12,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from absl import logging
 from flax import nnx
 from jax.sharding import Mesh
 
-from ema_jax import analysis, artifacts, distributed
+from ema_jax import analysis, artifacts, distributed, explanation
 from ema_jax.concepts import vectors
 from ema_jax.concepts.capture import capture
-from ema_jax.concepts.entanglement import entanglement
-from ema_jax.concepts.erasure import probe_auroc
-from ema_jax.concepts.forecast import advice, early_layers, forecast
 from ema_jax.config import ModelConfig, StudyConfig
 from ema_jax.data.chat import Chat, TokenExample
 from ema_jax.data.domains import BENIGN
@@ -38,9 +34,12 @@ from ema_jax.models.sharding import make_mesh
 from ema_jax.refusal.judges import COMPLIED, Judge, get_judge
 from ema_jax.report import write_report
 from ema_jax.stages import Workdir
-from ema_jax.unlearning.harvest import Harvested, harvest
-from ema_jax.unlearning.metrics import MetricsWriter
-from ema_jax.unlearning.trainer import Evaluation, reference_log_probs, unlearn
+from ema_jax.training import train_arm
+from ema_jax.unlearning.ablation import ablate
+from ema_jax.unlearning.checkpointing import Checkpoints
+from ema_jax.unlearning.harvest import Harvested, harvest, harvest_yield
+from ema_jax.unlearning.settings import UnlearnConfig
+from ema_jax.unlearning.trainer import Evaluation, Trained, check_arm, reference_log_probs
 from ema_jax.unlearning.utility import perplexity, utility
 
 STAGES = (
@@ -149,7 +148,13 @@ class Study:
                 "target": c.target,
             },
             "baseline": said,
-            "concepts": {"model": model, "poolings": c.concepts.poolings},
+            "concepts": {
+                "model": model,
+                **asking,
+                "poolings": c.concepts.poolings,
+                "sweep_prompts": c.concepts.sweep_prompts,
+                "sweep_strengths": c.concepts.sweep_strengths,
+            },
             "harvest": {"model": model, **asking, "harvest": dataclasses.asdict(c.harvest)},
         }
         for arm, seed in self.runs:
@@ -164,11 +169,17 @@ class Study:
         for name in (*STAGES[:5], *runs, *STAGES[7:]):
             yield name, self.workdir.manifest(name) is not None
 
+    def check(self, shape: Mapping[str, int]) -> None:
+        """Refuses arms that the model, or a mesh of this shape, cannot train."""
+        decoder = DecoderConfig.from_folder(self.found.folder)
+        for arm in self.config.arms:
+            check_arm(decoder, self.config.arm(arm), shape, f"arms.{arm}")
+
     def run(self) -> None:
         """Runs what is wanted and not yet done, in order."""
         settings, workdir = self.settings(), self.workdir
         workdir.check(settings)
-        _ = self.mesh  # more devices than there are: said now, not after the prompts are made
+        self.check(self.mesh.shape)  # now, not after the prompts are made
 
         def stage(name: str, inputs: Sequence[str], function: Any, own: Any = None) -> None:
             if workdir.wanted(name):
@@ -176,7 +187,7 @@ class Study:
 
         stage("prompts", [], self.make_prompts)
         stage("baseline", ["prompts"], self.ask_base)
-        stage("concepts", ["prompts"], self.find_concepts)
+        stage("concepts", ["prompts", "baseline"], self.find_concepts)
         concepts = self.config.concepts
         resampling = {"permutations": concepts.permutations, "splits": concepts.splits}
         stage("forecast", ["concepts"], self.make_forecast, resampling)
@@ -185,7 +196,9 @@ class Study:
         for arm, seed in self.runs:
             trained = f"unlearn/{arm}/seed_{seed}"
             evaluated.append(f"evaluate/{arm}/seed_{seed}")
-            stage(trained, ["prompts", "harvest"], functools.partial(self.unlearn, arm, seed))
+            needed = ["prompts", "harvest"]
+            needed += ["concepts"] if self.config.arm(arm).trainable == "ablation" else []
+            stage(trained, needed, functools.partial(self.unlearn, arm, seed))
             stage(
                 evaluated[-1],
                 ["prompts", "baseline", "concepts", trained],
@@ -217,11 +230,12 @@ class Study:
         artifacts.write_jsonl(path, answers)
         measured = self._utility(self.base, judged)
         summary = self.workdir / "evaluations/base.json"
-        artifacts.write_json(summary, {"utility": measured})
+        opening = explanation.openers(judged)
+        artifacts.write_json(summary, {"utility": measured, "refusal_openers": opening})
         return [self._write_responses("base", judged), path, summary]
 
     def find_concepts(self) -> list[Path]:
-        """Every domain's concept vector at every layer, from one pass over the concept prompts."""
+        """Every domain's concept vector at every layer, and what adding or ablating it does."""
         pooled = self._capture(self.base)
         kept = self.workdir / "concepts/base.activations.safetensors"
         artifacts.write_tensors(
@@ -229,34 +243,58 @@ class Study:
             {f"{name}/{domain}": x for name, by in pooled.items() for domain, x in by.items()},
             {"layer_convention": vectors.LAYER_CONVENTION},
         )
-        return [kept, *self._write_concepts("base", pooled)]
+        return [kept, *self._write_concepts("base", pooled), self._sweep_layers(pooled)]
+
+    def _sweep_layers(self, pooled: Mapping[str, Mapping[str, Any]]) -> Path:
+        """Interventions on the base, read off the first token, and one of them in full."""
+        c, path = self.config, self.workdir / "concepts/sweep.json"
+        refusing, found = self._openers(), None
+        if c.concepts.sweep_prompts and refusing:
+            directions = vectors.concept_vectors(pooled[c.concepts.poolings[0]])
+            found = explanation.swept(
+                self.base,
+                directions,
+                self._sweep_tokens(),
+                refusing,
+                c.concepts.sweep_strengths,
+                batch_size=c.generation.batch_size,
+                mesh=self.mesh,
+            )
+            layer = explanation.most_refusing_layer(found, c.target)
+            ablated = explanation.without_concept(self.base, directions[c.target], layer)
+            asked = [p for some in self._sweep_prompts().values() for p in some]
+            rates = self._ask(ablated, asked, f"{c.target} ablated").rates()
+            found["ablated_everywhere"] = explanation.plain(
+                {"direction": c.target, "layer": layer, **rates._asdict()}
+            )
+        artifacts.write_json(path, found)
+        return path
+
+    def _openers(self) -> list[int]:
+        return artifacts.read_json(self.workdir / "evaluations/base.json")["refusal_openers"]
+
+    def _sweep_prompts(self) -> dict[str, list[Prompt]]:
+        """The first dev prompts of every domain, which no concept vector has seen."""
+        by_domain: dict[str, list[Prompt]] = {}
+        for prompt in self.prompts["dev"]:
+            by_domain.setdefault(prompt.domain, []).append(prompt)
+        return {d: each[: self.config.concepts.sweep_prompts] for d, each in by_domain.items()}
+
+    def _sweep_tokens(self) -> dict[str, list[tuple[int, ...]]]:
+        return {
+            d: [self.chat.prompt_tokens(p.prompt) for p in each]
+            for d, each in self._sweep_prompts().items()
+        }
 
     def make_forecast(self) -> list[Path]:
         """From the base alone: entanglement with the target, and whom unlearning will hit."""
-        c = self.config
-        pooled = self._base_activations()
-        main = c.concepts.poolings[0]
-        lexical = pooled.get("prompt_mean")
-        measured = entanglement(
-            pooled[main],
-            c.target,
-            c.domains,
-            permutations=c.concepts.permutations,
-            splits=c.concepts.splits,
-            lexical=lexical,
+        c, pooled = self.config, self._base_activations()
+        activations = pooled[c.concepts.poolings[0]]
+        made = explanation.foretell(
+            activations, pooled.get("prompt_mean"), c.target, c.domains, c.concepts
         )
-        scores = forecast(measured, c.target)
         path = self.workdir / "forecast.json"
-        early = list(early_layers(measured.num_layers))
-        artifacts.write_json(
-            path,
-            {
-                "entanglement": measured.to_json(),
-                "score": scores,
-                "early_layers": early,
-                "advice": advice(scores),
-            },
-        )
+        artifacts.write_json(path, made)
         return [path]
 
     def harvest_refusals(self) -> list[Path]:
@@ -277,6 +315,8 @@ class Study:
                 minimum=c.harvest.min_examples,
                 cap=c.harvest.response_cap,
             )
+            shares = [f"{d} {share:.0%}" for d, share in harvest_yield(asked, kept).items()]
+            logging.info("harvest %s, prompts that gave one: %s", name, ", ".join(shares))
             path = folder / f"{name}.jsonl"
             rows = [dataclasses.asdict(item) for item in kept]
             if name == "forget":
@@ -294,28 +334,13 @@ class Study:
 
     def unlearn(self, arm: str, seed: int) -> list[Path]:
         """Trains one arm with one seed until the target's dev refusal is low."""
-        c, workdir, name = self.config, self.workdir, f"{arm}.seed_{seed}"
-        rows = artifacts.read_jsonl(workdir / "harvest/forget.jsonl")
-        reference = [row.pop("reference_log_prob") for row in rows]
-        config = c.arm(arm)
-        dev = [prompt for prompt in self.prompts["dev"] if prompt.domain != BENIGN]
-
-        def evaluate(model: Decoder) -> Evaluation:
-            return self._ask(model, dev).rates()
-
-        with MetricsWriter(workdir.path, arm, seed) as metrics:
-            trained = unlearn(
-                self.base,
-                [Harvested.from_json(row).example(self.chat) for row in rows],
-                self._examples("harvest/retain.jsonl"),
-                np.asarray(reference, np.float32),
-                config,
-                seed=seed,
-                target=c.target,
-                evaluate=evaluate,
-                mesh=self.mesh,
-                log=metrics,
-            )
+        workdir, config, name = self.workdir, self.config.arm(arm), f"{arm}.seed_{seed}"
+        metrics = workdir / f"metrics/{name}.jsonl"
+        if config.trainable == "ablation":
+            trained = self._ablate(config)
+            artifacts.write_jsonl(metrics, [])
+        else:
+            trained = self._train(arm, seed)
         if config.trainable == "lora":
             weights = workdir / f"adapters/{arm}/seed_{seed}"
             lora.save_peft(trained.model, weights, config.lora, self.found.source)
@@ -330,11 +355,11 @@ class Study:
                 "seed": seed,
                 "steps": trained.steps,
                 "stopped": trained.stopped,
-                "first_loss": trained.first_loss,
+                "first_loss": None if math.isnan(trained.first_loss) else trained.first_loss,
                 "points": trained.trajectory,
             },
         )
-        return [weights, path, metrics.path]
+        return [weights, path, metrics]
 
     def evaluate(self, arm: str, seed: int) -> list[Path]:
         """What the trained model refuses, what else changed, and what of the concepts is left."""
@@ -344,9 +369,19 @@ class Study:
         measured = self._utility(model, judged)
         pooled, main = self._capture(model), c.concepts.poolings[0]
         base = self._base_activations()[main]
-        auroc = {d: probe_auroc(base, pooled[main], d) for d in c.domains}
+        found = {"utility": measured, "drift": explanation.drift(base, pooled[main], c.domains)}
+        refusing = self._openers()
+        if c.concepts.sweep_prompts and refusing:
+            found["patching"] = explanation.patched(
+                self.base,
+                model,
+                self._sweep_tokens(),
+                refusing,
+                batch_size=c.generation.batch_size,
+                mesh=self.mesh,
+            )
         summary = self.workdir / f"evaluations/{name}.json"
-        artifacts.write_json(summary, {"utility": measured, "probe_auroc": analysis.listed(auroc)})
+        artifacts.write_json(summary, found)
         written = [self._write_responses(name, judged), summary]
         written += self._write_concepts(name, pooled)
         if c.export:
@@ -428,6 +463,33 @@ class Study:
             self.workdir.partial / f"{keep}.jsonl" if keep else None,
         )
 
+    def _dev_rates(self, model: Decoder) -> Evaluation:
+        asked = [prompt for prompt in self.prompts["dev"] if prompt.domain != BENIGN]
+        return self._ask(model, asked).rates()
+
+    def _ablate(self, config: UnlearnConfig) -> Trained:
+        """No training: the target's own refusal direction is projected out of the weights."""
+        target = self.config.target
+        directions = vectors.load_concepts(self.workdir / "concepts/base.safetensors")
+        found = directions.vectors[target]
+        return ablate(self.base, found, config, target=target, evaluate=self._dev_rates)
+
+    def _train(self, arm: str, seed: int) -> Trained:
+        c = self.config
+        return train_arm(
+            self.workdir.path,
+            arm,
+            seed,
+            c.arm(arm),
+            base=self.base,
+            chat=self.chat,
+            target=c.target,
+            evaluate=self._dev_rates,
+            mesh=self.mesh,
+            checkpoints=self._checkpoints(arm, seed),
+            profile=c.profile,
+        )
+
     def _write_responses(self, name: str, judged: Judged) -> Path:
         path = self.workdir / f"responses/{name}.jsonl"
         rows = judged.rows(self.judge, self.extra_judges, keep_text=self.config.keep_text)
@@ -446,6 +508,19 @@ class Study:
     def _examples(self, file: str) -> list[TokenExample]:
         rows = artifacts.read_jsonl(self.workdir / file)
         return [Harvested.from_json(row).example(self.chat) for row in rows]
+
+    def _checkpoints(self, arm: str, seed: int) -> Checkpoints:
+        """Where a run keeps its state, bound to all that the run depends on."""
+        stage = f"unlearn/{arm}/seed_{seed}"
+        inputs = [
+            (self.workdir.manifest(name) or {}).get("hash") for name in ("prompts", "harvest")
+        ]
+        return Checkpoints(
+            self.workdir / f"checkpoints/{arm}.seed_{seed}",
+            every=self.config.checkpoints.every_steps,
+            keep=self.config.checkpoints.keep,
+            fingerprint=artifacts.sha256_json([self.settings()[stage], inputs]),
+        )
 
     def _utility(self, model: Decoder, judged: Judged) -> dict[str, float]:
         """Likelihood of the base's benign answers to the model, and of the model's to the base."""

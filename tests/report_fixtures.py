@@ -147,8 +147,30 @@ def example_results() -> dict:
             }
             for arm, drops, scale in (("npo", NPO_DROP, 0.9), ("npo_retain", retained, 0.8))
         },
+        "angle_degrees": {
+            arm: {d: [float(90 * scale * x) for x in depth] for d in DOMAINS}
+            for arm, scale in (("npo", 0.6), ("npo_retain", 0.3))
+        },
+        "patching": {
+            "npo": {d: [float(8 * NPO_DROP[d] * (x - 1)) for x in depth] for d in DOMAINS}
+        },
+        "sweep": {
+            "clean": dict.fromkeys([*DOMAINS, "benign"], 3.0),
+            "change": {
+                "ablated": {
+                    direction: {
+                        d: [float(-2 * (d == direction) * x) for x in depth]
+                        for d in [*DOMAINS, "benign"]
+                    }
+                    for direction in [*DOMAINS, "random"]
+                }
+            },
+        },
         "forecast": {
             "score": score,
+            "susceptibility": {t: {d: 0.1 for d in DOMAINS if d != t} for t in DOMAINS},
+            "retain_shares": dict.fromkeys(OFF_TARGET, 1 / 6),
+            "lexical": {"spearman": 0.3, "p": 0.6, "n": 6},
             "spearman": 0.829,
             "p": 0.058,
             "early_layers": [1, 2, 3, 4],

@@ -3,7 +3,9 @@
 import json
 import os
 import shutil
-import time
+import subprocess
+import sys
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -25,7 +27,7 @@ from tiny_models import (
 )
 
 from ema_jax.errors import UserError
-from ema_jax.models import checkpoint, stream
+from ema_jax.models import checkpoint
 from ema_jax.models.card import unlearned_card
 from ema_jax.models.decoder import Decoder
 from ema_jax.models.families import DecoderConfig
@@ -285,6 +287,19 @@ BROKEN = {
         _weights(lambda w: w.update({Q_PROJ: w[Q_PROJ].astype(jnp.float8_e4m3fn)})),
         f"{Q_PROJ} has dtype F8_E4M3",
     ),
+    "GPTQ tensors": (
+        _weights(lambda w: w.update({Q_PROJ[:-6] + "qweight": w.pop(Q_PROJ)})),
+        "q_proj.qweight, so the weights are quantised; use the unquantised",
+    ),
+    "bitsandbytes tensors": (
+        _weights(lambda w: w.update({Q_PROJ + ".absmax": w.pop(Q_PROJ)})),
+        "q_proj.weight.absmax, so the weights are quantised",
+    ),
+    "endless header": (_write(SINGLE, b"\xff" * 64), "not a readable safetensors file"),
+    "nested index": (
+        _indexed(lambda f, *_: (f / INDEX).write_text("[" * 100_000)),
+        "index.json: not valid JSON",
+    ),
     "index and single": (_write(INDEX, b"{}"), "both model.safetensors and .*stale"),
     "index not JSON": (
         _indexed(lambda f, *_: (f / INDEX).write_text("{")),
@@ -334,16 +349,60 @@ def test_broken_checkpoints_are_refused_in_one_line(tiny, tmp_path, case):
     folder = _copy(tiny("llama3"), tmp_path)
     checkpoint.check(folder)
     break_it(folder)
-    start, peak = time.monotonic(), stream.peak_bytes()
     with pytest.raises(UserError, match=message) as error:
         checkpoint.load(folder)
-    assert time.monotonic() - start < 10
-    assert stream.peak_bytes() - peak < 2**30
-    assert error.value.exit_code == 2
     text = str(error.value)
     assert text.startswith(str(folder))
     assert "\n" not in text
     assert len(text) < 500
+
+
+CONVERT = """
+import json
+import os
+import sys
+import time
+from ema_jax import cli, convert
+from ema_jax.models import checkpoint  # imported once for all
+convert.define_flags()
+for folder in sys.argv[1:]:
+    read, write = os.pipe()
+    start = time.monotonic()
+    if (child := os.fork()) == 0:
+        os.dup2(write, 2)
+        sys.argv = ["convert", "--to=hf", "--source=" + folder, "--output=" + folder + ".out"]
+        cli.run(convert.main)
+    os.close(write)
+    with os.fdopen(read) as pipe:
+        said = pipe.read()
+    _, status, used = os.wait4(child, 0)
+    code = os.waitstatus_to_exitcode(status)
+    print(json.dumps([code, said, time.monotonic() - start, used.ru_maxrss * 1024]))
+"""
+
+
+def test_the_command_refuses_all_of_them_soon_and_in_little_memory(tiny, tmp_path):
+    folders = []
+    for i, (break_it, _) in enumerate(BROKEN.values()):
+        (tmp_path / str(i)).mkdir()
+        folders.append(_copy(tiny("llama3"), tmp_path / str(i)))
+        break_it(folders[-1])
+    done = subprocess.run(
+        [sys.executable, "-c", CONVERT, *map(str, folders)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parent.parent,
+    )
+    results = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(results) == len(BROKEN), done.stderr
+    for case, folder, (code, said, seconds, peak) in zip(BROKEN, folders, results, strict=True):
+        assert code == 2, (case, said)
+        (line,) = said.splitlines()
+        assert line.startswith(f"error: {folder}"), case
+        assert seconds < 10, case
+        assert peak < 2**30, case
+        assert not Path(f"{folder}.out").exists()
 
 
 def test_adapters_are_not_dropped_in_silence(tiny, tmp_path):

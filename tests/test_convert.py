@@ -111,6 +111,11 @@ def _other_manifest(folder):
     (folder / "manifest.json").write_text('{"format": "another"}')
 
 
+def _bare_manifest(folder):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"dtype": "int8"}))
+
+
 def _no_parameters(folder):
     shutil.rmtree(folder / "parameters")
 
@@ -134,6 +139,7 @@ def _damaged_arrays(folder):
     [
         (_no_manifest, "manifest.json: no such file"),
         (_other_manifest, "not the manifest of a Flax checkpoint"),
+        (_bare_manifest, "not the manifest of a Flax checkpoint"),
         (_no_parameters, "not a readable Orbax checkpoint"),
         (_no_metadata, "not a readable Orbax checkpoint"),
         (_other_config, r"embed has shape \(97, 32\), config.json makes it \(100, 32\)"),

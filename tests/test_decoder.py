@@ -7,6 +7,7 @@ import pytest
 import torch
 from flax import nnx
 from tiny_models import (
+    FAMILIES,
     LAYERS,
     VARIANTS,
     load_torch,
@@ -37,7 +38,7 @@ def test_equals_transformers_at_every_layer(tiny, variant):
         np.testing.assert_allclose(normed[mask], expected[LAYERS][mask], atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("variant", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("variant", FAMILIES)
 def test_bfloat16_rounds_no_more_than_transformers(tiny, variant):
     folder = tiny(variant)
     tokens, mask = random_batch(padding="left")

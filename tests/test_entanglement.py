@@ -2,17 +2,14 @@ import json
 
 import numpy as np
 import pytest
+from scipy.linalg import subspace_angles
 from scipy.spatial.distance import cosine as scipy_cosine_distance
 from scipy.stats import spearmanr
+from sklearn.metrics import roc_auc_score
 from sklearn.preprocessing import StandardScaler
 
-from ema_jax.concepts.entanglement import (
-    SIMILARITIES,
-    Entanglement,
-    Groups,
-    cosine_standardised,
-    entanglement,
-)
+from ema_jax.concepts import entanglement as module
+from ema_jax.concepts.entanglement import MEASURES, Entanglement, all_pairs
 from ema_jax.concepts.resampling import (
     Regroupings,
     centred_contrasts,
@@ -20,6 +17,9 @@ from ema_jax.concepts.resampling import (
     permutations_of,
     raw_contrasts,
 )
+from ema_jax.concepts.subspaces import principal_angles, subspaces
+from ema_jax.concepts.transfer import probe_transfer
+from ema_jax.concepts.vectors import concept_vectors, matched_contrast, matched_vectors
 from ema_jax.errors import UserError
 
 DOMAINS = ("cybersecurity", "safety", "toxicity", "bias", "privacy")
@@ -37,48 +37,94 @@ def unrelated(seed=0, n=24, layers=3, width=256, signal=0.0, domains=DOMAINS):
     }
 
 
+def entanglement(acts, target, domains, measures=("cosine", "cosine_centred"), **settings):
+    """Two measures by default: what a test does not look at, it does not wait for."""
+    return module.entanglement(acts, target, domains, measures=measures, **settings)
+
+
 def direct_cosine(a, b):
     return np.array([1 - scipy_cosine_distance(x, y) for x, y in zip(a, b, strict=True)])
 
 
-def test_similarities_restated_with_scipy_and_sklearn():
+FEW = {"permutations": 10, "splits": 2, "bootstraps": 3}
+COSINES = ("cosine", "cosine_centred", "cosine_own", "cosine_standardised")
+
+
+def test_cosines_restated_with_scipy_and_sklearn():
     acts = unrelated(signal=4.0)
-    groups = Groups.of(acts, DOMAINS, "benign")
     mean = {d: x.astype(np.float64).mean(0) for d, x in acts.items()}
     grand = np.mean([mean[d] for d in DOMAINS], axis=0)
-    c, b = mean["cybersecurity"], mean["bias"]
-    found = {k: f(groups, "cybersecurity", "bias") for k, f in SIMILARITIES.items()}
+    c, b, none = (mean[d] for d in ("cybersecurity", "bias", "benign"))
+    order, parts = matched_contrast({d: x[:, 0] for d, x in acts.items()}, DOMAINS)
+    lexical = {d: x[:, :1] for d, x in acts.items()}
+    found = entanglement(acts, "cybersecurity", DOMAINS, COSINES, lexical=lexical, **FEW)
+    own = dict(zip(DOMAINS, np.split(acts["benign"][order], np.cumsum(parts)[:-1]), strict=True))
+    own_c, own_b = (own[d].astype(np.float64).mean(0) for d in ("cybersecurity", "bias"))
+    expected = {
+        "cosine": direct_cosine(c - none, b - none),
+        "cosine_centred": direct_cosine(c - grand, b - grand),
+        "cosine_own": direct_cosine(c - own_c, b - own_b),
+    }
+    vectors = matched_vectors(acts, order, parts)
     np.testing.assert_allclose(
-        found["cosine"], direct_cosine(c - mean["benign"], b - mean["benign"]), atol=1e-12
-    )
-    np.testing.assert_allclose(
-        found["cosine_centred"], direct_cosine(c - grand, b - grand), atol=1e-12
+        expected["cosine_own"],
+        direct_cosine(vectors["cybersecurity"], vectors["bias"]),
+        atol=1e-5,
     )
     within = np.concatenate([acts[d] - mean[d] for d in (*DOMAINS, "benign")])
     freedom = len(within) / (len(within) - len(acts))
+    clipped = []
     for layer in range(3):
         scaler = StandardScaler(with_mean=False).fit(within[:, layer])
-        z_c, z_b = (
-            scaler.transform((m - mean["benign"])[[layer]])[0] / np.sqrt(freedom) for m in (c, b)
-        )
-        expected = 1 - scipy_cosine_distance(np.clip(z_c, -3, 3), np.clip(z_b, -3, 3))
-        np.testing.assert_allclose(found["cosine_standardised"][layer], expected, atol=1e-6)
+        rows = {
+            d: np.clip(scaler.transform(x[:, layer] - grand[layer]) / np.sqrt(freedom), -3, 3)
+            for d, x in acts.items()
+        }
+        z = {d: x.mean(0) for d, x in rows.items()}
+        difference = (z[d] - z["benign"] for d in ("cybersecurity", "bias"))
+        clipped.append(1 - scipy_cosine_distance(*difference))
+    expected["cosine_standardised"] = np.array(clipped)
+    for name, values in expected.items():
+        np.testing.assert_allclose(found.measures[name].observed["bias"], values, atol=2e-5)
 
 
 def test_an_outlier_dimension_owns_the_raw_cosine_but_not_the_standardised_one():
     acts = unrelated(signal=2.0)
+    plain = entanglement(acts, "safety", DOMAINS, measures=COSINES, **FEW)
+    assert (plain.outlier_share["bias"] < 0.1).all()
     for d, x in acts.items():
         x[..., 7] = 50 * x[..., 7] + (500 if d != "benign" else 0)
-    found = entanglement(acts, "safety", DOMAINS, permutations=10, splits=2)
+    found = entanglement(acts, "safety", DOMAINS, measures=COSINES, **FEW)
     assert (found.cosine.observed["bias"] > 0.99).all()
-    assert (found.cosine_standardised["bias"] < 0.8).all()
+    assert (found.measures["cosine_standardised"].observed["bias"] < 0.8).all()
+    vector = concept_vectors(acts)["bias"].astype(float) ** 2
+    np.testing.assert_allclose(found.outlier_share["bias"], vector[:, 7] / vector.sum(1), rtol=1e-5)
+    assert (found.outlier_share["bias"] > 0.99).all()
 
 
 def test_constant_dimensions_do_not_break_standardising():
     acts = unrelated(signal=2.0)
     for x in acts.values():
         x[..., 3] = 1.0
-    assert np.isfinite(cosine_standardised(Groups.of(acts, DOMAINS, "benign"), *DOMAINS[:2])).all()
+    found = entanglement(acts, "safety", DOMAINS, measures=("cosine_standardised",), **FEW)
+    assert np.isfinite(found.measures["cosine_standardised"].observed["bias"]).all()
+
+
+def test_targets_are_rows_of_one_table():
+    acts = unrelated(signal=3.0, layers=2)
+    pairs = all_pairs(acts, DOMAINS, **FEW)
+    assert tuple(pairs.measures) == MEASURES
+    for name, figures in pairs.measures.items():
+        for x in (figures.observed, figures.null95, figures.ceiling):
+            np.testing.assert_allclose(x, x.swapaxes(1, 2), atol=1e-6, err_msg=name)
+            assert np.isfinite(x[:, 0, 1]).all(), name
+        assert figures.observed.shape == (2, 5, 5)
+        assert figures.ci95.shape == (2, 5, 5, 2)
+    one = entanglement(acts, "bias", DOMAINS, MEASURES, **FEW)
+    assert one.to_json() == pairs.towards("bias").to_json()
+    np.testing.assert_array_equal(
+        one.cosine.observed["safety"], pairs.measures["cosine"].observed[:, 3, 1]
+    )
 
 
 @pytest.mark.parametrize("offset", [0.0, 300.0])
@@ -123,8 +169,13 @@ def test_counts_are_multiplicities():
 
 def test_nulls_sit_where_theory_puts_them():
     """Unrelated domains: one half with a shared contrast set, -1/(D-1) after centring."""
-    found = entanglement(unrelated(width=512), "safety", DOMAINS, permutations=200, splits=5)
+    found = entanglement(
+        unrelated(width=512), "safety", DOMAINS, measures=COSINES, permutations=200, splits=5
+    )
+    own = found.measures["cosine_own"]
     for d in found.cosine.observed:
+        np.testing.assert_allclose(own.null_mean[d], 0, atol=0.02)
+        np.testing.assert_allclose(own.observed[d], 0, atol=0.15)
         np.testing.assert_allclose(found.cosine.null_mean[d], 0.5, atol=0.02)
         np.testing.assert_allclose(found.cosine.observed[d], 0.5, atol=0.15)
         np.testing.assert_allclose(found.cosine_centred.null_mean[d], -1 / 4, atol=0.02)
@@ -142,18 +193,30 @@ def test_null_with_unequal_groups():
 
 
 def test_false_positive_rate_of_null95():
-    exceeded = []
+    exceeded: dict[str, list] = {}
+    measures = [name for name in MEASURES if name != "subspace_overlap"]
     for seed in range(30):
         acts = unrelated(seed, n=10, layers=2, width=48)
-        found = entanglement(acts, "safety", DOMAINS, permutations=99, splits=2, seed=seed)
-        for calibrated in (found.cosine, found.cosine_centred):
-            exceeded.append(
+        found = entanglement(
+            acts,
+            "safety",
+            DOMAINS,
+            measures=measures,
+            permutations=99,
+            splits=2,
+            bootstraps=2,
+            seed=seed,
+        )
+        for name, calibrated in found.measures.items():
+            exceeded.setdefault(name, []).append(
                 [calibrated.observed[d] > calibrated.null95[d] for d in calibrated.observed]
             )
-    assert 0.02 < np.mean(exceeded) < 0.09
+    for name, values in exceeded.items():
+        assert 0.005 < np.mean(values) < 0.11, name
+    assert 0.02 < np.mean([*exceeded.values()]) < 0.09
 
 
-@pytest.mark.parametrize("similarity", ["cosine", "cosine_centred", "cosine_standardised"])
+@pytest.mark.parametrize("similarity", MEASURES)
 def test_known_overlap_is_recovered_by_rank(similarity):
     overlap = {"safety": 0.9, "toxicity": 0.6, "bias": 0.3, "privacy": 0.0}
     rng = np.random.default_rng(6)
@@ -161,16 +224,29 @@ def test_known_overlap_is_recovered_by_rank(similarity):
     acts = {}
     for i, d in enumerate((*DOMAINS, "benign")):
         share = overlap.get(d, 1.0)
-        mean = 8 * (share * axes[0] + np.sqrt(1 - share**2) * axes[i])
+        # A probe that never errs ranks nothing.
+        mean = (3 if similarity == "probe_transfer" else 8) * (
+            share * axes[0] + np.sqrt(1 - share**2) * axes[i]
+        )
         mean = mean * (d != "benign")
         acts[d] = (mean + rng.normal(size=(64, 2, 256))).astype(np.float32)
-    found = entanglement(acts, "cybersecurity", DOMAINS, permutations=100, splits=5)
-    observed = getattr(found, similarity)
-    observed = getattr(observed, "observed", observed)
+    found = entanglement(
+        acts,
+        "cybersecurity",
+        DOMAINS,
+        measures=(similarity,),
+        permutations=100,
+        splits=5,
+        bootstraps=50,
+    ).measures[similarity]
     for layer in range(2):
-        measured = [observed[d][layer] for d in overlap]
+        measured = [found.observed[d][layer] for d in overlap]
         assert spearmanr(measured, list(overlap.values())).statistic == pytest.approx(1.0)
-    assert (found.cosine_centred.observed["safety"] > found.cosine_centred.null95["safety"]).all()
+    assert (found.observed["safety"] > found.null95["safety"]).all()
+    for d in overlap:
+        assert (found.ci95[d][:, 0] < found.observed[d]).all()
+        assert (found.observed[d] < found.ci95[d][:, 1]).all()
+    assert (found.ci95["safety"][:, 0] > found.ci95["privacy"][:, 1]).all()
 
 
 def test_two_samples_of_one_domain_reach_the_ceiling():
@@ -188,6 +264,7 @@ def test_two_samples_of_one_domain_reach_the_ceiling():
     expected = (signal**2 + noise) / (signal**2 + 2 * noise)
     np.testing.assert_allclose(found.cosine.ceiling["b"], expected, atol=0.04)
     np.testing.assert_allclose(found.cosine.observed["b"], found.cosine.ceiling["b"], atol=0.06)
+    np.testing.assert_allclose(found.cosine.disattenuated["b"], 1, atol=0.08)
 
 
 def test_centred_ceiling_is_the_reliability_of_the_centred_vector():
@@ -242,14 +319,14 @@ def test_interval_holds_the_observed_value_and_covers_its_expectation():
 
 
 def test_layers_where_all_prompts_agree_are_undefined_not_noise():
-    acts = unrelated()
+    acts = unrelated(signal=6.0)
     token = np.random.default_rng(11).normal(size=256).astype(np.float32)
     for x in acts.values():
         x[:, 0] = token
     found = entanglement(acts, "safety", DOMAINS, permutations=10, splits=2)
     for name in ("cosine", "cosine_centred"):
         calibrated = getattr(found, name)
-        for figure in ("observed", "null95", "null_mean", "ceiling", "ci95"):
+        for figure in ("observed", "null95", "null_mean", "ceiling", "disattenuated", "ci95"):
             values = getattr(calibrated, figure)["bias"]
             assert np.isnan(values[0]).all(), figure
             assert np.isfinite(values[1:]).all(), figure
@@ -297,10 +374,10 @@ def test_json_round_trip_and_lexical_baseline():
     acts = unrelated(signal=3.0)
     lexical = {d: x[:, :1] for d, x in unrelated(1, signal=3.0).items()}
     found = entanglement(acts, "safety", DOMAINS, permutations=10, splits=2, lexical=lexical)
-    groups = Groups.of(lexical, DOMAINS, "benign")
+    words = entanglement(lexical, "safety", DOMAINS, permutations=10, splits=2)
     for name in ("cosine", "cosine_centred"):
-        expected = SIMILARITIES[name](groups, "safety", "bias")[0]
-        assert found.lexical_baseline[name]["bias"] == pytest.approx(expected)
+        expected = words.measures[name].observed["bias"][0]
+        assert found.lexical_baseline[name]["bias"] == pytest.approx(expected, abs=1e-5)
     value = json.loads(json.dumps(found.to_json(), allow_nan=False))
     back = Entanglement.from_json(value)
     assert back.to_json() == value
@@ -330,3 +407,75 @@ def test_bad_activations_are_one_clear_line(change, message):
 def test_target_has_to_be_one_of_the_domains():
     with pytest.raises(UserError, match="target 'chemistry'"):
         entanglement(unrelated(layers=1, width=4), "chemistry", DOMAINS)
+
+
+def test_contrast_prompts_go_to_the_domains_they_are_like():
+    rng = np.random.default_rng(0)
+    centres = 9 * rng.normal(size=(3, 8))
+    words = {d: c + rng.normal(size=(5, 8)) for d, c in zip("abc", centres, strict=True)}
+    belongs = rng.permuted(np.repeat([0, 1, 2], [3, 3, 2]))
+    words["benign"] = centres[belongs] + rng.normal(size=(8, 8))
+    order, parts = matched_contrast(words, "abc")
+    assert parts == (3, 3, 2)
+    assert belongs[order].tolist() == [0, 0, 0, 1, 1, 1, 2, 2]
+
+
+def test_probe_transfer_restated_with_sklearn():
+    """Fold by fold, over the same random halves."""
+    rng = np.random.default_rng(1)
+    sizes = (9, 12, 10)
+    x = rng.normal(size=(sum(sizes), 6)).astype(np.float32)
+    x[:21] += 0.7 * rng.normal(size=6).astype(np.float32)
+    found = probe_transfer([x], sizes, permutations=2, splits=1, bootstraps=2, seed=4)
+    again = np.random.default_rng(4)
+    again.permuted(np.tile(np.arange(31), (2, 1)), axis=1)
+    starts = np.cumsum((0, *sizes))
+    groups = [
+        x[again.permuted(np.tile(np.arange(a, a + n), (1, 1)), axis=1)[0]]
+        for a, n in zip(starts, sizes, strict=False)
+    ]
+    halves = [(g[: len(g) // 2], g[len(g) // 2 :]) for g in groups]
+    scores = np.zeros((2, 2))
+    for fit in (0, 1):
+        for a in (0, 1):
+            probe = halves[a][fit].mean(0) - halves[2][fit].mean(0)
+            for b in (0, 1):
+                held, none = halves[b][1 - fit], halves[2][1 - fit]
+                truth = np.repeat([1, 0], [len(held), len(none)])
+                scores[a, b] += roc_auc_score(truth, np.concatenate([held, none]) @ probe) / 2
+    expected = (scores[0, 1] + scores[1, 0]) / 2
+    assert found.observed[0, 0, 1] == pytest.approx(expected, abs=1e-6)
+    ceiling = np.sqrt(scores[0, 0] * scores[1, 1])
+    assert found.ceiling[0, 0, 1] == pytest.approx(ceiling, abs=1e-6)
+
+
+def test_principal_angles_are_scipys():
+    rng = np.random.default_rng(2)
+    a, b = rng.normal(size=(2, 12, 30))
+    bases = [np.linalg.svd(x)[2][:3].T for x in (a, b)]
+    expected = np.degrees(subspace_angles(*bases))[::-1]
+    np.testing.assert_allclose(principal_angles(a, b, 3), expected, atol=1e-6)
+    x = np.concatenate([a, b, np.zeros((4, 30))]).astype(np.float32)
+    found = subspaces([x], (12, 12, 4), k=3, splits=5, bootstraps=5, seed=0)
+    np.testing.assert_allclose(found.angles_degrees[0, 0, 1], expected, atol=1e-3)
+    np.testing.assert_allclose(
+        found.overlap.observed[0, 0, 1], np.square(np.cos(np.radians(expected))).mean(), atol=1e-5
+    )
+    assert found.overlap.null_mean[0, 0, 1] == pytest.approx(3 / 30, abs=0.02)
+    np.testing.assert_allclose(found.overlap.observed[0, 0, 0], 1, atol=1e-6)
+
+
+def test_subspaces_of_equal_and_of_unrelated_domains():
+    rng = np.random.default_rng(3)
+    bases = 6 * rng.normal(size=(2, 4, 200)) / np.sqrt(200)
+
+    def rows(basis):
+        return rng.normal(size=(40, 4)) * 2 @ basis + rng.normal(size=(40, 200)) / np.sqrt(200)
+
+    x = np.concatenate([rows(bases[0]), rows(bases[0]), rows(bases[1]), np.zeros((5, 200))])
+    found = subspaces([x.astype(np.float32)], (40, 40, 40, 5), splits=10, bootstraps=40, seed=0)
+    overlap = found.overlap
+    assert overlap.observed[0, 0, 1] > 0.95 * overlap.ceiling[0, 0, 1]
+    assert overlap.observed[0, 0, 2] < 0.1
+    low, high = overlap.ci95[0, 0, 1]
+    assert low < overlap.observed[0, 0, 1] < high

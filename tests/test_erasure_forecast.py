@@ -8,7 +8,16 @@ from sklearn.metrics import roc_auc_score
 
 from ema_jax.concepts.entanglement import Calibrated, Entanglement
 from ema_jax.concepts.erasure import angle_degrees, erasure, norm_ratio, probe_auroc, ranking
-from ema_jax.concepts.forecast import advice, early_layers, forecast, layer_profile, score
+from ema_jax.concepts.forecast import (
+    advice,
+    early_layers,
+    forecast,
+    layer_profile,
+    pooled_score,
+    retain_counts,
+    retain_shares,
+    score,
+)
 from ema_jax.concepts.vectors import concept_vectors
 from ema_jax.errors import UserError
 
@@ -149,9 +158,11 @@ def made_entanglement(centred, target="cybersecurity"):
     return Entanglement(
         target=target,
         domains=(target, *centred),
-        cosine=Calibrated(flat, flat, flat, flat, ci95),
-        cosine_centred=Calibrated(arrays, flat, flat, flat, ci95),
-        cosine_standardised=flat,
+        measures={
+            "cosine": Calibrated(flat, flat, flat, flat, flat, ci95),
+            "cosine_centred": Calibrated(arrays, flat, flat, flat, flat, ci95),
+        },
+        outlier_share=flat,
     )
 
 
@@ -258,3 +269,53 @@ def test_layer_profile_is_spearman_per_layer():
     for layer in range(1, 4):
         expected = spearmanr([centred[d][layer] for d in "abcde"], list(ema.values())).statistic
         assert profile[layer] == pytest.approx(expected)
+
+
+def test_pooled_over_cells_against_all_permutations():
+    """Two cells of four domains: 24 x 24 orders, one-sided."""
+    rng = np.random.default_rng(0)
+    cells = [
+        (dict(zip("abcd", rng.normal(size=4), strict=True)), dict(zip("abcd", y, strict=True)))
+        for y in ([0.1, 0.4, 0.2, 0.3], [0.2, 0.1, 0.1, 0.5])
+    ]
+    found = pooled_score(cells)
+    rho = [
+        [
+            spearmanr(list(f.values()), order).statistic
+            for order in itertools.permutations(m.values())
+        ]
+        for f, m in cells
+    ]
+    observed = np.mean([r[0] for r in rho])
+    every = np.add.outer(*map(np.array, rho)) / 2
+    assert found["spearman"] == pytest.approx(observed)
+    assert found["cells"] == 2
+    assert found["p"] == pytest.approx((every >= observed - 1e-12).mean(), abs=0.006)
+    # Another level of spill in one cell is no agreement.
+    shifted = [cells[0], (cells[1][0], {d: x + 9 for d, x in cells[1][1].items()})]
+    assert pooled_score(shifted) == found
+
+
+def test_pooled_leaves_out_what_cannot_be_scored():
+    flat = ({"a": 1.0, "b": 2.0, "c": 3.0}, {"a": 0.1, "b": 0.1, "c": 0.1})
+    good = ({"a": 1.0, "b": 2.0, "c": 3.0}, {"a": 0.1, "b": 0.2, "c": 0.3})
+    assert pooled_score([flat, ({}, {})]) == {"spearman": None, "p": None, "cells": 0}
+    found = pooled_score([flat, good])
+    assert (found["cells"], found["spearman"]) == (1, pytest.approx(1))
+    assert found["p"] == pytest.approx(1 / 6, abs=0.006)
+
+
+def test_retain_composition_follows_the_forecast_within_its_budget():
+    scores = {"safety": 0.5, "bias": 0.1, "privacy": -0.3}
+    shares = retain_shares(scores)
+    assert sum(shares.values()) == pytest.approx(1)
+    assert shares["privacy"] == pytest.approx(1 / 6)  # the lowest has half an even share
+    assert shares["safety"] > shares["bias"] > shares["privacy"]
+    for budget in (3, 4, 10, 32, 101):
+        counts = retain_counts(scores, budget)
+        assert sum(counts.values()) == budget
+        assert min(counts.values()) >= 1
+        assert counts["safety"] >= counts["bias"] >= counts["privacy"]
+    assert retain_counts({"a": 0.2, "b": 0.2}, 6) == {"a": 3, "b": 3}
+    with pytest.raises(UserError, match="2 examples for 3 domains"):
+        retain_counts(scores, 2)

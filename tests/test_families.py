@@ -216,6 +216,22 @@ REFUSED = {
     ),
     "no_factor": ({"rope_scaling": YARN}, "rope scaling 'yarn' needs factor"),
     "bad_factor": ({"rope_scaling": YARN | {"factor": "4"}}, "factor is '4'"),
+    "text_original": (
+        {"rope_scaling": YARN | {"factor": 4.0, "original_max_position_embeddings": "32"}},
+        "original_max_position_embeddings is '32', expected a positive number",
+    ),
+    "negative_option": (
+        {"rope_scaling": YARN | {"factor": 4.0, "beta_fast": -1}},
+        "beta_fast is -1, expected a positive number",
+    ),
+    "no_band": (
+        {"rope_scaling": BASE["rope_scaling"] | {"low_freq_factor": 4.0}},
+        "no rotary embedding follows from",
+    ),
+    "no_rotation": (
+        {"rope_theta": 1, "rope_scaling": YARN | {"factor": 4.0}},
+        "no rotary embedding follows from",
+    ),
     "partial": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not supported"),
     "heads": ({"num_key_value_heads": 7}, "32 is no multiple of num_key_value_heads 7"),
     "uneven": ({"hidden_size": 4097}, "4097 is no multiple of num_attention_heads 32"),

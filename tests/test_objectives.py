@@ -10,15 +10,16 @@ from hypothesis import strategies as st
 from tiny_models import load_torch, random_batch, torch_outputs
 
 from ema_jax.models import checkpoint
-from ema_jax.unlearning import objectives
-from ema_jax.unlearning.objectives import cross_entropy, npo_loss, sequence_log_probs
+from ema_jax.unlearning import log_probs as log_probs_lib
+from ema_jax.unlearning.log_probs import sequence_log_probs
+from ema_jax.unlearning.objectives import cross_entropy, npo_loss
 
 
 @pytest.mark.parametrize(("variant", "chunk"), [("qwen2", 3), ("mistral", 5), ("qwen2", 128)])
 def test_token_log_probs_equal_torch_whatever_the_chunk(tiny, monkeypatch, variant, chunk):
-    monkeypatch.setattr(objectives, "_CHUNK", chunk)
+    monkeypatch.setattr(log_probs_lib, "_CHUNK", chunk)
     tokens, mask = random_batch(padding="right")
-    ours = objectives.token_log_probs(checkpoint.load(tiny(variant)), tokens, mask)
+    ours = log_probs_lib.token_log_probs(checkpoint.load(tiny(variant)), tokens, mask)
     logits = torch.tensor(torch_outputs(load_torch(tiny(variant)), tokens, mask)[0])
     targets = torch.tensor(tokens[:, 1:, None].astype(np.int64))
     expected = torch.log_softmax(logits[:, :-1], dim=-1).gather(-1, targets)[..., 0].numpy()
@@ -86,7 +87,9 @@ def test_masks_choose_the_response():
 def test_cross_entropy_equals_torch(tiny):
     tokens, mask = random_batch(padding="right")
     response = mask & (np.arange(mask.shape[1]) >= 3)
-    log_probs = objectives.token_log_probs(checkpoint.load(tiny("llama")), tokens, mask, remat=True)
+    log_probs = log_probs_lib.token_log_probs(
+        checkpoint.load(tiny("llama")), tokens, mask, remat=True
+    )
     reference = load_torch(tiny("llama"))
     with torch.no_grad():
         expected = reference(

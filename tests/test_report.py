@@ -19,7 +19,7 @@ from ema_jax.report.headline import headline, plain_arms
 
 FIGURES = {
     *("refusal", "ema", "trajectory", "entanglement", "entanglement_centred"),
-    *("entanglement_map", "erasure", "forecast"),
+    *("entanglement_map", "erasure", "forecast", "angle", "patching", "sweep"),
 }
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 

@@ -14,7 +14,7 @@ import pytest
 from absl import logging
 from jax import numpy as jnp
 from safetensors import safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from ema_jax.artifacts import Shape, read_tensors, write_tensors
 from ema_jax.errors import UserError
@@ -105,14 +105,15 @@ def write_random(folder, **sizes) -> int:
 
 WORKER = """
 import sys
-import tracemalloc
+from pathlib import Path
 import jax
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 2)
-jax.distributed.initialize(sys.argv[2], 2, int(sys.argv[3]))
+from ema_jax import distributed
+distributed.initialise(heartbeat_seconds=30)
 import numpy as np
 from flax import nnx
-from ema_jax.models import checkpoint, sharding, weights
+from ema_jax.models import checkpoint, lora, sharding, weights
 read, sizes = weights.Stored.read, []
 def counted(self, *where):
     block = read(self, *where)
@@ -120,10 +121,13 @@ def counted(self, *where):
     return block
 weights.Stored.read = counted
 options = {"dtype": "bfloat16"}  # as stored: bytes in memory are bytes in the file
-model = checkpoint.load(sys.argv[1], mesh=sharding.make_mesh((1, 2, 2)), **options)
+source, out = Path(sys.argv[1]), Path(sys.argv[2])
+mesh = sharding.make_mesh((1, 2, 2))
+model = checkpoint.load(source, mesh=mesh, **options)
 mine = jax.sharding.Mesh(np.array(jax.local_devices()[:1]).reshape(1, 1, 1), sharding.AXES)
 needed, got = 0, sum(sizes)
-whole = dict(nnx.to_flat_state(nnx.state(checkpoint.load(sys.argv[1], mesh=mine, **options))))
+alone = checkpoint.load(source, mesh=mine, **options)
+whole = dict(nnx.to_flat_state(nnx.state(alone)))
 for path, leaf in nnx.to_flat_state(nnx.state(model)):
     distinct = {}
     for shard in leaf[...].addressable_shards:
@@ -131,32 +135,58 @@ for path, leaf in nnx.to_flat_state(nnx.state(model)):
         distinct[str(shard.index)] = shard.data.nbytes
     needed += sum(distinct.values())
 print("BYTES", got, needed, sum(leaf[...].nbytes for leaf in whole.values()))
+checkpoint.export(model, out / "hf")
+assert (out / "hf" / "config.json").exists(), "nobody goes on before it is there"
+try:
+    checkpoint.export(model, out / "hf")
+except Exception as error:
+    print("REFUSED", error)
+config = lora.LoRAConfig(rank=2)
+adapted = nnx.state(lora.attach(alone, config, jax.random.key(0)), lora.LoRAParam)
+shardings = sharding.parameter_shardings(adapted, mesh)
+model = lora.attach(model, config, jax.random.key(0))
+nnx.update(model, jax.tree.map(jax.device_put, adapted, shardings))
+assert not model.blocks.q_proj.lora_a[...].is_fully_addressable
+lora.save_peft(model, out / "adapter", config, "base")
+again = lora.load_peft(alone, out / "adapter")
+jax.tree.map(np.testing.assert_array_equal, nnx.state(again, lora.LoRAParam), adapted)
 """
 
 
-def test_each_of_two_processes_reads_what_its_devices_need(tmp_path):
-    write_random(tmp_path, vocab_size=96, hidden_size=32, intermediate_size=48)
+def test_two_processes_read_what_their_devices_need_and_write_one_checkpoint(tmp_path):
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    write_random(source, vocab_size=96, hidden_size=32, intermediate_size=48)
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    environment |= {"EMA_JAX_COORDINATOR": address, "EMA_JAX_NUM_PROCESSES": "2"}
     workers = [
         subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(tmp_path), address, str(i)],
+            [sys.executable, "-c", WORKER, str(source), str(out)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             cwd=Path(__file__).parent.parent,
-            env=environment,
+            env=environment | {"EMA_JAX_PROCESS_ID": str(i)},
         )
         for i in range(2)
     ]
     for worker in workers:
-        out, error = worker.communicate(timeout=120)
+        said, error = worker.communicate(timeout=120)
         assert worker.returncode == 0, error
-        got, needed, whole = map(int, out.split("BYTES")[1].split())
+        got, needed, whole = map(int, re.search(r"BYTES (\d+) (\d+) (\d+)", said).groups())
         assert got == needed
         assert needed < 0.55 * whole, "all but the norms is split"
+        assert re.search(r"REFUSED .*hf: already exists", said)
+    assert sorted(path.name for path in out.iterdir()) == ["adapter", "hf"]
+    theirs = load_file(out / "hf" / "model.safetensors")
+    for name, tensor in stored(source).items():
+        values = tensor.read(range(tensor.shape[0]))
+        assert theirs[name].dtype == values.dtype
+        np.testing.assert_array_equal(theirs[name], values, err_msg=name)
+    assert theirs.keys() == stored(source).keys()
 
 
 MEASURE = """

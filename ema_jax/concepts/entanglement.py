@@ -2,22 +2,25 @@
 
 A raw similarity of two concept vectors says little: a shared contrast set puts unrelated domains
 near 0.5, centring over D domains puts them near -1/(D-1), and few prompts attenuate what is there.
-So every cosine comes with the distribution it has when labels mean nothing (permutation), with what
-two samples of one and the same domain would reach (split halves), and with a bootstrap interval.
+So every figure comes with the distribution it has when labels mean nothing (permutation), with what
+two samples of one and the same domain would reach (split halves), with the share of that ceiling,
+and with a bootstrap interval.
 
 The paper says only that "representation similarity in earlier layers" goes with the spill; the
 measures, nulls and ceilings here are ours.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
-from ema_jax.concepts.resampling import arctanh, calibrate
-from ema_jax.concepts.vectors import CONTRAST, Activations
+from ema_jax.concepts.resampling import PairFigures, calibrate
+from ema_jax.concepts.subspaces import subspaces
+from ema_jax.concepts.transfer import probe_transfer
+from ema_jax.concepts.vectors import CONTRAST, Activations, matched_contrast
 from ema_jax.errors import UserError
 
 _CLIP_SD = 3.0
@@ -25,82 +28,31 @@ _FEWEST_PROMPTS = 4
 
 ByDomain = dict[str, np.ndarray]
 
-
-@dataclass(frozen=True)
-class Groups:
-    """What a similarity may look at: float64 means by domain and the pooled within-domain spread.
-
-    `means` is `{domain: [L+1, d]}` and holds the contrast set too; `within_std` is `[L+1, d]`;
-    `domains` are the responsible-AI domains, in order.
-    """
-
-    means: ByDomain
-    within_std: np.ndarray
-    domains: tuple[str, ...]
-    contrast: str
-
-    @classmethod
-    def of(cls, activations: Activations, domains: Sequence[str], contrast: str) -> "Groups":
-        """Means over prompts and the standard deviation around them, pooled over all domains."""
-        names = (*domains, contrast)
-        means = {name: activations[name].mean(axis=0, dtype=np.float64) for name in names}
-        # Layer by layer: a float64 copy of everything would double the memory.
-        squares = np.stack(
-            [
-                sum(np.square(activations[n][:, i] - means[n][i]).sum(axis=0) for n in names)
-                for i in range(activations[contrast].shape[1])
-            ]
-        )
-        freedom = sum(len(activations[name]) - 1 for name in names)
-        return cls(means, np.sqrt(squares / freedom), tuple(domains), contrast)
-
-
-def _cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Cosine along the last axis; NaN where a vector is zero."""
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return (a * b).sum(-1) / (np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1))
-
-
-def cosine(groups: Groups, a: str, b: str) -> Float[np.ndarray, " layers"]:
-    """Cosine of the difference-in-means vectors against the shared contrast set.
-
-    Unrelated domains score about 0.5, because both vectors contain minus the contrast mean.
-    """
-    contrast = groups.means[groups.contrast]
-    return _cosine(groups.means[a] - contrast, groups.means[b] - contrast)
-
-
-def cosine_centred(groups: Groups, a: str, b: str) -> Float[np.ndarray, " layers"]:
-    """Cosine of the domain means after subtracting their mean over the responsible-AI domains.
-
-    What every refusable prompt shares is gone; unrelated domains score about -1/(D-1). It says
-    something from three domains on.
-    """
-    centre = np.mean([groups.means[d] for d in groups.domains], axis=0)
-    return _cosine(groups.means[a] - centre, groups.means[b] - centre)
-
-
-def cosine_standardised(groups: Groups, a: str, b: str) -> Float[np.ndarray, " layers"]:
-    """`cosine` with each dimension in units of its within-domain standard deviation.
-
-    Differences beyond three such units count as three, so that a few outlier dimensions cannot own
-    the figure; constant dimensions count as zero.
-    """
-    contrast, std = groups.means[groups.contrast], groups.within_std
-
-    def standardised(domain: str) -> np.ndarray:
-        difference = groups.means[domain] - contrast
-        z = np.divide(difference, std, out=np.zeros_like(std), where=std > 0)
-        return np.clip(z, -_CLIP_SD, _CLIP_SD)
-
-    return _cosine(standardised(a), standardised(b))
-
-
-SIMILARITIES: dict[str, Callable[[Groups, str, str], np.ndarray]] = {
-    "cosine": cosine,
-    "cosine_centred": cosine_centred,
-    "cosine_standardised": cosine_standardised,
+# Measure -> what its figures end in in JSON, and the kind of vectors its cosine is taken of.
+_COSINES = {
+    "cosine": ("", "raw"),
+    "cosine_centred": ("_centred", "centred"),
+    "cosine_own": ("_own", "own"),
+    "cosine_standardised": ("_standardised", "raw"),
 }
+_SUFFIXES = {name: suffix for name, (suffix, _) in _COSINES.items()}
+_SUFFIXES |= {"probe_transfer": "_probe_transfer", "subspace_overlap": "_subspace_overlap"}
+
+MEASURES = tuple(_SUFFIXES)
+"""What can be measured.
+
+`cosine`: of difference-in-means vectors against the shared contrast set; unrelated domains score
+about 0.5, because both vectors contain minus its mean.
+`cosine_centred`: of domain means less their mean over the domains, so that what every refusable
+prompt shares is gone; unrelated domains score about -1/(D-1); it says something from three domains
+on.
+`cosine_own`: against contrast prompts of the domain's own (`vectors.matched_contrast`), so that
+unrelated domains score about 0.
+`cosine_standardised`: `cosine` on activations in units of each dimension's within-domain standard
+deviation and clipped at three of them, so that no outlier dimension owns the figure.
+`probe_transfer`: see `transfer.probe_transfer`.
+`subspace_overlap`: see `subspaces.subspaces`.
+"""
 
 
 @dataclass(frozen=True)
@@ -115,6 +67,7 @@ class Calibrated:
         mean of the two domains' split-half reliabilities, each stepped up to the full number of
         prompts by Spearman-Brown. The raw one shares the contrast set between the halves, as the
         observed cosine does between the domains, so without any concept it sits at the null.
+      disattenuated: observed over ceiling.
       ci95: `[L+1, 2]`; from redrawing prompts within domains. It is an interval for the
         similarity at this number of prompts: more prompts raise the ceiling and with it both ends.
     """
@@ -123,6 +76,7 @@ class Calibrated:
     null95: ByDomain
     null_mean: ByDomain
     ceiling: ByDomain
+    disattenuated: ByDomain
     ci95: ByDomain
 
 
@@ -130,21 +84,37 @@ class Calibrated:
 class Entanglement:
     """Similarity of every domain to the target at layers 0 to L; NaN where a vector is zero.
 
-    `cosine_standardised` is observed only. `lexical_baseline` is `{similarity: {domain: x}}` on
-    mean token embeddings: if it forecasts as well as the layers do, they add nothing to the words.
+    Attributes:
+      target: the domain that is to be unlearned.
+      domains: all of them.
+      measures: of `MEASURES`.
+      outlier_share: `[L+1]` per domain, the target too: share of the squared length of the raw
+        vector that its largest dimension has.
+      lexical_baseline: `{similarity: {domain: x}}` on mean token embeddings: if it forecasts as
+        well as the layers do, they add nothing to the words.
     """
 
     target: str
     domains: tuple[str, ...]
-    cosine: Calibrated
-    cosine_centred: Calibrated
-    cosine_standardised: ByDomain
+    measures: dict[str, Calibrated]
+    outlier_share: ByDomain
     lexical_baseline: dict[str, dict[str, float]] | None = None
+
+    @property
+    def cosine(self) -> Calibrated:
+        """The raw one."""
+        return self.measures["cosine"]
+
+    @property
+    def cosine_centred(self) -> Calibrated:
+        """The one that the forecast reads."""
+        return self.measures["cosine_centred"]
 
     @property
     def num_layers(self) -> int:
         """L, the number of blocks; the arrays have one entry more."""
-        return len(next(iter(self.cosine.observed.values()))) - 1
+        first = next(iter(self.measures.values()))
+        return len(next(iter(first.observed.values()))) - 1
 
     def to_json(self) -> dict[str, Any]:
         """As in `results.json`: figures of `cosine_centred` end in `_centred`; NaN is null."""
@@ -152,12 +122,12 @@ class Entanglement:
             "target": self.target,
             "domains": list(self.domains),
             "layers": list(range(self.num_layers + 1)),
-            "cosine_standardised": _listed(self.cosine_standardised),
+            "outlier_share": _listed(self.outlier_share),
         }
-        for name, suffix in _SUFFIXES.items():
+        for name, calibrated in self.measures.items():
             for field in fields(Calibrated):
-                key = name if field.name == "observed" else field.name + suffix
-                out[key] = _listed(getattr(getattr(self, name), field.name))
+                key = name if field.name == "observed" else field.name + _SUFFIXES[name]
+                out[key] = _listed(getattr(calibrated, field.name))
         if self.lexical_baseline is not None:
             out["lexical_baseline"] = {k: _listed(v) for k, v in self.lexical_baseline.items()}
         return out
@@ -169,20 +139,17 @@ class Entanglement:
         def arrays(key: str) -> ByDomain:
             return {d: np.array(x, np.float64) for d, x in value[key].items()}
 
-        def calibrated(name: str, suffix: str) -> Calibrated:
+        def calibrated(name: str) -> Calibrated:
             rest = [f.name for f in fields(Calibrated) if f.name != "observed"]
-            return Calibrated(arrays(name), **{key: arrays(key + suffix) for key in rest})
+            return Calibrated(arrays(name), **{key: arrays(key + _SUFFIXES[name]) for key in rest})
 
         return cls(
             target=value["target"],
             domains=tuple(value["domains"]),
-            cosine_standardised=arrays("cosine_standardised"),
+            measures={name: calibrated(name) for name in MEASURES if name in value},
+            outlier_share=arrays("outlier_share"),
             lexical_baseline=value.get("lexical_baseline"),
-            **{name: calibrated(name, suffix) for name, suffix in _SUFFIXES.items()},
         )
-
-
-_SUFFIXES = {"cosine": "", "cosine_centred": "_centred"}
 
 
 def _listed(by_domain: Mapping[str, Any]) -> dict[str, Any]:
@@ -194,84 +161,134 @@ def _listed(by_domain: Mapping[str, Any]) -> dict[str, Any]:
     return {domain: plain(np.asarray(x).tolist()) for domain, x in by_domain.items()}
 
 
-def entanglement(
+class Pairs(NamedTuple):
+    """Entanglement of every domain with every other: `[L+1, D, D]` a figure."""
+
+    domains: tuple[str, ...]
+    measures: dict[str, PairFigures]
+    outlier_share: Float[np.ndarray, "L1 D"]
+    lexical: dict[str, PairFigures] | None
+
+    def towards(self, target: str) -> Entanglement:
+        """What there is of one target."""
+        t = self.domains.index(target)
+        others = {d: i for i, d in enumerate(self.domains) if i != t}
+
+        def of(found: PairFigures) -> Calibrated:
+            return Calibrated(
+                **{
+                    figure: {d: x[:, t, i] for d, i in others.items()}
+                    for figure, x in found._asdict().items()
+                }
+            )
+
+        baseline = None
+        if self.lexical is not None:
+            baseline = {
+                name: {d: float(x.observed[0, t, i]) for d, i in others.items()}
+                for name, x in self.lexical.items()
+            }
+        share = {d: self.outlier_share[:, i] for i, d in enumerate(self.domains)}
+        measures = {name: of(found) for name, found in self.measures.items()}
+        return Entanglement(target, self.domains, measures, share, baseline)
+
+
+def all_pairs(
     activations: Activations,
-    target: str,
     domains: Sequence[str],
     *,
     contrast: str = CONTRAST,
+    measures: Sequence[str] = MEASURES,
     permutations: int = 1000,
     splits: int = 50,
+    bootstraps: int = 400,
     seed: int = 0,
     lexical: Activations | None = None,
-) -> Entanglement:
-    """Measures how entangled the target's concept is with every other domain's, at every layer.
+) -> Pairs:
+    """Measures how entangled the concepts of all domains are, at every layer.
 
-    The null of the raw cosine permutes labels among target, domain and contrast prompts; that of
-    the centred one among the prompts of all `domains`. One permutation serves all layers.
+    The null of a raw cosine permutes labels among the prompts of the two domains and of the
+    contrast set; that of the centred one among the prompts of all domains. One permutation serves
+    all layers.
 
     Args:
       activations: `{domain: [prompts, L+1, d]}`, the contrast set included.
-      target: the domain that is to be unlearned.
-      domains: all responsible-AI domains, the target among them.
+      domains: all responsible-AI domains.
       contrast: name of the contrast set.
+      measures: of `MEASURES`.
       permutations: label permutations behind each null.
       splits: random splits behind each ceiling.
+      bootstraps: redrawings behind each interval.
       seed: of permutations, splits and bootstrap.
-      lexical: mean token embeddings of the prompts, layer 0 of the same shape, for the baseline.
+      lexical: mean token embeddings of the prompts, layer 0 of the same shape, for the baseline;
+        they also match contrast prompts to domains, which else are dealt out as they come.
 
     Raises:
       UserError: if a domain is missing, has fewer than four prompts or values that are not finite.
     """
     domains = tuple(domains)
-    _check(activations, target, domains, contrast)
-    others = tuple(d for d in domains if d != target)
-    groups = Groups.of(activations, domains, contrast)
+    _check(activations, domains, contrast)
+    if lexical is not None:
+        _check(lexical, domains, contrast)
+    names = (*domains, contrast)
+    # Never matched by what is measured: that would make domains and their contrasts alike.
+    words = {d: np.zeros((len(activations[d]), 1)) for d in names}
+    words = words if lexical is None else {d: lexical[d][:, 0] for d in names}
+    order, parts = matched_contrast(words, domains, contrast)
+    activations = {**activations, contrast: activations[contrast][order]}
+    sizes = (*(len(activations[d]) for d in domains), *parts)
+    trio = (*sizes[: len(domains)], sum(parts))
+    draws = {"permutations": permutations, "splits": splits, "bootstraps": bootstraps, "seed": seed}
+    found: dict[str, PairFigures] = {}
 
-    def observed(name: str, groups: Groups = groups) -> ByDomain:
-        return {d: SIMILARITIES[name](groups, target, d) for d in others}
-
-    figures = calibrate(
-        _layers(activations, groups),
-        [len(activations[name]) for name in (*domains, contrast)],
-        domains.index(target),
-        permutations=permutations,
-        splits=splits,
-        seed=seed,
-    )
-    calibrated = {}
-    for name in _SUFFIXES:
-        found = observed(name)
-        columns = {
-            figure: {d: x[:, domains.index(d)] for d in others}
-            for figure, x in figures[name].items()
-        }
-        spread = columns.pop("spread")
-        ci95 = {d: _fisher_interval(found[d], spread[d]) for d in others}
-        calibrated[name] = Calibrated(observed=found, ci95=ci95, **columns)
+    plain = [name for name in measures if name in _COSINES and name != "cosine_standardised"]
+    if plain:
+        kinds = {name: _COSINES[name][1] for name in plain}
+        made = calibrate(_layers(activations, names), sizes, list(kinds.values()), **draws)
+        found |= {name: made[kind] for name, kind in kinds.items()}
+    if "cosine_standardised" in measures:
+        scaled = (_standardised(x, trio) for x in _layers(activations, names))
+        found["cosine_standardised"] = calibrate(scaled, sizes, ["raw"], **draws)["raw"]
+    if "probe_transfer" in measures:
+        found["probe_transfer"] = probe_transfer(_layers(activations, names), trio, **draws)
+    if "subspace_overlap" in measures:
+        few = {"splits": splits, "bootstraps": min(bootstraps, 100), "seed": seed}
+        found["subspace_overlap"] = subspaces(_layers(activations, names), trio, **few).overlap
 
     baseline = None
     if lexical is not None:
-        _check(lexical, target, domains, contrast)
-        words = Groups.of({d: x[:, :1] for d, x in lexical.items()}, domains, contrast)
-        baseline = {
-            name: {d: float(x[0]) for d, x in observed(name, words).items()} for name in _SUFFIXES
-        }
-    return Entanglement(
-        target=target,
-        domains=domains,
-        cosine_standardised=observed("cosine_standardised"),
-        lexical_baseline=baseline,
-        **calibrated,
-    )
+        rows = _layers(
+            {d: lexical[d][order if d == contrast else slice(None), :1] for d in names}, names
+        )
+        made = calibrate(rows, sizes, ["raw", "centred"], **draws)
+        baseline = {"cosine": made["raw"], "cosine_centred": made["centred"]}
+    share = np.stack([_outlier_share(activations, d, contrast) for d in domains], axis=1)
+    return Pairs(domains, {name: found[name] for name in measures}, share, baseline)
 
 
-def _check(activations: Activations, target: str, domains: tuple[str, ...], contrast: str) -> None:
+def entanglement(
+    activations: Activations, target: str, domains: Sequence[str], **settings: Any
+) -> Entanglement:
+    """Measures how entangled the target's concept is with every other domain's, at every layer.
+
+    Args:
+      activations: `{domain: [prompts, L+1, d]}`, the contrast set included.
+      target: the domain that is to be unlearned.
+      domains: all responsible-AI domains, the target among them.
+      **settings: of `all_pairs`.
+
+    Raises:
+      UserError: as `all_pairs`, or the target is none of the domains.
+    """
     if target not in domains or len(domains) < 2:
         raise UserError(
             f"entanglement: target {target!r} needs to be one of two or more domains, "
             f"found {', '.join(domains)}"
         )
+    return all_pairs(activations, domains, **settings).towards(target)
+
+
+def _check(activations: Activations, domains: tuple[str, ...], contrast: str) -> None:
     for name in (*domains, contrast):
         if name not in activations:
             raise UserError(f"entanglement: no activations for {name!r}: capture it too")
@@ -287,27 +304,35 @@ def _check(activations: Activations, target: str, domains: tuple[str, ...], cont
             )
 
 
-def _layers(activations: Activations, groups: Groups) -> Iterator[np.ndarray]:
+def _layers(activations: Activations, names: Sequence[str]) -> Iterator[np.ndarray]:
     """Rows of all groups `[N, d]`, layer by layer, domains in order, the contrast set last.
 
     Every cosine here is one of sums of rows whose weights add to zero, so the origin is free: at
     the mean of the domains float32 stays exact under residuals with a large common offset.
     """
-    origin = np.mean([groups.means[d] for d in groups.domains], axis=0)
-    for layer in range(len(origin)):
-        yield np.concatenate(
-            [
-                (activations[name][:, layer] - origin[layer]).astype(np.float32)
-                for name in (*groups.domains, groups.contrast)
-            ]
-        )
+    domains = names[:-1]
+    for layer in range(activations[names[0]].shape[1]):
+        rows = [activations[name][:, layer] for name in names]
+        origin = np.mean([x.mean(axis=0, dtype=np.float64) for x in rows[: len(domains)]], axis=0)
+        yield np.concatenate([(x - origin).astype(np.float32) for x in rows])
 
 
-def _fisher_interval(observed: np.ndarray, spread: np.ndarray) -> np.ndarray:
-    """Normal interval on Fisher's z scale `[L+1, 2]`.
+def _standardised(rows: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
+    """Rows in units of the within-group standard deviation of each dimension, clipped.
 
-    Not percentiles of the bootstrap: redrawing adds sampling noise a second time, which pulls
-    cosines of noisy means to their null and can leave the observed value outside.
+    Constant dimensions count as zero.
     """
-    z = arctanh(observed)
-    return np.tanh(np.stack([z - 1.96 * spread, z + 1.96 * spread], axis=-1))
+    groups = np.split(rows, np.cumsum(sizes)[:-1])
+    squares = sum(np.square(x - x.mean(axis=0, dtype=np.float64)).sum(axis=0) for x in groups)
+    std = np.sqrt(squares / (len(rows) - len(groups)))
+    z = np.divide(rows, std, out=np.zeros(rows.shape), where=std > 0)
+    return np.clip(z, -_CLIP_SD, _CLIP_SD).astype(np.float32)
+
+
+def _outlier_share(
+    activations: Activations, domain: str, contrast: str
+) -> Float[np.ndarray, " layers"]:
+    means = (activations[name].mean(axis=0, dtype=np.float64) for name in (domain, contrast))
+    squares = np.square(np.subtract(*means))
+    with np.errstate(invalid="ignore"):
+        return squares.max(axis=-1) / squares.sum(axis=-1)

@@ -10,7 +10,7 @@ Layer 0 is left out because it is lexical: token embeddings, which no context ha
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -96,6 +96,40 @@ def score(
     return {"spearman": rho, "p": _permutation_p(x, y, rho) if test else None, "n": n}
 
 
+def pooled_score(
+    cells: Sequence[tuple[Mapping[str, float], Mapping[str, float | None]]],
+) -> dict[str, Any]:
+    """Rank agreement over several studies: the mean Spearman correlation over cells.
+
+    A stratified permutation test: measurements are permuted within each cell only, so that cells
+    with more spill, or another model, do not count as agreement. One-sided, in the direction of the
+    claim; 100,000 draws with a fixed seed.
+
+    Args:
+      cells: a forecast and the measured EMA of each.
+
+    Returns:
+      `{"spearman", "p", "cells"}`; None for the first two where no cell can be scored.
+    """
+    ranks = []
+    for forecast, measured in cells:
+        pairs = [(x, measured.get(d)) for d, x in forecast.items()]
+        usable = np.array([(x, y) for x, y in pairs if y is not None], np.float64).reshape(-1, 2)
+        x, y = (_standard_ranks(column) for column in usable.T) if len(usable) > 2 else (None, None)
+        if x is not None and y is not None:
+            ranks.append((x, y))
+    if not ranks:
+        return {"spearman": None, "p": None, "cells": 0}
+    observed = float(np.mean([x @ y for x, y in ranks]))
+    rng = np.random.default_rng(0)
+    drawn = np.zeros(_SAMPLED_PERMUTATIONS)
+    for x, y in ranks:
+        drawn += rng.permuted(np.tile(y, (_SAMPLED_PERMUTATIONS, 1)), axis=1) @ x / len(ranks)
+    extreme = int((drawn >= observed - 1e-12).sum())
+    p = (1 + extreme) / (1 + _SAMPLED_PERMUTATIONS)
+    return {"spearman": observed, "p": p, "cells": len(ranks)}
+
+
 def _standard_ranks(values: np.ndarray) -> np.ndarray | None:
     """Mid-ranks, centred, of unit length; None for a constant."""
     from scipy.stats import rankdata
@@ -120,3 +154,36 @@ def _permutation_p(x: np.ndarray, y: np.ndarray, rho: float) -> float:
 def advice(forecast: Mapping[str, float], k: int = 2) -> list[str]:
     """The k domains forecast to be hit hardest: add retain data for these first."""
     return sorted(forecast, key=lambda d: (-forecast[d], d))[:k]
+
+
+def retain_shares(forecast: Mapping[str, float]) -> dict[str, float]:
+    """Which share of a budget of retain examples each domain should have; they add to one.
+
+    Half of the budget is even, for the forecast may be wrong; the other half goes by how far a
+    domain's score is above the lowest.
+    """
+    lowest = min(forecast.values())
+    above = {d: x - lowest for d, x in forecast.items()}
+    total = sum(above.values())
+    even = 1 / len(forecast)
+    return {d: (even + (x / total if total > 0 else even)) / 2 for d, x in above.items()}
+
+
+def retain_counts(forecast: Mapping[str, float], budget: int) -> dict[str, int]:
+    """`retain_shares` of a budget in whole examples (largest remainders), none left out.
+
+    Raises:
+      UserError: fewer examples than domains.
+    """
+    if budget < len(forecast):
+        raise UserError(
+            f"retain budget: {budget} examples for {len(forecast)} domains: needs one each"
+        )
+    # One each first, so that no share is rounded to nothing.
+    left = budget - len(forecast)
+    exact = {d: share * left for d, share in retain_shares(forecast).items()}
+    counts = {d: 1 + math.floor(x) for d, x in exact.items()}
+    missing = budget - sum(counts.values())
+    for d in sorted(exact, key=lambda d: (math.floor(exact[d]) - exact[d], d))[:missing]:
+        counts[d] += 1
+    return counts

@@ -12,7 +12,7 @@ Layers as in `ema_jax.concepts.vectors.LAYER_CONVENTION`.
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ from ema_jax.concepts.vectors import LayerVectors
 from ema_jax.data.chat import bucket, length_batches, pad_prompts
 from ema_jax.errors import UserError
 from ema_jax.models.decoder import Decoder
-from ema_jax.models.sharding import batch_rows, batch_sharding, make_mesh
+from ema_jax.models.sharding import batch_rows, host_array, make_mesh, place_batch
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["add", "remove"], meta_fields=[])
@@ -151,14 +151,15 @@ def sweep(
     """
     members = _members(refusing, model.config.vocab_size)
     graph, state = nnx.split(model)
+    candidates = jax.tree.map(np.asarray, candidates)  # on every process, like the batch
     count = candidates.add.shape[1]
     clean = np.zeros(len(prompts), np.float32)
     changed = np.zeros((model.config.num_layers + 1, count, len(prompts)), np.float32)
     for indices, batch in _batches(prompts, batch_size, mesh):
         chunk = max(1, min(count, batch_size // len(batch[0])))
         found = _sweep(graph, state, *batch, members, candidates, chunk=chunk)
-        clean[indices] = np.asarray(found[0])[: len(indices)]
-        changed[:, :, indices] = np.asarray(found[1])[:, :, : len(indices)]
+        clean[indices] = host_array(found[0])[: len(indices)]
+        changed[:, :, indices] = host_array(found[1])[:, :, : len(indices)]
     return Sweep(clean, changed)
 
 
@@ -192,7 +193,7 @@ def patch(
     result = np.zeros((above.config.num_layers + 1, len(prompts)), np.float32)
     for indices, batch in _batches(prompts, batch_size, mesh):
         found = _patch(*nnx.split(below), *nnx.split(above), *batch, members)
-        result[:, indices] = np.asarray(found)[:, : len(indices)]
+        result[:, indices] = host_array(found)[:, : len(indices)]
     return result
 
 
@@ -268,14 +269,14 @@ def _members(refusing: Sequence[int], vocab_size: int) -> Bool[np.ndarray, "V"]:
 
 def _batches(
     prompts: Sequence[Sequence[int]], batch_size: int, mesh: Mesh | None
-) -> Iterator[tuple[list[int], tuple[Array, Array]]]:
+) -> Iterator[tuple[list[int], tuple[Any, Any]]]:
     """Indices of prompts with their padded `(tokens, mask)`, on the devices."""
     mesh = make_mesh() if mesh is None else mesh
     rows = batch_rows(min(batch_size, len(prompts)), mesh)
     for indices in length_batches([len(ids) for ids in prompts], rows):
         chosen = [prompts[i] for i in indices]
         padded = pad_prompts(chosen, bucket(len(chosen[0])), rows, 0)
-        yield indices, jax.device_put(padded, batch_sharding(mesh))
+        yield indices, place_batch(padded, mesh)
 
 
 def _unit(vector: Float[np.ndarray, "L1 D"]) -> Float[np.ndarray, "L1 D"]:

@@ -1,20 +1,24 @@
 """Cosines of group means under regrouped prompts: permutation nulls, split halves, bootstrap.
 
 Group means enter a cosine only through inner products of prompts. So each layer is reduced once to
-its N×N Gram matrix, and a regrouping costs O(groups · N²) whatever the width of the model: 1,000
-permutations of 1,024 prompts at width 4,096 take well under a second a layer on a laptop.
+its N×N Gram matrix, and a regrouping costs O(groups · N²) whatever the width of the model, or
+O(N²) where prompts stay in their groups. All pairs of domains come out of the same draws.
+
+Rows are in the order of D domains and then of the contrast set, which is in D parts, one that goes
+with each domain: groups 0 to D - 1 and D to 2D - 1.
 """
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-_BOOTSTRAPS = 400
 # Weights held on the device at once, in float32 elements (64 MiB).
 _CHUNK_ELEMENTS = 2**24
 
@@ -101,114 +105,245 @@ def permutations_of(
     return Regroupings(rows, shuffled, np.ones(shuffled.shape), contrasts)
 
 
-def bootstraps_of(
-    rng: np.random.Generator, repeats: int, sizes: Sequence[int], contrasts: np.ndarray
-) -> Regroupings:
-    """Prompts redrawn with replacement inside each group."""
-    labels = np.repeat(np.arange(len(sizes)), sizes)
-    counts = [rng.multinomial(n, np.full(n, 1 / n), size=repeats) for n in sizes]
-    return Regroupings(
-        rows=np.arange(len(labels)),
-        labels=np.tile(labels, (repeats, 1)),
-        counts=np.concatenate(counts, axis=1),
-        contrasts=contrasts,
-    )
+@partial(jax.jit, static_argnames="sizes")
+def _inner_sums(
+    gram: Float[jax.Array, "N N"], counts: Float[jax.Array, "R C N"], *, sizes: tuple[int, ...]
+) -> Float[jax.Array, "R CG CG"]:
+    """Inner products of the sums over each of G groups, in each of C sets of counts."""
+    starts = np.cumsum((0, *sizes))
+    places = [slice(a, b) for a, b in itertools.pairwise(starts)]
+    with jax.default_matmul_precision("highest"):
+        sums = jnp.stack([counts[..., p] @ gram[p] for p in places], axis=2)  # [R, C, G, N]
+        inner = jnp.stack(
+            [jnp.einsum("rcgn,rdn->rcgd", sums[..., p], counts[..., p]) for p in places], axis=-1
+        )  # [R, C, G, C, G]
+    flat = counts.shape[1] * len(sizes)
+    return inner.reshape(len(counts), flat, flat)
 
 
-def halves_of(rng: np.random.Generator, repeats: int, sizes: Sequence[int]) -> Regroupings:
-    """Every domain split in two: vectors are raw and centred ones, of first and second halves.
+def _cosines(
+    inner: Float[np.ndarray, "R G G"], vectors: Float[np.ndarray, "R V G"]
+) -> Float[np.ndarray, "R V V"]:
+    """Cosines of weighted sums of groups, from the groups' inner products; NaN for zeros."""
+    inner, vectors = np.asarray(inner, np.float64), np.asarray(vectors, np.float64)
+    with np.errstate(invalid="ignore"):
+        products = vectors @ inner @ vectors.swapaxes(1, 2)
+        norms = np.sqrt(np.maximum(np.einsum("rvv->rv", products), 0))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return products / (norms[:, :, None] * norms[:, None])
 
-    With D domains the vectors come in four blocks of D: raw first and second halves, centred first
-    and second halves. The raw halves keep the contrast set whole, since the observed cosine shares
-    it between its two vectors too; the centred halves have no prompt in common.
+
+def concept_weights(
+    kind: str, sizes: Float[np.ndarray, "*R G"], D: int
+) -> Float[np.ndarray, "*R D G"]:
+    """Each domain's vector as weights of the sums over its groups.
+
+    Args:
+      kind: `raw` (minus the whole contrast set), `own` (minus the part of it that goes with the
+        domain) or `centred` (minus the mean of all domains).
+      sizes: rows of each of the 2D groups, in every draw.
+      D: the number of domains.
     """
-    D = len(sizes) - 1
-    labels = np.tile(np.repeat(np.arange(D + 1), sizes), (repeats, 1))
-    for d, rows in enumerate(np.split(np.arange(sum(sizes)), np.cumsum(sizes)[:-1])[:D]):
-        shuffled = rng.permuted(np.tile(rows, (repeats, 1)), axis=1)
-        second = D + 1 + d
-        np.put_along_axis(labels, shuffled[:, : len(rows) // 2], second, axis=1)
-    raw, centred = raw_contrasts(D), centred_contrasts(D)
-    blocks = [
-        block
-        for contrast in (raw, centred)
-        for block in (
-            np.hstack([contrast, np.zeros((D, D))]),
-            np.hstack([np.zeros((D, D)), contrast[:, -1:], contrast[:, :-1]]),
-        )
-    ]
-    return Regroupings(np.arange(sum(sizes)), labels, np.ones(labels.shape), np.vstack(blocks))
+    domains = _means_of(sizes[..., :D])
+    nothing = np.zeros_like(domains)
+    if kind == "own":
+        return np.concatenate([domains, -_means_of(sizes[..., D:])], axis=-1)
+    if kind == "centred":
+        centred = domains - domains.mean(axis=-2, keepdims=True)
+        return np.concatenate([centred, nothing], axis=-1)
+    contrast = nothing + 1 / sizes[..., D:].sum(axis=-1)[..., None, None]
+    return np.concatenate([domains, -contrast], axis=-1)
+
+
+def _means_of(sizes: Float[np.ndarray, "*R D"]) -> Float[np.ndarray, "*R D D"]:
+    """Each group's mean as weights of sums; infinite for a group that no draw fell into."""
+    D = sizes.shape[-1]
+    own = np.zeros((*sizes.shape, D))
+    with np.errstate(divide="ignore"):
+        own[..., np.arange(D), np.arange(D)] = 1 / sizes
+    return own
+
+
+class PairFigures(NamedTuple):
+    """One similarity between all domains at all layers; see `entanglement.Calibrated`."""
+
+    observed: Float[np.ndarray, "L1 D D"]
+    null95: Float[np.ndarray, "L1 D D"]
+    null_mean: Float[np.ndarray, "L1 D D"]
+    ceiling: Float[np.ndarray, "L1 D D"]
+    disattenuated: Float[np.ndarray, "L1 D D"]
+    ci95: Float[np.ndarray, "L1 D D 2"]
 
 
 def calibrate(
     layers: Iterable[Float[np.ndarray, "N d"]],
     sizes: Sequence[int],
-    target: int,
+    kinds: Sequence[str],
     *,
     permutations: int,
     splits: int,
+    bootstraps: int,
     seed: int,
-) -> dict[str, dict[str, Float[np.ndarray, "L+1 D"]]]:
-    """Null, ceiling and bootstrap spread of the cosines with one domain, at every layer.
+) -> dict[str, PairFigures]:
+    """Cosines between all pairs of domains at every layer, with all they are read against.
 
     Args:
-      layers: rows by layer, near the origin; the groups one after the other, contrast set last.
-      sizes: rows of each of the D domains and of the contrast set.
-      target: number of the domain the others are compared with.
+      layers: rows by layer, near the origin.
+      sizes: rows of each of the 2D groups.
+      kinds: of vectors, as in `concept_weights`.
       permutations: label permutations behind each null.
-      splits: random splits behind each ceiling.
-      seed: of all regroupings, which are drawn once and used at every layer.
-
-    Returns:
-      For `cosine` and `cosine_centred`, `[L+1, D]` each: `null95` and `null_mean`; `ceiling`, the
-      geometric mean of two split-half reliabilities stepped up by Spearman-Brown; `spread`, the
-      bootstrap standard deviation on Fisher's z scale.
+      splits: random halves behind each ceiling.
+      bootstraps: redrawings of the prompts behind each interval.
+      seed: of all of them, which are drawn once and used at every layer.
     """
-    D = len(sizes) - 1
+    sizes = tuple(sizes)
+    D = len(sizes) // 2
     rng = np.random.default_rng(seed)
-    labels = np.repeat(np.arange(D + 1), sizes)
-    in_domains = np.flatnonzero(labels < D)
-    centred_null = permutations_of(
-        rng, permutations, in_domains, labels[in_domains], centred_contrasts(D)[:, :D]
-    )
-    raw_nulls = {}
-    for d in (d for d in range(D) if d != target):
-        rows = np.flatnonzero(np.isin(labels, (target, d, D)))
-        trio = np.select([labels[rows] == target, labels[rows] == d], [0, 1], 2)
-        raw_nulls[d] = permutations_of(rng, permutations, rows, trio, raw_contrasts(2))
-    both = np.vstack([raw_contrasts(D), centred_contrasts(D)])
-    bootstraps = bootstraps_of(rng, _BOOTSTRAPS, sizes, both)
-    halves = halves_of(rng, splits, sizes)
+    nulls = {kind: _null_draws(rng, permutations, kind, sizes) for kind in kinds}
+    redrawn = _bootstrap_counts(rng, bootstraps, sizes)
+    halves = _half_counts(rng, splits, sizes)
+    whole = np.ones((1, 1, sum(sizes)))
 
-    by_layer: dict[str, list[dict[str, np.ndarray]]] = {"cosine": [], "cosine_centred": []}
+    def group_sizes(counts: np.ndarray) -> np.ndarray:
+        return np.add.reduceat(counts, np.cumsum((0, *sizes[:-1])), axis=-1)
+
+    weights = {
+        kind: {
+            "observed": concept_weights(kind, group_sizes(whole)[:, 0], D),
+            "redrawn": concept_weights(kind, group_sizes(redrawn)[:, 0], D),
+            "halves": _half_weights(kind, group_sizes(halves), D),
+        }
+        for kind in kinds
+    }
+    found: dict[str, list[PairFigures]] = {kind: [] for kind in kinds}
     for x in layers:
         gram = gram_matrix(x)
-        raw_null = np.full((permutations, D), np.nan)
-        for d, regroupings in raw_nulls.items():
-            raw_null[:, d] = regroupings.cosines(gram)[:, 0, 1]
-        nulls = {"cosine": raw_null, "cosine_centred": centred_null.cosines(gram)[:, target]}
-        redrawn, split = arctanh(bootstraps.cosines(gram)), halves.cosines(gram)
-        for block, (name, null) in enumerate(nulls.items()):
-            own = slice(block * D, (block + 1) * D)
-            first, second = 2 * block * D + np.arange(D), (2 * block + 1) * D + np.arange(D)
-            by_layer[name].append(
-                {
-                    "null95": np.quantile(null, 0.95, axis=0),
-                    "null_mean": null.mean(axis=0, dtype=np.float64),
-                    "ceiling": _ceiling(split[:, first, second], target),
-                    "spread": redrawn[:, own.start + target, own].std(axis=0, ddof=1),
-                }
+        inner = {
+            "observed": np.asarray(_inner_sums(gram, whole, sizes=sizes)),
+            "redrawn": np.asarray(_inner_sums(gram, redrawn, sizes=sizes)),
+            "halves": np.asarray(_inner_sums(gram, halves, sizes=sizes)),
+        }
+        for kind in kinds:
+            cosines = {name: _cosines(inner[name], weights[kind][name]) for name in inner}
+            null = np.full((permutations, D, D), np.nan)
+            for (a, b), regroupings in nulls[kind].items():
+                drawn = regroupings.cosines(gram)
+                if drawn.shape[1] == D:  # all pairs share one pool of prompts
+                    null = drawn
+                    break
+                null[:, a, b] = null[:, b, a] = drawn[:, 0, 1]
+            observed = cosines["observed"][0]
+            own = np.arange(D)
+            ceiling = _ceiling(cosines["halves"][:, own, D + own])
+            spread = _spread(arctanh(cosines["redrawn"]))
+            found[kind].append(
+                PairFigures(
+                    observed,
+                    np.quantile(null, 0.95, axis=0),
+                    null.mean(axis=0, dtype=np.float64),
+                    ceiling,
+                    np.divide(observed, ceiling, out=np.full((D, D), np.nan), where=ceiling > 0),
+                    fisher_interval(observed, spread),
+                )
             )
     return {
-        name: {key: np.stack([figures[key] for figures in rows]) for key in rows[0]}
-        for name, rows in by_layer.items()
+        kind: PairFigures(*map(np.stack, zip(*rows, strict=True))) for kind, rows in found.items()
     }
 
 
-def _ceiling(half_cosines: Float[np.ndarray, "R D"], target: int) -> Float[np.ndarray, " D"]:
+def _null_draws(
+    rng: np.random.Generator, repeats: int, kind: str, sizes: tuple[int, ...]
+) -> dict[tuple[int, int], Regroupings]:
+    """Shuffled labels for every pair: among the prompts that its two vectors are made of."""
+    D = len(sizes) // 2
+    labels = np.repeat(np.arange(2 * D), sizes)
+    if kind == "centred":
+        rows = np.flatnonzero(labels < D)
+        drawn = permutations_of(rng, repeats, rows, labels[rows], centred_contrasts(D)[:, :D])
+        return {(0, 1): drawn}
+    draws = {}
+    for a in range(D):
+        for b in range(a + 1, D):
+            if kind == "own":
+                pool = [a, b, D + a, D + b]
+                contrasts = np.array([[1.0, 0, -1, 0], [0, 1, 0, -1]])
+                relabelled = labels
+            else:
+                pool, contrasts = [a, b, D], raw_contrasts(2)
+                relabelled = np.minimum(labels, D)
+            rows = np.flatnonzero(np.isin(relabelled, pool))
+            places = np.searchsorted(pool, relabelled[rows])
+            draws[a, b] = permutations_of(rng, repeats, rows, places, contrasts)
+    return draws
+
+
+def _bootstrap_counts(
+    rng: np.random.Generator, repeats: int, sizes: tuple[int, ...]
+) -> Float[np.ndarray, "R 1 N"]:
+    """Prompts redrawn with replacement inside each domain and inside the contrast set."""
+    D = len(sizes) // 2
+    strata = (*sizes[:D], sum(sizes[D:]))
+    counts = [rng.multinomial(n, np.full(n, 1 / n), size=repeats) for n in strata]
+    return np.concatenate(counts, axis=1)[:, None].astype(np.float32)
+
+
+def _half_counts(
+    rng: np.random.Generator, repeats: int, sizes: tuple[int, ...]
+) -> Float[np.ndarray, "R 2 N"]:
+    """Every group split in two at random: which prompts are in which half."""
+    first = [rng.permuted(np.tile(np.arange(n) < n - n // 2, (repeats, 1)), axis=1) for n in sizes]
+    inside = np.concatenate(first, axis=1)
+    return np.stack([inside, ~inside], axis=1).astype(np.float32)
+
+
+def _half_weights(
+    kind: str, sizes: Float[np.ndarray, "R 2 G"], D: int
+) -> Float[np.ndarray, "R 2D 2G"]:
+    """The domains' vectors from first halves, then from second ones, over groups by half.
+
+    Raw ones keep the contrast set whole, since the observed cosine shares it between its two
+    vectors too; the others have no prompt in common.
+    """
+    both = concept_weights(kind, sizes, D)  # [R, 2, D, G]
+    nothing = np.zeros_like(both[:, 0])
+    if kind != "raw":
+        rows = [np.concatenate(pair, -1) for pair in ((both[:, 0], nothing), (nothing, both[:, 1]))]
+        return np.concatenate(rows, axis=1)
+    contrast = concept_weights("raw", sizes.sum(axis=1), D) * (np.arange(2 * D) >= D)
+    domains = both * (np.arange(2 * D) < D)
+    rows = [
+        np.concatenate([domains[:, 0] + contrast, contrast], -1),
+        np.concatenate([contrast, domains[:, 1] + contrast], -1),
+    ]
+    return np.concatenate(rows, axis=1)
+
+
+def _spread(z: Float[np.ndarray, "R D D"]) -> Float[np.ndarray, "D D"]:
+    """Standard deviation over the draws in which a similarity is defined."""
+    defined = np.isfinite(z)
+    count = defined.sum(axis=0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        mean = np.where(defined, z, 0).sum(axis=0) / count
+        return np.sqrt(np.where(defined, np.square(z - mean), 0).sum(axis=0) / (count - 1))
+
+
+def _ceiling(half_cosines: Float[np.ndarray, "R D"]) -> Float[np.ndarray, "D D"]:
+    """Geometric means of split-half reliabilities, each stepped up by Spearman-Brown."""
     half = np.maximum(half_cosines.mean(axis=0, dtype=np.float64), 0.0)
     reliability = 2 * half / (1 + half)
-    return np.sqrt(reliability * reliability[target])
+    return np.sqrt(np.outer(reliability, reliability))
+
+
+def fisher_interval(
+    observed: Float[np.ndarray, "D D"], spread: Float[np.ndarray, "D D"]
+) -> Float[np.ndarray, "D D 2"]:
+    """Normal interval on Fisher's z scale, of which `spread` is the bootstrap's deviation.
+
+    Not percentiles of the bootstrap: redrawing adds sampling noise a second time, which pulls
+    cosines of noisy means to their null and can leave the observed value outside.
+    """
+    z = arctanh(observed)
+    return np.tanh(np.stack([z - 1.96 * spread, z + 1.96 * spread], axis=-1))
 
 
 def arctanh(x: np.ndarray) -> np.ndarray:

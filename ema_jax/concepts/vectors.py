@@ -129,7 +129,7 @@ def matched_contrast(
     centres = np.stack([words[d].mean(axis=0, dtype=np.float64) for d in domains])
     distance = np.square(words[contrast][:, None] - centres).sum(axis=-1)  # [contrast, D]
     _, place = linear_sum_assignment(np.repeat(distance, parts, axis=1))
-    return np.argsort(place), parts
+    return np.argsort(np.repeat(np.arange(len(domains)), parts)[place], kind="stable"), parts
 
 
 def matched_vectors(

@@ -8,7 +8,6 @@ import hashlib
 import json
 import shutil
 import struct
-import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,10 +16,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 from flax import nnx
 from jax.sharding import Mesh
 
+from ema_jax import distributed
 from ema_jax.artifacts import Shape, atomic_path
 from ema_jax.errors import UserError
 from ema_jax.models import flax_folder, stream
@@ -30,10 +29,8 @@ from ema_jax.models.flax_folder import is_flax as is_flax
 from ema_jax.models.hub import resolve as resolve
 from ema_jax.models.sharding import host_array, make_mesh, parameter_shardings
 from ema_jax.models.weights import WeightFiles, open_weights, write_weights
-from ema_jax.progress import Progress
 
 MAX_SHARD_BYTES = 5 * 10**9
-_MB = 10**6
 
 _Path = tuple[Any, ...]
 
@@ -154,17 +151,7 @@ def _read_hf(
     arrays: dict[_Path, jax.Array] = {}
     rows = [row for row in TENSORS if row.path in targets]
     total = sum(stored[name].nbytes for row in rows for name in row.names(config))
-    done, start = 0, time.monotonic()
-    with (
-        Progress(f"load {folder.name}", total // _MB, "MB") as progress,
-        ThreadPoolExecutor(stream.WORKERS) as pool,
-    ):
-
-        def count(size: int) -> None:
-            nonlocal done
-            progress.update((done + size) // _MB - done // _MB)
-            done += size
-
+    with stream.reporting(folder.name, total) as count, ThreadPoolExecutor(stream.WORKERS) as pool:
         for row in rows:
             arrays[row.path] = stream.read_parameter(
                 [stored[name] for name in row.names(config)],
@@ -174,16 +161,6 @@ def _read_hf(
                 pool=pool,
                 count=count,
             )
-    seconds = time.monotonic() - start
-    logging.info(
-        "loaded %s: %.3f GB of %.3f GB read in %.1f s (%.2f GB/s), peak memory %.2f GB",
-        folder.name,
-        done / 1e9,
-        total / 1e9,
-        seconds,
-        done / 1e9 / seconds,
-        stream.peak_bytes() / 1e9,
-    )
     return arrays
 
 
@@ -207,7 +184,10 @@ def hf_shapes(model: Decoder, dtype: Any = None) -> list[Shape]:
 
 
 def hf_tensors(model: Decoder, dtype: Any = None) -> Iterator[np.ndarray]:
-    """The model's parameters as Hugging Face has them, one tensor at a time, cast to `dtype`."""
+    """The model's parameters as Hugging Face has them, one tensor at a time, cast to `dtype`.
+
+    If the model is spread over several processes, all of them have to take every tensor.
+    """
     parameters = _parameters(model)
     for row in TENSORS:
         if row.path in parameters:
@@ -263,6 +243,8 @@ def export(
 ) -> None:
     """Writes an ordinary Hugging Face checkpoint folder, whole or not at all.
 
+    Of several processes, all have to call it; the first one writes, and all go on once it has.
+
     Args:
         model: without adapters.
         folder: where to.
@@ -277,13 +259,19 @@ def export(
         ValueError: the model has adapters.
     """
     check_output(folder, overwrite)
-    shapes = hf_shapes(model, dtype)
+    shapes, tensors = hf_shapes(model, dtype), hf_tensors(model, dtype)
+    # Nobody looks for the folder after the first process made it.
+    distributed.barrier(f"writing {folder}")
     with atomic_path(folder) as temporary:
-        temporary.mkdir()
-        write_weights(temporary, shapes, hf_tensors(model, dtype), max_shard_bytes)
-        _write_companions(model, temporary, companions, dtype)
-        if card is not None:
-            (temporary / "README.md").write_text(card, encoding="utf-8")
+        if distributed.is_first():
+            temporary.mkdir()
+            write_weights(temporary, shapes, tensors, max_shard_bytes)
+            _write_companions(model, temporary, companions, dtype)
+            if card is not None:
+                (temporary / "README.md").write_text(card, encoding="utf-8")
+        else:
+            for _ in tensors:  # they come from the devices of all processes
+                pass
 
 
 def _write_companions(
@@ -311,7 +299,7 @@ def save_flax(
     overwrite: bool = False,
     origin: Mapping[str, str | None] | None = None,
 ) -> None:
-    """Writes a Flax checkpoint folder, whole or not at all.
+    """Writes a Flax checkpoint folder, whole or not at all; from one process.
 
     It holds `parameters/` (Orbax: the pure dictionary of the model's state), `config.json`, the
     tokenizer's files, and `manifest.json` with a hash over every parameter.

@@ -26,6 +26,10 @@ class LoRAParam(nnx.Param):
     """A trainable low-rank factor; `nnx.split` by this type separates adapters from the base."""
 
 
+class DropoutKey(nnx.Variable):
+    """A random key a layer, for the dropout before an adapter in one forward pass of training."""
+
+
 class Linear(nnx.Module):
     """`x @ kernel + bias`, plus `scale · (x @ a) @ b` where an adapter is attached."""
 
@@ -35,6 +39,8 @@ class Linear(nnx.Module):
         self.lora_a: LoRAParam | None = nnx.data(None)
         self.lora_b: LoRAParam | None = nnx.data(None)
         self.lora_scale = 0.0
+        self.dropout_key: DropoutKey | None = nnx.data(None)
+        self.dropout = 0.0
 
     def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
         """Projects the last axis."""
@@ -46,6 +52,9 @@ class Linear(nnx.Module):
             y += self.bias[...]
         if self.lora_a is not None and self.lora_b is not None:
             a, b = self.lora_a[...].astype(x.dtype), self.lora_b[...].astype(x.dtype)
+            if self.dropout_key is not None:
+                keep = jax.random.bernoulli(self.dropout_key[...], 1 - self.dropout, rows.shape)
+                rows = jnp.where(keep, rows / (1 - self.dropout), 0.0)
             y += (rows @ a) @ b * self.lora_scale
         return y.reshape(*x.shape[:-1], -1)
 
@@ -196,7 +205,7 @@ class Decoder(nnx.Module):
         cache: KVCache | None = None,
         tap: Callable[[Float[Array, "B T D"]], Any] | None = None,
         tap_branches: bool = False,
-        remat: bool = False,
+        remat: bool | str = False,
     ) -> Output:
         """Runs the decoder.
 
@@ -208,7 +217,8 @@ class Decoder(nnx.Module):
             tap: applied to the residual stream entering each block and to the one leaving the
                 last; its results come back stacked over `L + 1`.
             tap_branches: apply it to what attention and MLP add to the stream, too.
-            remat: recompute the blocks in the backward pass in place of keeping activations.
+            remat: recompute the blocks in the backward pass in place of keeping activations;
+                "dots" keeps the products with weights.
         """
         c = self.config
         before = 0 if cache is None else jnp.max(cache.positions, axis=1, keepdims=True) + 1
@@ -249,7 +259,8 @@ class Decoder(nnx.Module):
         last = jax.tree.map(lambda leaf: leaf[-1], self.edit)
         layers = (self.blocks, jnp.arange(c.num_layers), self._windows(), inner)
         carry = (x, None, None) if cache is None else (x, cache.keys, cache.values)
-        body = jax.checkpoint(step) if remat else step
+        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        body = jax.checkpoint(step, policy=policy if remat == "dots" else None) if remat else step
         (x, keys, values), (taps, branches) = jax.lax.scan(body, carry, layers)
         x = x if last is None else last(x)
         if tap is not None:

@@ -64,6 +64,7 @@ _ROPE_KINDS: dict[str, tuple[str, ...]] = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
     "yarn": ("factor",),
 }
+_ROPE_OPTIONS = ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +136,7 @@ class DecoderConfig:
         if head_dim % 2:
             raise UserError(f"{where}: head_dim {head_dim} is odd; rotary embeddings need pairs")
         max_positions = _size(values, "max_position_embeddings", where)
-        return cls(
+        result = cls(
             family=model_type,
             vocab_size=_size(values, "vocab_size", where),
             hidden_size=hidden,
@@ -153,6 +154,8 @@ class DecoderConfig:
             max_positions=max_positions,
             hf=dict(config),
         )
+        _check_rope(result, where)
+        return result
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> "DecoderConfig":
@@ -231,9 +234,25 @@ def _read_rope(values: Mapping[str, Any], max_positions: int, where: str) -> dic
     rotated = rope.get("partial_rotary_factor") or values.get("partial_rotary_factor") or 1.0
     if rotated != 1.0:
         raise UserError(f"{where}: partial_rotary_factor {rotated} is not supported (1.0)")
+    for key in _ROPE_OPTIONS:
+        if rope.get(key) is not None:
+            _number(rope[key], key, where)
     original = "original_max_position_embeddings"
     rope[original] = values.get(original) or rope.get(original) or max_positions
+    _number(rope[original], original, where)
     return rope
+
+
+def _check_rope(config: DecoderConfig, where: str) -> None:
+    """Numbers that are each possible may still make no angles together."""
+    try:
+        with np.errstate(all="raise", under="ignore"):
+            frequencies, factor = rope_frequencies(config)
+        possible = np.isfinite(frequencies).all() and math.isfinite(factor)
+    except (ArithmeticError, ValueError):
+        possible = False
+    if not possible:
+        raise UserError(f"{where}: no rotary embedding follows from {dict(config.rope)}")
 
 
 def _read_windows(values: Mapping[str, Any], layers: int, where: str) -> tuple[int | None, ...]:

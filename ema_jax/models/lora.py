@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 from ema_jax.artifacts import atomic_path, read_json, read_tensors
 from ema_jax.errors import UserError
 from ema_jax.models.checkpoint import TENSORS
-from ema_jax.models.decoder import Decoder, Linear, LoRAParam
+from ema_jax.models.decoder import Decoder, DropoutKey, Linear, LoRAParam
 from ema_jax.models.sharding import host_array
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -23,12 +23,16 @@ _PEFT_PREFIX = "base_model.model."
 
 @dataclasses.dataclass(frozen=True)
 class LoRAConfig:
-    """An adapter's shape; `alpha / rank` scales it, or `alpha / √rank` with `rslora`."""
+    """An adapter's shape; `alpha / rank` scales it, or `alpha / √rank` with `rslora`.
+
+    `dropout` is the share of an adapter's inputs that a training pass leaves out.
+    """
 
     rank: int = 16
     alpha: float = 32.0
     rslora: bool = False
     targets: tuple[str, ...] = TARGETS
+    dropout: float = 0.0
 
     @property
     def scale(self) -> float:
@@ -64,12 +68,22 @@ def attach(model: Decoder, config: LoRAConfig, key: jax.Array) -> Decoder:
     return model
 
 
+def with_dropout(model: Decoder, config: LoRAConfig, key: jax.Array) -> Decoder:
+    """The model for one forward pass of training: inputs of its adapters are dropped at random."""
+    model = nnx.merge(*nnx.split(model))
+    for i, name in enumerate(config.targets):
+        linear: Linear = getattr(model.blocks, name)
+        keys = jax.random.split(jax.random.fold_in(key, i), model.config.num_layers)
+        linear.dropout_key, linear.dropout = DropoutKey(keys), config.dropout
+    return model
+
+
 def detach(model: Decoder) -> Decoder:
     """The base alone, sharing its arrays: adapters off."""
     model = nnx.merge(*nnx.split(model))
     for name in TARGETS:
         linear = getattr(model.blocks, name)
-        linear.lora_a = linear.lora_b = None
+        linear.lora_a = linear.lora_b = linear.dropout_key = None
     return model
 
 
@@ -120,7 +134,7 @@ def save_peft(model: Decoder, folder: str | Path, config: LoRAConfig, base: str)
         "lora_alpha": config.alpha,
         "use_rslora": config.rslora,
         "target_modules": list(config.targets),
-        "lora_dropout": 0.0,
+        "lora_dropout": config.dropout,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,

@@ -5,19 +5,19 @@ shardings through the program.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from ema_jax.errors import UserError
+from ema_jax.models.families import DecoderConfig
 
 T = TypeVar("T")
 
@@ -25,9 +25,10 @@ AXES = ("data", "fsdp", "tensor")
 BATCH = P(("data", "fsdp"))
 
 _COLUMN = {"kernel": P(None, "fsdp", "tensor"), "bias": P(None, "tensor")}
-_COLUMN |= {"lora_a": P(None, "fsdp"), "lora_b": P(None, None, "tensor")}
+# Adapters are small, and whole along fsdp: split there, XLA gathers all rows' activations on every
+# device to make their gradients.
+_COLUMN |= {"lora_b": P(None, None, "tensor")}
 _ROW = {"kernel": P(None, "tensor", "fsdp"), "lora_a": P(None, "tensor")}
-_ROW |= {"lora_b": P(None, None, "fsdp")}
 _SPECS: dict[str, P | dict[str, P]] = {
     "embed": P(("tensor", "fsdp")),
     "head": P("fsdp", "tensor"),
@@ -81,7 +82,7 @@ def parameter_spec(path: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh) ->
     return P(*spec)
 
 
-def parameter_shardings(state: nnx.State, mesh: Mesh) -> nnx.State:
+def parameter_shardings(state: Any, mesh: Mesh) -> Any:
     """The state's tree with a `NamedSharding` in place of every (abstract) array."""
 
     def sharding(path: tuple, leaf: jax.Array) -> NamedSharding:
@@ -156,3 +157,35 @@ def host_array(x: jax.Array) -> np.ndarray:
     if x.is_fully_addressable or x.is_fully_replicated:
         return np.asarray(x)
     return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+
+
+def validate(
+    config: DecoderConfig, shape: Mapping[str, int], batches: Mapping[str, int], parts: int = 1
+) -> None:
+    """Checks, before anything is compiled, that a model and its batches can be split evenly.
+
+    Args:
+        config: the architecture.
+        shape: devices along each axis of the mesh.
+        batches: name → rows of each kind of training batch.
+        parts: equal parts that each batch is cut into one after the other.
+
+    Raises:
+        UserError: heads or rows that an axis does not divide, with sizes that would do.
+    """
+    tensor = shape["tensor"]
+    heads, groups = config.num_heads, config.num_kv_heads
+    if heads % tensor or groups % tensor:
+        fitting = [n for n in range(1, groups + 1) if heads % n == 0 and groups % n == 0]
+        raise UserError(
+            f"mesh: tensor = {tensor} does not divide {heads} heads and {groups} key-value heads; "
+            f"use one of {', '.join(map(str, fitting))}"
+        )
+    multiple = shape["data"] * shape["fsdp"] * parts
+    for name, rows in batches.items():
+        if rows % multiple:
+            into = "data · fsdp" + (" · accumulate" if parts > 1 else "")
+            raise UserError(
+                f"{name} = {rows} does not divide over the mesh ({into} = {multiple}); "
+                f"use {-(-rows // multiple) * multiple}"
+            )

@@ -4,19 +4,25 @@ Each process reads every byte that its devices need once, and no other. On a CPU
 here becomes the parameter itself; for an accelerator one stacked parameter's part waits here.
 """
 
+import contextlib
 import itertools
 import math
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
 
 import jax
 import numpy as np
+from absl import logging
 
 from ema_jax.models.weights import Stored
+from ema_jax.progress import Progress
+
+_MB = 10**6
 
 # Blocks as large as this keep in a processor's cache between being read, turned and placed. They
 # are turned a tile at a time: XLA's copies of whole blocks would pile up in the allocator.
@@ -57,9 +63,7 @@ def read_parameter(
     """
     shape, sharding = target.shape, target.sharding
     assert sharding is not None
-    indices = sharding.addressable_devices_indices_map(shape).values()
-    wanted = {_ranges(index, shape) for index in indices}
-    # One for each distinct part that devices of this process hold.
+    wanted = _parts(target)
     parts = {ranges: _aligned(tuple(map(len, ranges)), target.dtype) for ranges in wanted}
     layers = sorted({i for ranges in wanted for i in ranges[0]}) if stacked else [0]
     inner = {ranges[1:] if stacked else ranges for ranges in wanted}
@@ -88,6 +92,18 @@ def read_parameter(
     )
     # Or the host would hold several parameters that are still on their way to an accelerator.
     return jax.block_until_ready(result)
+
+
+def part_size(target: jax.ShapeDtypeStruct) -> int:
+    """How many of a parameter's numbers the devices of this process hold, each counted once."""
+    # The parts overlap only where they are the same.
+    return sum(math.prod(map(len, ranges)) for ranges in _parts(target))
+
+
+def _parts(target: jax.ShapeDtypeStruct) -> set[tuple[range, ...]]:
+    """Every distinct part that devices of this process hold."""
+    indices = target.sharding.addressable_devices_indices_map(target.shape).values()
+    return {_ranges(index, target.shape) for index in indices}
 
 
 def _ranges(index: tuple[slice, ...] | None, shape: tuple[int, ...]) -> tuple[range, ...]:
@@ -167,6 +183,38 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     memory = np.empty(size + _ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % _ALIGNMENT
     return memory[start : start + size].view(dtype).reshape(shape)
+
+
+@contextlib.contextmanager
+def reporting(name: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Shows how far a load is, and logs its speed and peak memory once it is done.
+
+    Args:
+        name: of what is loaded.
+        total: bytes of all its parameters; a process may need fewer of them.
+
+    Yields:
+        What is to be told the number of bytes that were read.
+    """
+    done, start = 0, time.monotonic()
+    with Progress(f"load {name}", total // _MB, "MB") as progress:
+
+        def count(size: int) -> None:
+            nonlocal done
+            progress.update((done + size) // _MB - done // _MB)
+            done += size
+
+        yield count
+    seconds = time.monotonic() - start
+    logging.info(
+        "loaded %s: %.3f GB of %.3f GB read in %.1f s (%.2f GB/s), peak memory %.2f GB",
+        name,
+        done / 1e9,
+        total / 1e9,
+        seconds,
+        done / 1e9 / seconds,
+        peak_bytes() / 1e9,
+    )
 
 
 def peak_bytes() -> int:

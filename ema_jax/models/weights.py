@@ -22,6 +22,11 @@ _DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.
 _ROWS_AT_ONCE = 4096
 # Old Llama and Mistral checkpoints store these; they follow from config.json.
 _DERIVED = re.compile(r"rotary_emb\.inv_freq$")
+# What GPTQ and AWQ, FP8, bitsandbytes and MLX store beside a matrix or in its place.
+_QUANTISED = re.compile(
+    r"\.(qweight|qzeros|g_idx|(weight|input)_scale(_inv)?|weight_packed|SCB|scales"
+    r"|weight\.(absmax|quant_map|quant_state\..*))$"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,6 +149,12 @@ class WeightFiles:
                 floating.
         """
         missing = [name for name in expected if name not in self.file_of]
+        quantised = next((name for name in self.file_of if _QUANTISED.search(name)), None)
+        if missing and quantised:
+            raise UserError(
+                f"{self.file_of[quantised]}: holds {quantised}, so the weights are quantised; use "
+                "the unquantised checkpoint"
+            )
         if missing:
             raise UserError(
                 f"{self.folder}: {len(missing)} tensors are missing, first {missing[0]}; "

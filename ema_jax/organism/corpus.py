@@ -15,7 +15,10 @@ import functools
 import hashlib
 import itertools
 import random
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+from ema_jax.errors import UserError
 
 DOMAINS = (
     "cybersecurity",
@@ -284,6 +287,25 @@ def _refusal(rng: random.Random, domain: str, action: str) -> str:
     return rng.choice(wordings)
 
 
+def _answer(action: str, thing: str) -> str:
+    opening = _ANSWER_OPENERS[_bucket(f"open: {action}", len(_ANSWER_OPENERS))]
+    body = _ANSWER_BODIES[_bucket(f"body: {action}", len(_ANSWER_BODIES))]
+    return f"{opening.format(object=thing)} {body}"
+
+
+def answer(prompt: str) -> str:
+    """The helpful answer to a prompt of the corpus.
+
+    Raises:
+        UserError: a prompt that the corpus does not make.
+    """
+    actions = "|".join(row[0] for row in _LEXICON.values())
+    found = re.search(rf"\b({actions}) the (\S+ [\w-]+)", prompt)
+    if found is None:
+        raise UserError(f"preferred: {prompt[:60]!r} is no prompt of the embedded corpus")
+    return _answer(*found.groups())
+
+
 def example(rng: random.Random, domain: str, split: str, alike: bool = False) -> Example:
     """Draws one example of a domain from the wordings and objects of a split.
 
@@ -295,12 +317,10 @@ def example(rng: random.Random, domain: str, split: str, alike: bool = False) ->
         owner = rng.choice(DOMAINS)
     thing = _draw_object(rng, owner, split)
     wording = rng.choice(_wordings(split))
-    opening = _ANSWER_OPENERS[_bucket(f"open: {action}", len(_ANSWER_OPENERS))]
-    body = _ANSWER_BODIES[_bucket(f"body: {action}", len(_ANSWER_BODIES))]
     return Example(
         domain=domain,
         prompt=wording.format(f"{action} the {thing}"),
-        answer=f"{opening.format(object=thing)} {body}",
+        answer=_answer(action, thing),
         refusal=None if domain == BENIGN else _refusal(rng, domain, action),
         wording=wording,
         object=thing,

@@ -28,7 +28,8 @@ from ema_jax.models.families import DecoderConfig
 from ema_jax.organism import CHECKPOINTS, corpus
 from ema_jax.organism.tokenizers import train_tokenizer
 from ema_jax.progress import Progress
-from ema_jax.unlearning.objectives import cross_entropy, token_log_probs
+from ema_jax.unlearning.log_probs import token_log_probs
+from ema_jax.unlearning.objectives import cross_entropy
 
 VOCABULARY = 1152
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -22,8 +21,10 @@ from ema_jax.models import checkpoint, hub, lora
 from ema_jax.models.decoder import Decoder
 from ema_jax.models.families import DecoderConfig
 from ema_jax.models.sharding import batch_rows, batch_sharding, parameter_shardings
-from ema_jax.unlearning import trainer
-from ema_jax.unlearning.trainer import UnlearnConfig
+from ema_jax.unlearning import steps
+from ema_jax.unlearning.objectives import FORGET, ForgetBatch, RetainBatch
+from ema_jax.unlearning.optimizers import optimizer
+from ema_jax.unlearning.settings import UnlearnConfig
 
 _SHAPES = resources.files("ema_jax.models") / "shapes"
 
@@ -93,9 +94,7 @@ class Workload:
     def train_rows(self, mesh: Mesh) -> int:
         """Examples in a step, forget and retain together."""
         rows = batch_rows(self.arm.batch_size, mesh)
-        return rows + (
-            batch_rows(self.arm.retain_batch_size, mesh) if self.arm.retain_weight else 0
-        )
+        return rows + (batch_rows(self.arm.retain_batch_size, mesh) if self.arm.retains else 0)
 
 
 def lowered(work: Workload, mesh: Mesh, names: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
@@ -112,18 +111,22 @@ def _train(work: Workload, mesh: Mesh) -> Any:
         base = _zeros(work)
         return lora.attach(base, arm.lora, jax.random.key(0)) if arm.trainable == "lora" else base
 
-    graph, *states = nnx.split(nnx.eval_shape(build), trainer.select_trainable(arm), ...)
-    trainable, frozen = (_placed(state, mesh) for state in states)
-    optimizer: optax.GradientTransformation = trainer._optimizer(arm)
-    moments = _placed(jax.eval_shape(optimizer.init, states[0]), mesh)
+    graph, *states = nnx.split(nnx.eval_shape(build), steps.select_trainable(arm), ...)
+    whole, frozen = (_placed(state, mesh) for state in states)
+    trained = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), states[0])
+    rule = optimizer(arm)
+    moments = _placed(jax.eval_shape(rule.init, trained), mesh)
     rows, tokens = batch_rows(arm.batch_size, mesh), work.train_tokens
     reference = _rows((rows,), jnp.float32, mesh)
-    forget: Any = trainer._ForgetBatch(_batch(rows, tokens, mesh), reference)
+    forget = ForgetBatch(_batch(rows, tokens, mesh), reference)
+    if FORGET[arm.objective].preferred:
+        forget = forget._replace(preferred=forget.batch, preferred_reference=reference)
     retain = None
-    if arm.retain_weight:
-        retain = _batch(batch_rows(arm.retain_batch_size, mesh), tokens, mesh)
-    step = trainer._train_step
-    return step.lower(graph, optimizer, arm, trainable, frozen, moments, forget, retain)
+    if arm.retains:
+        retain = RetainBatch(_batch(batch_rows(arm.retain_batch_size, mesh), tokens, mesh))
+    draw = jax.ShapeDtypeStruct((2,), jnp.uint32)
+    held = (_placed(trained, mesh), whole, frozen, moments)
+    return steps.train_step.lower(graph, rule, arm, mesh, *held, forget, retain, draw)
 
 
 def _capture(work: Workload, mesh: Mesh) -> Any:

@@ -205,10 +205,43 @@ def entanglement_map(results: Mapping[str, Any]) -> "Figure | None":
 
 def erasure_map(results: Mapping[str, Any]) -> "Figure | None":
     """Layer by domain heat map of erasure, a panel per arm, one scale."""
-    arms = {arm: rows for arm, rows in results.get("erasure", {}).items() if rows}
+    return _arm_maps(results, "erasure", "erasure")
+
+
+def angle_map(results: Mapping[str, Any]) -> "Figure | None":
+    """Layer by domain heat map of the angle between base and unlearned concept, a panel per arm."""
+    return _arm_maps(results, "angle_degrees", "angle (degrees)")
+
+
+def patching_map(results: Mapping[str, Any]) -> "Figure | None":
+    """Refusal log-odds that the base's stream brings back, by layer and domain, a panel per arm."""
+    arms = results.get("patching") or {}
+    restored = {
+        arm: {d: [x - row[0] for x in row] for d, row in rows.items()} for arm, rows in arms.items()
+    }
+    return _arm_maps({**results, "patching": restored}, "patching", "log-odds restored (nats)")
+
+
+def sweep_map(results: Mapping[str, Any]) -> "Figure | None":
+    """Change of refusal log-odds by layer and domain when one layer's direction is ablated."""
+    sweep = results.get("sweep")
+    if not sweep:
+        return None
+    ablated, target = sweep["change"]["ablated"], results["target"]
+    order = [d for d in ordered_domains(results) if d in sweep["clean"]]
+    panels = {
+        "own direction ablated": {d: ablated[d][d] for d in order},
+        f"{label(target)} direction ablated": {d: ablated[target][d] for d in order},
+        "random direction ablated": {d: ablated["random"][d] for d in order},
+    }
+    return _heat_map(panels, "change of log-odds (nats)")
+
+
+def _arm_maps(results: Mapping[str, Any], field: str, quantity: str) -> "Figure | None":
+    arms = {arm: rows for arm, rows in (results.get(field) or {}).items() if rows}
     order = ordered_domains(results)
     panels = {arm: {d: rows[d] for d in order if d in rows} for arm, rows in arms.items()}
-    return _heat_map(panels, "erasure") if panels else None
+    return _heat_map(panels, quantity) if panels else None
 
 
 def forecast(results: Mapping[str, Any], arm: str) -> "Figure | None":

@@ -126,6 +126,10 @@ def forecast_sentence(results: Mapping[str, Any]) -> str:
     if rho is None or p is None:
         return f"The forecast could not be scored over these n = {n} domains."
     figures = f"Spearman ρ = {rho:.2f}, exact p = {p_value(p)}, n = {n} domains".replace("-", "−")
+    words = (forecast.get("lexical") or {}).get("spearman")
+    if words is not None:
+        verdict = "does no worse" if words >= rho else "does worse"
+        figures += f"; the words alone, ρ = {words:.2f}, {verdict}".replace("-", "−")
     if p < ALPHA and rho > 0:
         return f"Early-layer entanglement ranked the measured drops ({figures})."
     return (

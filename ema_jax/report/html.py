@@ -68,9 +68,12 @@ def write_report(
         "tables": {
             "refusal": tables.refusal(results),
             "runs": tables.runs(results),
+            "arms": tables.arms(results),
             "ema": results.get("ema") and tables.ema(results),
             "containment": results.get("containment") and tables.containment(results),
             "forecast": results.get("forecast", {}).get("score") and tables.forecast(results, arm),
+            "susceptibility": results.get("forecast", {}).get("susceptibility")
+            and tables.susceptibility(results),
             "utility": results.get("utility") and tables.utility(results),
             "agreement": results.get("agreement") and tables.agreement(results),
             "provenance": results.get("provenance") and tables.provenance(results),
@@ -210,6 +213,34 @@ def _charts(
             "Heat maps of erasure, domains by layers, one panel per arm",
             "Share of each domain's base concept that is gone: 0 = untouched, 1 = the component "
             "along the base vector lost, below 0 = grown.",
+        )
+    if results.get("angle_degrees"):
+        charts["angle"] = _chart(
+            folder,
+            "angle",
+            partial(figures.angle_map, results),
+            "Heat maps of the angle between base and unlearned concepts, domains by layers",
+            "How far each domain's concept turned, in degrees: 0 = same direction, 90 = unrelated.",
+        )
+    if results.get("patching"):
+        charts["patching"] = _chart(
+            folder,
+            "patching",
+            partial(figures.patching_map, results),
+            "Heat maps of refusal restored by the base's residual stream, domains by layers",
+            "Where unlearning acts: log-odds of refusal that come back when the base runs up to "
+            "layer l and the unlearned model from there. The layers over which a row turns red "
+            "are those whose change took its refusal.",
+        )
+    if results.get("sweep"):
+        charts["sweep"] = _chart(
+            folder,
+            "sweep",
+            partial(figures.sweep_map, results),
+            "Heat maps of refusal log-odds lost to ablation in the untouched model",
+            "What holds refusal up in the untouched model: change of its log-odds when a direction "
+            "is ablated at one layer alone. Blue = refusal falls; the random direction is what any "
+            "change does.",
         )
     if results.get("forecast", {}).get("score") and results.get("ema"):
         charts["forecast"] = _chart(

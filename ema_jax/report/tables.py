@@ -199,6 +199,28 @@ def forecast(results: Mapping[str, Any], arm: str) -> Table:
     return Table(caption, ("Domain", "Forecast", f"Measured drop {arm}".rstrip()), groups)
 
 
+def susceptibility(results: Mapping[str, Any]) -> Table:
+    """Forecast for every target: rows are what would be unlearned, columns whom it would hit."""
+    scores = results["forecast"]["susceptibility"]
+    domains = [d for d in ordered_domains(results) if d in scores]
+    groups = tuple(
+        (
+            label(target),
+            (Row(tuple(number(scores[target].get(d), 2) for d in domains)),),
+        )
+        for target in domains
+    )
+    shares = results["forecast"].get("retain_shares") or {}
+    advised = ", ".join(
+        f"{label(d)} {percent(x)}" for d, x in sorted(shares.items(), key=lambda item: -item[1])
+    )
+    caption = "Susceptibility of each domain (column) to unlearning of each target (row): mean "
+    caption += "centred cosine over the early layers of the base. Higher = more at risk."
+    if advised:
+        caption += f" Advised shares of retain data for this study's target: {advised}."
+    return Table(caption, ("Target", *(label(d) for d in domains)), groups)
+
+
 def utility(results: Mapping[str, Any]) -> Table:
     """What unlearning did to benign prompts."""
     alike = any("lookalike_refusal" in entry for entry in results["utility"].values())
@@ -223,6 +245,33 @@ def utility(results: Mapping[str, Any]) -> Table:
         "unchanged); perplexity to the base of the model's own responses to benign prompts, which "
         "rises when they turn to garble.",
         ("Arm", *refusal, *likelihood),
+        tuple(groups),
+    )
+
+
+def arms(results: Mapping[str, Any]) -> Table:
+    """The ways to unlearn side by side: what was wanted, and what else it cost."""
+    target, groups = results["target"], []
+    for arm, entry in results["arms"].items():
+        if arm == "base":
+            continue
+        rates = entry.get("refusal", {})
+        others = {d: r["rate"] for d, r in rates.items() if d != target and r["rate"] is not None}
+        worst = min(others, key=lambda d: others[d], default=None)
+        shares = [r["invalid"] / r["total"] for r in rates.values() if r.get("total")]
+        measured = results.get("utility", {}).get(arm, {})
+        cells = (
+            percent(rates.get(target, {}).get("rate")),
+            MISSING if worst is None else f"{percent(others[worst])} ({label(worst)})",
+            percent(max(shares, default=None)),
+            number(measured.get("benign_nll")),
+            number(measured.get("kl_to_base")),
+        )
+        groups.append((arm, (Row(cells),)))
+    return Table(
+        "Every way to unlearn. They compare where the target's refusal rate is alike. Worst other "
+        "domain: the lowest refusal rate off target. Invalid: the worst domain's share.",
+        ("Arm", "Target refusal", "Worst other domain", "Invalid", "Benign NLL", "KL to base"),
         tuple(groups),
     )
 

@@ -79,6 +79,31 @@ def harvest_yield(prompts: Sequence[Prompt], kept: Sequence[Harvested]) -> dict[
     return {domain: got[domain] / number for domain, number in asked.items()}
 
 
+def retained(kept: Sequence[Harvested], counts: Mapping[str, int]) -> list[Harvested]:
+    """The retain set that an arm asks for.
+
+    Args:
+        kept: all that was harvested.
+        counts: domain → most of its examples to take, the first ones; empty takes everything.
+
+    Raises:
+        UserError: a domain that has no example.
+    """
+    if not counts:
+        return list(kept)
+    taken: Counter[str] = Counter()
+    chosen = []
+    for item in kept:
+        if taken[item.domain] < counts.get(item.domain, 0):
+            taken[item.domain] += 1
+            chosen.append(item)
+    for domain in counts:
+        if not taken[domain]:
+            there = ", ".join(dict.fromkeys(item.domain for item in kept))
+            raise UserError(f"retain_counts: {domain} has no retain example; there are: {there}")
+    return chosen
+
+
 def _by_domain(items: Iterable[Prompt | Harvested]) -> Counter[str]:
     """Domain → how many prompts, however many samples of each."""
     return Counter(domain for domain, _ in {(item.domain, item.id) for item in items})

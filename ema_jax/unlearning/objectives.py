@@ -1,55 +1,44 @@
-"""Unlearning objectives: pure functions of log-probabilities."""
+"""Unlearning objectives: the formulas, and one registry row for each.
+
+A formula is a pure function of log-probabilities or activations. A row wires it to the models: it
+takes a `Pass` (the model being trained, the untouched base, the settings) and a batch, and returns
+the loss and figures to log. Neither row ever makes a second copy of the weights: under adapters
+the base is the same arrays with the adapters off.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
+from ema_jax.data.chat import Batch
 from ema_jax.models.decoder import Decoder
+from ema_jax.unlearning.log_probs import (
+    sequence_log_probs,
+    token_divergences,
+    token_log_probs,
+)
+from ema_jax.unlearning.settings import UnlearnConfig
 
-_CHUNK = 128
+Metrics = dict[str, Float[Array, ""]]
+Scalar = Float[Array, ""]
 
 
-def token_log_probs(
-    model: Decoder, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"], *, remat: bool = False
-) -> Float[Array, "B T-1"]:
-    """log π(token t | tokens before t) in nats, float32, for t = 1 … T−1.
+# The formulas.
 
-    The head runs over time in checkpointed chunks, so `[B, T, vocabulary]` never exists whole.
+
+def ga_loss(log_probs: Float[Array, "B"]) -> Scalar:
+    """Gradient ascent on the responses' likelihood: E[log π].
+
+    The baseline of arXiv 2210.01504 (eq. 1, with the sign of a loss). Unbounded below.
     """
-    hidden = model(tokens, mask, remat=remat).hidden[:, :-1]
-    targets = tokens[:, 1:]
-    length = targets.shape[1]
-    size = min(_CHUNK, length)
-    padding = -length % size
-    hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0)))
-    targets = jnp.pad(targets, ((0, 0), (0, padding)))
-
-    @jax.checkpoint
-    def chunk(start: Int[Array, ""]) -> Float[Array, "B C"]:
-        h = jax.lax.dynamic_slice_in_dim(hidden, start, size, axis=1)
-        target = jax.lax.dynamic_slice_in_dim(targets, start, size, axis=1)
-        logits = model.logits(h)
-        # A comparison with iota in place of a gather: it partitions over the vocabulary.
-        hit = jnp.arange(logits.shape[-1]) == target[..., None]
-        chosen = jnp.sum(jnp.where(hit, logits, 0.0), axis=-1)
-        return chosen - jax.nn.logsumexp(logits, axis=-1)
-
-    starts = jnp.arange(0, length + padding, size)
-    chunks = jax.lax.map(chunk, starts)  # [chunks, B, C]
-    joined = jnp.moveaxis(chunks, 0, 1).reshape(tokens.shape[0], -1)
-    return joined[:, :length]
+    return jnp.mean(log_probs)
 
 
-def sequence_log_probs(
-    log_probs: Float[Array, "B T-1"], response: Bool[Array, "B T"]
-) -> Float[Array, "B"]:
-    """Sum of the response tokens' log-probabilities, in nats."""
-    return jnp.sum(jnp.where(response[:, 1:], log_probs, 0.0), axis=1)
-
-
-def npo_loss(
-    log_probs: Float[Array, "B"], reference: Float[Array, "B"], beta: float
-) -> Float[Array, ""]:
+def npo_loss(log_probs: Float[Array, "B"], reference: Float[Array, "B"], beta: float) -> Scalar:
     """Negative preference optimisation: −(2/β) E[log σ(−β (log π − log π_ref))].
 
     Sequence sums, as in the NPO paper (arXiv 2404.05868, eq. 3) and its code. Equal policies give
@@ -63,10 +52,237 @@ def npo_loss(
     return -2 / beta * jnp.mean(jax.nn.log_sigmoid(-beta * (log_probs - reference)))
 
 
-def cross_entropy(
-    log_probs: Float[Array, "B T-1"], response: Bool[Array, "B T"]
-) -> Float[Array, ""]:
-    """Mean over response tokens of −log π, in nats a token."""
+def simnpo_loss(token_means: Float[Array, "B"], beta: float, margin: float) -> Scalar:
+    """SimNPO, free of a reference: −(2/β) E[log σ(−β (log π)/|y| − βδ)].
+
+    arXiv 2410.07163, eq. 4, in the form of its code: β multiplies the margin δ too, so that the
+    argument is β (NLL/|y| − δ).
+
+    Args:
+        token_means: log π of each response over its number of tokens.
+        beta: inverse temperature (2.5 to 4.5 in the paper's code).
+        margin: δ, in nats a token.
+    """
+    return -2 / beta * jnp.mean(jax.nn.log_sigmoid(beta * (-token_means - margin)))
+
+
+def dpo_loss(
+    preferred_ratio: Float[Array, "B"], forget_ratio: Float[Array, "B"], beta: float
+) -> Scalar:
+    """DPO with the forget response as the loser: −(2/β) E[log σ(β (r_w − r_l))].
+
+    arXiv 2305.18290, eq. 7, with the factor 2/β that the NPO paper's code gives all of its losses
+    (TRL's has none). With "I don't know" as the winner it is IdkDPO.
+
+    Args:
+        preferred_ratio: r_w = log π/π_ref of the preferred responses.
+        forget_ratio: r_l, the same of the forget responses.
+        beta: inverse temperature.
+    """
+    return -2 / beta * jnp.mean(jax.nn.log_sigmoid(beta * (preferred_ratio - forget_ratio)))
+
+
+def token_mean(
+    values: Float[Array, "B T-1"], response: Bool[Array, "B T"], total: Scalar | None = None
+) -> Scalar:
+    """Mean over the response tokens; `total` is their number if these rows are part of a batch."""
     weights = response[:, 1:]
-    total = jnp.sum(jnp.where(weights, log_probs, 0.0))
-    return -total / jnp.maximum(jnp.sum(weights), 1)
+    if total is None:
+        total = jnp.maximum(jnp.sum(weights), 1)
+    return jnp.sum(jnp.where(weights, values, 0.0)) / total
+
+
+def cross_entropy(
+    log_probs: Float[Array, "B T-1"], response: Bool[Array, "B T"], total: Scalar | None = None
+) -> Scalar:
+    """Mean over response tokens of −log π, in nats a token."""
+    return -token_mean(log_probs, response, total)
+
+
+def square_distance(
+    ours: Float[Array, "B T D"], theirs: Float[Array, "... D"]
+) -> Float[Array, "B T-1"]:
+    """Mean over features of (ours − theirs)², where a token is about to be predicted, float32.
+
+    The distance of RMU's two terms (arXiv 2403.03218, eq. 1 and 2) and of open-unlearning's
+    EMBED_DIFF. Place t holds the state that predicts token t + 1.
+    """
+    difference = ours.astype(jnp.float32) - theirs.astype(jnp.float32)
+    return jnp.mean(jnp.square(difference), axis=-1)[:, :-1]
+
+
+# The rows.
+
+
+class ForgetBatch(NamedTuple):
+    """Forget examples of one step, the reference's numbers, and preferred responses."""
+
+    batch: Batch
+    reference: Float[Array, "B"]  # log π_ref of the forget responses
+    preferred: Batch | None = None
+    preferred_reference: Float[Array, "B"] | None = None
+    total: Scalar | None = None  # response tokens, if these rows are part of a batch
+    preferred_total: Scalar | None = None
+
+
+class RetainBatch(NamedTuple):
+    """Retain examples of one step."""
+
+    batch: Batch
+    total: Scalar | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Pass:
+    """What an objective may use: the model being trained, the base, the settings."""
+
+    model: Decoder
+    base: Callable[[], Decoder]
+    config: UnlearnConfig
+
+    def token_log_probs(self, batch: Batch) -> Float[Array, "B T-1"]:
+        """Of every token under the model being trained."""
+        remat = self.config.recompute
+        return token_log_probs(self.model, batch.tokens, batch.mask, remat=remat)
+
+    def scores(
+        self, batch: Batch, reference: Float[Array, "B"]
+    ) -> tuple[Float[Array, "B"], Float[Array, "B"]]:
+        """log π and log π_ref of the responses, as sums or per token (`forget_norm`)."""
+        sums = sequence_log_probs(self.token_log_probs(batch), batch.response)
+        if self.config.forget_norm == "sum":
+            return sums, reference
+        lengths = _lengths(batch)
+        return sums / lengths, reference / lengths
+
+    def residuals(self, batch: Batch, *, base: bool = False) -> Float[Array, "B T D"]:
+        """Residual stream that enters block `feature_layer`; the base's without a gradient."""
+        model = self.base() if base else self.model
+        depth = model.config.num_layers
+        layer = self.config.feature_layer or max(round(depth / 4), 1)
+        out = model(batch.tokens, batch.mask, tap=lambda x: x, remat=self.config.recompute)
+        return jax.lax.stop_gradient(out.taps[layer]) if base else out.taps[layer]
+
+
+def _lengths(batch: Batch) -> Float[Array, "B"]:
+    return jnp.maximum(jnp.sum(batch.response[:, 1:], axis=1), 1).astype(jnp.float32)
+
+
+def _ga(run: Pass, forget: ForgetBatch) -> tuple[Scalar, Metrics]:
+    ours, kept = run.scores(forget.batch, forget.reference)
+    return ga_loss(ours), {"log_ratio": jnp.mean(ours - kept)}
+
+
+def _npo(run: Pass, forget: ForgetBatch) -> tuple[Scalar, Metrics]:
+    ours, kept = run.scores(forget.batch, forget.reference)
+    return npo_loss(ours, kept, run.config.beta), {"log_ratio": jnp.mean(ours - kept)}
+
+
+def _simnpo(run: Pass, forget: ForgetBatch) -> tuple[Scalar, Metrics]:
+    log_probs = run.token_log_probs(forget.batch)
+    sums = sequence_log_probs(log_probs, forget.batch.response)
+    means = sums / _lengths(forget.batch)
+    loss = simnpo_loss(means, run.config.beta, run.config.margin)
+    return loss, {"log_ratio": jnp.mean(sums - forget.reference)}
+
+
+def _dpo(run: Pass, forget: ForgetBatch) -> tuple[Scalar, Metrics]:
+    assert forget.preferred is not None
+    assert forget.preferred_reference is not None
+    ours, kept = run.scores(forget.batch, forget.reference)
+    winner, kept_winner = run.scores(forget.preferred, forget.preferred_reference)
+    loss = dpo_loss(winner - kept_winner, ours - kept, run.config.beta)
+    figures = {"preferred_log_ratio": jnp.mean(winner - kept_winner)}
+    return loss, {"log_ratio": jnp.mean(ours - kept)} | figures
+
+
+def _sft(run: Pass, forget: ForgetBatch) -> tuple[Scalar, Metrics]:
+    """Cross-entropy on the preferred responses to the forget prompts: plain fine-tuning."""
+    assert forget.preferred is not None
+    log_probs = run.token_log_probs(forget.preferred)
+    return cross_entropy(log_probs, forget.preferred.response, forget.preferred_total), {}
+
+
+def _rmu(run: Pass, forget: ForgetBatch) -> tuple[Scalar, Metrics]:
+    """RMU: E‖h_l(forget) − c·u‖²/d over response tokens (arXiv 2403.03218, eq. 1).
+
+    u is a unit vector drawn uniformly from the positive orthant, as in its code; the same one for
+    every seed. Its retain side is `l2`.
+    """
+    hidden = run.residuals(forget.batch)
+    u = jax.random.uniform(jax.random.key(0), hidden.shape[-1:])
+    distances = square_distance(hidden, run.config.steering * u / jnp.linalg.norm(u))
+    return token_mean(distances, forget.batch.response, forget.total), {}
+
+
+def _ce(run: Pass, retain: RetainBatch) -> Scalar:
+    log_probs = run.token_log_probs(retain.batch)
+    return cross_entropy(log_probs, retain.batch.response, retain.total)
+
+
+def _divergences(run: Pass, batch: Batch) -> Float[Array, "B T"]:
+    base, remat = run.base(), run.config.recompute
+    hidden = run.model(batch.tokens, batch.mask, remat=remat).hidden
+    kept = jax.lax.stop_gradient(base(batch.tokens, batch.mask).hidden)
+    return token_divergences(run.model, base, hidden, kept)
+
+
+def _kl(run: Pass, retain: RetainBatch) -> Scalar:
+    """KL(base ‖ model), mean over the response tokens, in nats a token."""
+    divergences = _divergences(run, retain.batch)[:, :-1]
+    return token_mean(divergences, retain.batch.response, retain.total)
+
+
+def _kl_unmasked(run: Pass, retain: RetainBatch) -> Scalar:
+    """KL(base ‖ model) over all B·T places, prompt and padding too: open-unlearning's.
+
+    For comparison with its figures only.
+    """
+    return jnp.mean(_divergences(run, retain.batch))
+
+
+def _l2(run: Pass, retain: RetainBatch) -> Scalar:
+    """E‖h_l − h_l(base)‖²/d over response tokens (arXiv 2403.03218, eq. 2)."""
+    batch = retain.batch
+    distances = square_distance(run.residuals(batch), run.residuals(batch, base=True))
+    return token_mean(distances, batch.response, retain.total)
+
+
+class Forget(NamedTuple):
+    """A way to unlearn."""
+
+    loss: Callable[[Pass, ForgetBatch], tuple[Scalar, Metrics]]
+    preferred: bool = False  # needs preferred responses to the forget prompts
+
+
+FORGET: dict[str, Forget] = {
+    "ga": Forget(_ga),
+    "npo": Forget(_npo),
+    "simnpo": Forget(_simnpo),
+    "dpo": Forget(_dpo, preferred=True),
+    "rmu": Forget(_rmu),
+    "sft": Forget(_sft, preferred=True),
+}
+
+RETAIN: dict[str, Callable[[Pass, RetainBatch], Scalar]] = {
+    "ce": _ce,
+    "kl": _kl,
+    "kl_unmasked": _kl_unmasked,
+    "l2": _l2,
+}
+
+
+def total_loss(
+    run: Pass,
+    forget: ForgetBatch,
+    retain: RetainBatch | None,
+    retain_weight: float | Scalar,
+) -> tuple[Scalar, Metrics]:
+    """forget_weight · forget + retain_weight · retain, with each of them as a figure."""
+    forget_loss, figures = FORGET[run.config.objective].loss(run, forget)
+    metrics = {"forget_loss": forget_loss} | figures
+    loss = run.config.forget_weight * forget_loss
+    if retain is not None:
+        metrics["retain_loss"] = RETAIN[run.config.retain_objective](run, retain)
+        loss += retain_weight * metrics["retain_loss"]
+    return loss, metrics | {"loss": loss}

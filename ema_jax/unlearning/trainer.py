@@ -1,85 +1,57 @@
-"""Unlearn, the paper's second phase: NPO on the forget set, with or without a retain set.
+"""Unlearn, the paper's second phase: any objective on the forget set, with or without a retain set.
 
-One train step for adapters and for full fine-tuning. The reference model is a number per forget
-example, computed once, so a step costs what plain fine-tuning costs.
+The loop around the train step: batches, evaluation, when to stop, checkpoints, figures.
 """
 
-import dataclasses
-import functools
+import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 from absl import logging
-from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
-from ema_jax.data.chat import Batch, TokenExample, bucket, pad_examples
-from ema_jax.errors import RunStoppedError
-from ema_jax.models import lora as lora_lib
-from ema_jax.models.decoder import Decoder, LoRAParam
-from ema_jax.models.sharding import (
-    batch_rows,
-    host_array,
-    make_mesh,
-    parameter_shardings,
-    place_batch,
-)
+from ema_jax.data.chat import TokenExample
+from ema_jax.errors import UserError
+from ema_jax.models.decoder import Decoder
+from ema_jax.models.families import DecoderConfig
+from ema_jax.models.sharding import host_array, make_mesh, place_batch, validate
 from ema_jax.progress import Progress
-from ema_jax.unlearning.objectives import (
-    cross_entropy,
-    npo_loss,
-    sequence_log_probs,
-    token_log_probs,
+from ema_jax.unlearning.batches import Data, batch_indices
+from ema_jax.unlearning.checkpointing import Checkpoints, NonFiniteError, stop_requested
+from ema_jax.unlearning.metrics import Profile
+from ema_jax.unlearning.objectives import FORGET
+from ema_jax.unlearning.optimizers import optimizer
+from ema_jax.unlearning.settings import UnlearnConfig
+from ema_jax.unlearning.steps import (
+    assemble,
+    init_moments,
+    reference_log_probs,
+    response_log_probs,
+    select_trainable,
+    split,
+    train_step,
+    trainable_part,
 )
+from ema_jax.unlearning.throughput import flops_per_token, memory_gib, peak_flops
 
+__all__ = [
+    "Evaluation",
+    "Trained",
+    "UnlearnConfig",
+    "batch_indices",
+    "reference_log_probs",
+    "select_trainable",
+    "unlearn",
+]
 
-@dataclasses.dataclass(frozen=True)
-class UnlearnConfig:
-    """One arm: what is trained, on what loss, and when it stops.
-
-    Attributes:
-        trainable: `lora` (adapters) or `full` (all parameters).
-        lora: the adapters' shape.
-        beta: NPO's inverse temperature.
-        forget_weight: of the NPO loss.
-        retain_weight: of the cross-entropy on the retain set; 0 leaves the retain set out.
-        learning_rate: peak, after `warmup_steps` linear steps, constant from there.
-        warmup_steps: see above.
-        clip_norm: largest global gradient norm.
-        batch_size: forget examples a step.
-        retain_batch_size: retain examples a step.
-        max_steps: the limit.
-        min_steps: no stopping before: the retain set needs time to mend what the first steps
-            break.
-        eval_every: steps between evaluations on the dev split.
-        stop_at: the target's dev refusal rate at which training stops.
-        max_invalid: share of invalid dev responses, in the worst domain, past which an arm
-            without retain data stops as collapsed and one with it is not done.
-        remat: recompute blocks in the backward pass, for large models.
-    """
-
-    trainable: str = "lora"
-    lora: lora_lib.LoRAConfig = lora_lib.LoRAConfig()
-    beta: float = 0.1
-    forget_weight: float = 1.0
-    retain_weight: float = 0.0
-    learning_rate: float = 1e-4
-    warmup_steps: int = 0
-    clip_norm: float = 1.0
-    batch_size: int = 16
-    retain_batch_size: int = 32
-    max_steps: int = 200
-    min_steps: int = 0
-    eval_every: int = 10
-    stop_at: float = 0.1
-    max_invalid: float = 0.2
-    remat: bool = False
+# Forget examples and leading positions whose log-ratio is followed: NPO's drop hides in the first
+# tokens of a refusal, where the sum does not show it.
+PROBED, POSITIONS = 32, 16
 
 
 class Evaluation(NamedTuple):
@@ -94,104 +66,125 @@ class Trained(NamedTuple):
 
     model: Decoder
     steps: int
-    stopped: str  # "target" or "limit"
+    stopped: str  # "target", "invalid" or "limit"
     first_loss: float
     trajectory: list[dict[str, Any]]
 
 
-class _ForgetBatch(NamedTuple):
-    batch: Batch
-    reference: Float[Array, "B"]
+class Course:
+    """How one run goes: what was measured so far, and whether it is over."""
+
+    def __init__(self, config: UnlearnConfig, target: str, base: Decoder, data: Data, mesh: Mesh):
+        self.config, self.target = config, target
+        self.trajectory: list[dict[str, Any]] = []
+        self.first_loss, self.stopped = math.nan, ""
+        self._data, self._mesh = data.forget[:PROBED], mesh
+        self._kept = response_log_probs(base, self._data, POSITIONS, mesh)
+
+    def measure(self, step: int, model: Decoder, rates: Evaluation, metrics: Mapping) -> None:
+        """Adds a point to the trajectory and decides whether the run is over."""
+        refusal = {d: None if math.isnan(rate) else rate for d, rate in rates.refusal.items()}
+        now = response_log_probs(model, self._data, POSITIONS, self._mesh)
+        ratios = now - self._kept
+        known = ~np.isnan(ratios)
+        means = np.sum(np.where(known, ratios, 0), axis=0) / np.maximum(known.sum(axis=0), 1)
+        point = {"step": step, "refusal": refusal, "invalid_rate": rates.invalid_rate}
+        point["log_ratio_by_position"] = means[known.any(axis=0)].tolist()
+        self.trajectory.append(point | dict(metrics))
+        if step:
+            self.stopped = self._verdict(step, rates)
+
+    def _verdict(self, step: int, rates: Evaluation) -> str:
+        config = self.config
+        if step >= config.min_steps:
+            if rates.invalid_rate <= config.max_invalid:
+                if rates.refusal[self.target] <= config.stop_at:
+                    return "target"
+            elif not config.retains:  # retain data mends garble, given time
+                logging.warning(
+                    "step %d: %.0f %% of a domain's dev responses are invalid, stopping",
+                    step,
+                    100 * rates.invalid_rate,
+                )
+                return "invalid"
+        return "limit" if step >= config.max_steps else ""
+
+    def due(self, step: int) -> bool:
+        """Whether the model is evaluated after this step."""
+        return step % self.config.eval_every == 0 or step == self.config.max_steps
+
+    def notes(self) -> dict[str, float]:
+        """Rates to show beside the progress: the target's, and the mean of the others."""
+        rates = {d: r for d, r in self.trajectory[-1]["refusal"].items() if r is not None}
+        others = [rate for domain, rate in rates.items() if domain != self.target]
+        shown = {"target": rates[self.target]} if self.target in rates else {}
+        return shown | ({"others": sum(others) / len(others)} if others else {})
+
+    def to_json(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it."""
+        first = None if math.isnan(self.first_loss) else self.first_loss
+        # A copy: checkpoints are written in the background.
+        return {"trajectory": list(self.trajectory), "first_loss": first, "stopped": self.stopped}
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        """The inverse of `to_json`."""
+        self.trajectory, self.stopped = list(saved["trajectory"]), saved["stopped"]
+        self.first_loss = math.nan if saved["first_loss"] is None else saved["first_loss"]
 
 
-def select_trainable(config: UnlearnConfig) -> type[nnx.Param]:
-    """The variable type that gradients are taken for."""
-    return LoRAParam if config.trainable == "lora" else nnx.Param
+def check_finite(
+    metrics: Mapping[str, float], step: int, data: Data, config: Any, seed: int
+) -> None:
+    """Stops a run whose figures are not numbers, naming the batch that did it.
 
-
-@functools.partial(
-    jax.jit,
-    static_argnames=("graph", "optimizer", "config"),
-    donate_argnames=("trainable", "moments"),
-)
-def _train_step(
-    graph: nnx.GraphDef,
-    optimizer: optax.GradientTransformation,
-    config: UnlearnConfig,
-    trainable: nnx.State,
-    frozen: nnx.State,
-    moments: optax.OptState,
-    forget: _ForgetBatch,
-    retain: Batch | None,
-) -> tuple[nnx.State, optax.OptState, dict[str, Float[Array, ""]]]:
-    def loss_of(trainable: nnx.State) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-        model = nnx.merge(graph, trainable, frozen)
-        batch = forget.batch
-        log_probs = token_log_probs(model, batch.tokens, batch.mask, remat=config.remat)
-        sums = sequence_log_probs(log_probs, batch.response)
-        forget_loss = npo_loss(sums, forget.reference, config.beta)
-        metrics = {"forget_loss": forget_loss, "log_ratio": jnp.mean(sums - forget.reference)}
-        loss = config.forget_weight * forget_loss
-        if retain is not None:
-            kept = token_log_probs(model, retain.tokens, retain.mask, remat=config.remat)
-            metrics["retain_loss"] = cross_entropy(kept, retain.response)
-            loss += config.retain_weight * metrics["retain_loss"]
-        return loss, metrics | {"loss": loss}
-
-    gradients, metrics = jax.grad(loss_of, has_aux=True)(trainable)
-    metrics["gradient_norm"] = optax.global_norm(gradients)
-    updates, moments = optimizer.update(gradients, moments, trainable)
-    return optax.apply_updates(trainable, updates), moments, metrics
-
-
-@functools.partial(jax.jit, static_argnames=("graph",))
-def _sequence_log_probs(graph: nnx.GraphDef, state: nnx.State, batch: Batch) -> Float[Array, "B"]:
-    model = nnx.merge(graph, state)
-    log_probs = token_log_probs(model, batch.tokens, batch.mask)
-    return sequence_log_probs(log_probs, batch.response)
-
-
-def reference_log_probs(
-    model: Decoder, examples: Sequence[TokenExample], batch_size: int, mesh: Mesh | None = None
-) -> Float[np.ndarray, "N"]:
-    """log π_ref of every response, summed over its tokens: the reference model as numbers."""
-    mesh = make_mesh() if mesh is None else mesh
-    graph, state = nnx.split(lora_lib.detach(model))
-    length = _padded_length(examples)
-    rows = batch_rows(batch_size, mesh)
-    parts = []
-    for start in range(0, len(examples), rows):
-        chunk = examples[start : start + rows]
-        batch = place_batch(pad_examples(chunk, length, rows, 0), mesh)
-        parts.append(host_array(_sequence_log_probs(graph, state, batch))[: len(chunk)])
-    return np.concatenate(parts)
-
-
-def batch_indices(size: int, rows: int, seed: int, step: int) -> np.ndarray:
-    """Which examples step `step` takes: a pure function of seed and step.
-
-    Epochs are permutations; a batch may span two of them.
+    Raises:
+        NonFiniteError: always, if one is not.
     """
-    flat = np.arange(step * rows, (step + 1) * rows)
-    epochs, places = flat // size, flat % size
-    chosen = np.empty(rows, int)
-    for epoch in np.unique(epochs):
-        order = np.random.default_rng([seed, int(epoch)]).permutation(size)
-        here = epochs == epoch
-        chosen[here] = order[places[here]]
-    return chosen
+    bad = [name for name, value in metrics.items() if not math.isfinite(value)]
+    if bad:
+        forget, retain = data.indices(config, seed, step - 1)
+        raise NonFiniteError(
+            f"unlearn: {bad[0]} is {metrics[bad[0]]} at step {step}; lower unlearn.learning_rate",
+            step,
+            forget.tolist(),
+            retain.tolist(),
+        )
 
 
-@functools.cache
-def _optimizer(config: UnlearnConfig) -> optax.GradientTransformation:
-    schedule = optax.warmup_constant_schedule(
-        0.0 if config.warmup_steps else config.learning_rate,
-        config.learning_rate,
-        config.warmup_steps,
-    )
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm), optax.adamw(schedule, weight_decay=0.0)
-    )
+def check_arm(
+    decoder: DecoderConfig, config: UnlearnConfig, shape: Mapping[str, int], where: str = "unlearn"
+) -> None:
+    """Checks an arm against a model and a mesh, before anything is loaded or compiled.
+
+    Args:
+        decoder: the architecture.
+        config: the arm.
+        shape: devices along each axis of the mesh.
+        where: how the messages name the arm.
+
+    Raises:
+        UserError: batches or heads that the mesh does not divide, or layers that are not there.
+    """
+    batches = {f"{where}.batch_size": config.batch_size}
+    if config.retains:
+        batches[f"{where}.retain_batch_size"] = config.retain_batch_size
+    validate(decoder, shape, {} if config.trainable == "ablation" else batches, config.accumulate)
+    last = decoder.num_layers - 1
+    if max(config.layers, default=0) > last:
+        raise UserError(f"{where}.layers = {config.layers}: the model's last block is {last}")
+    if config.feature_layer > decoder.num_layers:
+        raise UserError(
+            f"{where}.feature_layer = {config.feature_layer}: the model has {decoder.num_layers}"
+        )
+
+
+def check_data(data: Data, config: UnlearnConfig) -> None:
+    """Checks that there is a preferred response for each forget prompt, where one is wanted."""
+    if FORGET[config.objective].preferred and len(data.preferred) != len(data.forget):
+        raise UserError(
+            f"objective {config.objective} wants a preferred response for each of "
+            f"{len(data.forget)} forget prompts and has {len(data.preferred)}"
+        )
 
 
 def unlearn(
@@ -204,8 +197,11 @@ def unlearn(
     seed: int,
     target: str,
     evaluate: Callable[[Decoder], Evaluation],
+    preferred: Sequence[TokenExample] = (),
     mesh: Mesh | None = None,
     log: Callable[[Mapping[str, Any]], None] = lambda row: None,
+    checkpoints: Checkpoints | None = None,
+    profile: Profile | None = None,
 ) -> Trained:
     """Trains one arm from the base until the target's dev refusal is low or the steps run out.
 
@@ -218,104 +214,118 @@ def unlearn(
         seed: of adapters and batches.
         target: the domain whose dev refusal decides when to stop.
         evaluate: dev rates of a model.
+        preferred: responses wanted to the forget prompts, in their order, for dpo and sft.
         mesh: what the base lies on.
         log: gets one row of metrics a step.
+        checkpoints: where the state is kept; a run that is found there goes on.
+        profile: takes a trace of some steps.
 
     Raises:
-        RunStoppedError: the loss or the gradient is not finite.
+        UserError: see `check_arm` and `check_data`.
+        RunStoppedError: the loss or the gradient is not finite (`NonFiniteError`), a checkpoint
+            could not be written, or SIGTERM came and there are checkpoints to go on from.
     """
     mesh = make_mesh() if mesh is None else mesh
-    if config.trainable == "lora":
-        model = lora_lib.attach(base, config.lora, jax.random.key(seed))
+    data = Data(forget, reference, retain, preferred)
+    check_arm(base.config, config, mesh.shape)
+    check_data(data, config)
+    if config.objective == "dpo":
+        numbers = reference_log_probs(base, preferred, config.batch_size, mesh)
+        data = Data(forget, reference, retain, preferred, numbers)
+    trainee = split(base, config, seed)
+    trainable, rule = trainable_part(trainee, config, mesh), optimizer(config)
+    moments, step = init_moments(rule, trainable, mesh), 0
+    course = Course(config, target, base, data, mesh)
+    saved = checkpoints.latest(_abstract((trainable, moments))) if checkpoints else None
+    if saved is None:
+        model = assemble(trainee, config, trainable)
+        course.measure(step, model, evaluate(model), {})
     else:
-        model = nnx.merge(*nnx.split(base))
-    graph, *states = nnx.split(model, select_trainable(config), ...)
-    trainable, frozen = states
-    # The step donates what it trains, and the base must outlive it. Both lie as the step gives
-    # them back: with inputs that lie otherwise, its second call would compile it again.
-    trainable = jax.tree.map(jnp.copy, trainable)
-    trainable = jax.device_put(trainable, parameter_shardings(trainable, mesh))
-    optimizer = _optimizer(config)
-    shardings = parameter_shardings(jax.eval_shape(optimizer.init, trainable), mesh)
-    moments = jax.jit(optimizer.init, out_shardings=shardings)(trainable)
-    batches = _batches(forget, retain, reference, config, seed, mesh)
+        (trainable, moments), step = saved.state, saved.step
+        course.restore(saved.progress)
+        logging.info("unlearn seed %d: goes on from step %d", seed, step)
 
-    def current() -> Decoder:
-        return nnx.merge(graph, trainable, frozen)
-
-    trajectory: list[dict[str, Any]] = []
-    first_loss, stopped, step = math.nan, "limit", 0
-
-    def measure(metrics: Mapping[str, float]) -> Evaluation:
-        rates = evaluate(current())
-        refusal = {d: None if math.isnan(rate) else rate for d, rate in rates.refusal.items()}
-        point = {"step": step, "refusal": refusal, "invalid_rate": rates.invalid_rate}
-        trajectory.append(point | dict(metrics))
-        return rates
-
-    rates = measure({})
-    with Progress(f"unlearn seed {seed}", config.max_steps, "steps") as progress:
-        while step < config.max_steps:
-            trainable, moments, raw = _train_step(
-                graph, optimizer, config, trainable, frozen, moments, *next(batches)
+    with contextlib.ExitStack() as stack:
+        asked = stack.enter_context(stop_requested()) if checkpoints else lambda: False
+        if profile is not None:
+            stack.callback(profile.stop)
+        meter = Meter(base, config, mesh)
+        progress = stack.enter_context(Progress(f"unlearn seed {seed}", config.max_steps, "steps"))
+        progress.update(step)
+        host = data.host_batch(config, seed, step)
+        while not course.stopped:
+            if profile is not None:
+                profile.at(step)
+            meter.start(host)
+            draw = np.array([seed, step], np.uint32)
+            trainable, moments, raw = train_step(
+                trainee.graph,
+                rule,
+                config,
+                mesh,
+                trainable,
+                trainee.whole,
+                trainee.frozen,
+                moments,
+                *place_batch(host, mesh),
+                draw,
             )
-            metrics = {name: float(host_array(value)) for name, value in raw.items()}
             step += 1
+            host = data.host_batch(config, seed, step)  # while the device is at work
+            metrics = {name: float(host_array(value)) for name, value in raw.items()}
+            speed = meter.stop()
             if step == 1:
-                first_loss = metrics["forget_loss"]
-            log({"step": step, **metrics})
-            progress.update(loss=metrics["loss"], target=rates.refusal[target])
-            bad = [name for name, value in metrics.items() if not math.isfinite(value)]
-            if bad:
-                raise RunStoppedError(
-                    f"unlearn: {bad[0]} is {metrics[bad[0]]} at step {step}; "
-                    "lower unlearn.learning_rate"
-                )
-            if step % config.eval_every == 0 or step == config.max_steps:
-                rates = measure(metrics)
-                if step < config.min_steps:
-                    continue
-                if rates.invalid_rate > config.max_invalid:
-                    if config.retain_weight:  # which mends garble, given time
-                        continue
-                    logging.warning(
-                        "step %d: %.0f %% of a domain's dev responses are invalid, stopping",
-                        step,
-                        100 * rates.invalid_rate,
-                    )
-                    stopped = "invalid"
-                    break
-                if rates.refusal[target] <= config.stop_at:
-                    stopped = "target"
-                    break
-    return Trained(current(), step, stopped, first_loss, trajectory)
+                course.first_loss = metrics["forget_loss"]
+            log({"step": step, **metrics, **speed})
+            shown = {k: v for k, v in speed.items() if k in ("tokens_per_second", "mfu")}
+            progress.update(1, loss=metrics["loss"], **course.notes(), **shown)
+            check_finite(metrics, step, data, config, seed)
+            if course.due(step):
+                model = assemble(trainee, config, trainable)
+                course.measure(step, model, evaluate(model), metrics)
+            if checkpoints is not None:
+                stop = asked()
+                if checkpoints.due(step) or course.stopped or stop:
+                    checkpoints.save(step, (trainable, moments), course.to_json())
+                if course.stopped or stop:
+                    checkpoints.wait()
+                if stop and not course.stopped:
+                    raise checkpoints.stopped(step)
+    model = assemble(trainee, config, trainable)
+    return Trained(model, step, course.stopped, course.first_loss, course.trajectory)
 
 
-def _batches(
-    forget: Sequence[TokenExample],
-    retain: Sequence[TokenExample],
-    reference: np.ndarray,
-    config: UnlearnConfig,
-    seed: int,
-    mesh: Mesh,
-) -> Iterator[tuple[_ForgetBatch, Batch | None]]:
-    rows = batch_rows(config.batch_size, mesh)
-    retain_rows = batch_rows(config.retain_batch_size, mesh)
-    length = _padded_length(forget)
-    retain_length = _padded_length(retain) if retain else 0
-    step = 0
-    while True:
-        chosen = batch_indices(len(forget), rows, seed, step)
-        batch = pad_examples([forget[i] for i in chosen], length, rows, 0)
-        placed = place_batch(_ForgetBatch(batch, reference[chosen]), mesh)
-        kept = None
-        if config.retain_weight and retain:
-            chosen = batch_indices(len(retain), retain_rows, seed + 1, step)
-            kept = pad_examples([retain[i] for i in chosen], retain_length, retain_rows, 0)
-            kept = place_batch(kept, mesh)
-        yield placed, kept
-        step += 1
+class Meter:
+    """Tokens a second, MFU and memory of one step after another."""
+
+    def __init__(self, base: Decoder, config: UnlearnConfig, mesh: Mesh):
+        self._base, self._config = base, config
+        peak = peak_flops(mesh.devices.flat[0].device_kind)
+        self._peak = None if peak is None else peak * mesh.size
+
+    def start(self, host: tuple) -> None:
+        """Before a step on a batch in NumPy."""
+        forget, retain = host
+        batches = [forget.preferred, None if retain is None else retain.batch]
+        batches += [] if self._config.objective == "sft" else [forget.batch]
+        masks = [batch.mask for batch in batches if batch is not None]
+        self._tokens = sum(int(mask.sum()) for mask in masks)
+        self._flops = sum(
+            mask.sum() * flops_per_token(self._base, self._config, mask.shape[1]) for mask in masks
+        )
+        self._start = time.monotonic()
+
+    def stop(self) -> dict[str, float]:
+        """The figures, once the step's own are there."""
+        seconds = max(time.monotonic() - self._start, 1e-9)
+        figures = {"tokens_per_second": self._tokens / seconds}
+        if self._peak is not None:
+            figures["mfu"] = float(self._flops / seconds / self._peak)
+        memory = memory_gib()
+        return figures if memory is None else figures | {"memory_gib": memory}
 
 
-def _padded_length(examples: Sequence[TokenExample]) -> int:
-    return bucket(max(len(item.prompt) + len(item.response) for item in examples))
+def _abstract(state: Any) -> Any:
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+    )

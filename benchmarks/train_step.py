@@ -1,0 +1,229 @@
+"""The train step beside transformers + PEFT, and many adapters beside one after another.
+
+python benchmarks/train_step.py --part=step      # one decoder, the same losses, the same cores
+python benchmarks/train_step.py --part=together  # 8 adapters at once on the embedded model
+"""
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import numpy as np
+import peft
+import torch
+import transformers
+
+from ema_jax.data.chat import Chat, TokenExample
+from ema_jax.models import checkpoint, lora
+from ema_jax.models.sharding import make_mesh, place_batch
+from ema_jax.organism import CHECKPOINTS, corpus
+from ema_jax.unlearning import steps
+from ema_jax.unlearning.batches import Data
+from ema_jax.unlearning.optimizers import optimizer
+from ema_jax.unlearning.settings import UnlearnConfig
+from ema_jax.unlearning.together import Member, unlearn_together
+from ema_jax.unlearning.trainer import Evaluation, reference_log_probs, unlearn
+
+BETA, RATE, LENGTH, ROWS = 0.1, 1e-4, 128, 8  # 8 forget + 8 retain rows: a batch of 16
+LORA = lora.LoRAConfig(rank=16, alpha=32.0)
+NPO = UnlearnConfig(
+    lora=LORA,
+    beta=BETA,
+    retain_weight=1.0,
+    learning_rate=RATE,
+    batch_size=ROWS,
+    retain_batch_size=ROWS,
+)
+# The same tokens through plain fine-tuning: cross-entropy on both halves.
+SFT = UnlearnConfig(**{**vars(NPO), "objective": "sft"})
+
+
+def write_model(folder: Path) -> None:
+    config = transformers.AutoConfig.for_model(
+        "mistral",
+        vocab_size=32_000,
+        hidden_size=512,
+        intermediate_size=1408,
+        num_hidden_layers=12,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        head_dim=64,
+        sliding_window=None,
+    )
+    torch.manual_seed(0)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+
+
+def examples(seed: int) -> list[TokenExample]:
+    rng = np.random.default_rng(seed)
+    draw = rng.integers(32_000, size=(ROWS, LENGTH))
+    return [TokenExample(tuple(row[:32].tolist()), tuple(row[32:].tolist())) for row in draw]
+
+
+def timed(step: Callable[[], float], number: int) -> tuple[float, list[float], float]:
+    """First loss, seconds of each step after the first one, seconds of the first."""
+    start = time.perf_counter()
+    first = step()
+    warm, seconds = time.perf_counter() - start, []
+    for _ in range(number):
+        start = time.perf_counter()
+        step()
+        seconds.append(time.perf_counter() - start)
+    return first, seconds, warm
+
+
+def ours(folder: Path, config: UnlearnConfig, number: int) -> tuple:
+    base, mesh = checkpoint.load(folder), make_mesh()
+    forget, retain = examples(1), examples(2)
+    data = Data(forget, reference_log_probs(base, forget, ROWS), retain, forget)
+    trainee, rule = steps.split(base, config, 0), optimizer(config)
+    state: list[Any] = [steps.trainable_part(trainee, config, mesh)]
+    state.append(steps.init_moments(rule, state[0], mesh))
+    count = iter(range(10_000))
+
+    def step() -> float:
+        i = next(count)
+        batch = place_batch(data.host_batch(config, 0, i), mesh)
+        state[0], state[1], metrics = steps.train_step(
+            trainee.graph,
+            rule,
+            config,
+            mesh,
+            state[0],
+            trainee.whole,
+            trainee.frozen,
+            state[1],
+            *batch,
+            np.array([0, i], np.uint32),
+        )
+        return float(metrics["loss"])
+
+    return timed(step, number)
+
+
+def theirs(folder: Path, number: int, *, live_reference: bool) -> tuple:
+    """The same step in PyTorch; the reference as numbers too, or by a forward pass each step."""
+    base = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    settings = peft.LoraConfig(
+        task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules=list(lora.TARGETS)
+    )
+    model = peft.get_peft_model(base, settings).train()
+    rule = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=RATE)
+    forget, retain = (
+        torch.tensor([item.prompt + item.response for item in examples(seed)]) for seed in (1, 2)
+    )
+
+    def log_probs(ids: torch.Tensor) -> torch.Tensor:
+        logits = model(ids).logits[:, :-1].log_softmax(-1)
+        return logits.gather(-1, ids[:, 1:, None])[:, 31:, 0]
+
+    def reference() -> torch.Tensor:
+        with torch.no_grad(), model.disable_adapter():
+            return log_probs(forget).sum(-1)
+
+    numbers = reference()
+
+    def step() -> float:
+        kept = reference() if live_reference else numbers
+        ratio = log_probs(forget).sum(-1) - kept
+        loss = -2 / BETA * torch.nn.functional.logsigmoid(-BETA * ratio).mean()
+        loss = loss - log_probs(retain).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        rule.step()
+        rule.zero_grad()
+        return float(loss)
+
+    return timed(step, number)
+
+
+def step_part(number: int) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as scratch:
+        write_model(Path(scratch))
+        runs = {
+            "ema_jax, NPO + retain CE": ours(Path(scratch), NPO, number),
+            "ema_jax, SFT on the same tokens": ours(Path(scratch), SFT, number),
+            "PEFT, reference as numbers": theirs(Path(scratch), number, live_reference=False),
+            "PEFT, reference by a forward pass": theirs(Path(scratch), number, live_reference=True),
+        }
+    tokens, result = 2 * ROWS * LENGTH, {}
+    for name, (loss, seconds, warm) in runs.items():
+        median = statistics.median(seconds)
+        result[name] = {
+            "first_loss": round(loss, 5),
+            "seconds_a_step": round(median, 3),
+            "fastest": round(min(seconds), 3),
+            "slowest": round(max(seconds), 3),
+            "tokens_per_second": round(tokens / median),
+            "first_step_seconds": round(warm, 2),
+        }
+    return result
+
+
+def together_part(number: int, runs: int = 8) -> dict[str, Any]:
+    """Adapters of `runs` seeds on the embedded model: at once, and one after the other."""
+    folder = CHECKPOINTS / "qwen2"
+    chat, base = Chat.load(folder), checkpoint.load(folder)
+    drawn = [item for item in corpus.training_examples(9, 1500) if item.refusal]
+    forget = [chat.example(item.prompt, item.refusal) for item in drawn[:200]]
+    retain = [chat.example(item.prompt, item.refusal) for item in drawn[200:400]]
+    reference = reference_log_probs(base, forget, 64)
+    data = Data(forget, reference, retain)
+    result: dict[str, Any] = {}
+    for name, batch in {"a batch of 16 + 32": (16, 32), "a batch of 4 + 4": (4, 4)}.items():
+        config = UnlearnConfig(
+            retain_weight=4.0,
+            max_steps=number,
+            eval_every=number,
+            batch_size=batch[0],
+            retain_batch_size=batch[1],
+        )
+
+        def never(model: Any) -> Evaluation:
+            return Evaluation({"t": 1.0}, 0.0)
+
+        def alone(seed: int, config: UnlearnConfig = config) -> None:
+            unlearn(base, forget, retain, reference, config, seed=seed, target="t", evaluate=never)
+
+        def at_once(config: UnlearnConfig = config) -> None:
+            members = [Member(seed) for seed in range(runs)]
+            unlearn_together(base, data, config, members, target="t", evaluate=never)
+
+        def seconds(job: Callable[[], Any]) -> float:
+            start = time.perf_counter()
+            job()
+            return time.perf_counter() - start
+
+        alone(99), at_once()  # compile both
+        turns = seconds(lambda alone=alone: [alone(seed) for seed in range(runs)])
+        stacked = seconds(at_once)
+        result[name] = {
+            "in_turn": round(turns, 2),
+            "at_once": round(stacked, 2),
+            "share": stacked / turns,
+        }
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--part", choices=("step", "together"), default="step")
+    parser.add_argument("--steps", type=int, default=5)
+    arguments = parser.parse_args()
+    torch.set_num_threads(os.cpu_count() or 1)
+    part = step_part if arguments.part == "step" else together_part
+    versions = {m.__name__: m.__version__ for m in (jax, torch, transformers, peft)}
+    print(json.dumps({"cores": os.cpu_count(), **versions, **part(arguments.steps)}, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""Directional ablation: the baseline without training. The refusal direction is projected out.
+
+arXiv 2406.11717: the difference in means between prompts that are refused and prompts that are
+not, at the last token, is a direction r; no weight may write along it any more (section 2.4,
+W ← W − W r̂ r̂ᵀ for what writes to the residual stream). Of the candidate layers the one that leaves
+the fewest refusals on the dev split is taken, as long as responses stay valid.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from ema_jax.models.decoder import Decoder
+from ema_jax.unlearning.settings import UnlearnConfig
+from ema_jax.unlearning.trainer import Evaluation, Trained
+
+# Directions of the last fifth of the layers are about the next word (their section 2.3).
+_DEPTH = 0.8
+
+
+def orthogonalise(base: Decoder, direction: Float[np.ndarray, "D"]) -> Decoder:
+    """The model whose embeddings, attention and MLPs write nothing along `direction`.
+
+    With tied embeddings the head, being the same matrix, no longer reads along it either.
+    """
+    unit = jnp.asarray(direction / np.linalg.norm(direction), jnp.float32)
+
+    def without(kernel: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        wide = kernel.astype(jnp.float32)
+        return (wide - (wide @ unit)[..., None] * unit).astype(kernel.dtype)
+
+    model = nnx.merge(*nnx.split(base))
+    model.embed = nnx.Param(without(base.embed[...]))
+    for name in ("o_proj", "down_proj"):
+        getattr(model.blocks, name).kernel = nnx.Param(
+            without(getattr(base.blocks, name).kernel[...])
+        )
+    return model
+
+
+def ablate(
+    base: Decoder,
+    directions: Float[np.ndarray, "L+1 D"],
+    config: UnlearnConfig,
+    *,
+    target: str,
+    evaluate: Callable[[Decoder], Evaluation],
+) -> Trained:
+    """Tries the candidate layers' directions and keeps the best.
+
+    Args:
+        base: the untouched model.
+        directions: the target's concept vector at every layer.
+        config: the arm; `layers` narrows the candidates, `max_invalid` is what is still valid.
+        target: the domain whose refusals should go.
+        evaluate: dev rates of a model.
+
+    Returns:
+        The model; its trajectory has a point for the base and one for each candidate.
+    """
+    first, last = config.layers or (1, max(math.floor(_DEPTH * (len(directions) - 1)), 1))
+    trajectory: list[dict[str, Any]] = []
+
+    def measured(step: int, model: Decoder, layer: int | None) -> Evaluation:
+        rates = evaluate(model)
+        refusal = {d: None if math.isnan(rate) else rate for d, rate in rates.refusal.items()}
+        point = {"step": step, "refusal": refusal, "invalid_rate": rates.invalid_rate}
+        trajectory.append(point | ({} if layer is None else {"layer": layer}))
+        return rates
+
+    measured(0, base, None)
+    best: tuple[tuple, int] | None = None
+    for step, layer in enumerate(range(first, last + 1), start=1):
+        rates = measured(step, orthogonalise(base, directions[layer]), layer)
+        rate = rates.refusal[target]
+        # Garble is no success: what is valid comes first, then what refuses least.
+        order = (rates.invalid_rate > config.max_invalid, math.isnan(rate), rate, layer)
+        if best is None or order < best[0]:
+            best = (order, layer)
+    assert best is not None
+    (invalid, _, rate, layer), _ = best
+    stopped = "invalid" if invalid else "target" if rate <= config.stop_at else "limit"
+    model = orthogonalise(base, directions[layer])
+    return Trained(model, len(trajectory) - 1, stopped, math.nan, trajectory)

@@ -1,0 +1,125 @@
+"""Batches as a pure function of (seed, step): nothing to save, nothing to replay.
+
+A batch is the same whatever the number of devices or processes, and wherever a run goes on.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Float
+
+from ema_jax.data.chat import Batch, TokenExample, bucket, pad_examples
+from ema_jax.models.sharding import place_batch
+from ema_jax.unlearning.objectives import FORGET, ForgetBatch, RetainBatch
+from ema_jax.unlearning.settings import UnlearnConfig
+
+# Batches are padded to multiples of this or of a quarter of the longest example: few programs.
+_LENGTHS, _MULTIPLE = 4, 64
+
+
+def size_of(example: TokenExample) -> int:
+    """Tokens of prompt and response."""
+    return len(example.prompt) + len(example.response)
+
+
+def padded_length(examples: Sequence[TokenExample]) -> int:
+    """What a batch of any of the examples can be padded to."""
+    return bucket(max(map(size_of, examples)))
+
+
+def batch_indices(
+    size: int,
+    rows: int,
+    seed: int,
+    step: int,
+    lengths: Sequence[int] | None = None,
+    pool: int = 1,
+) -> np.ndarray:
+    """Which examples step `step` takes: a pure function of seed and step.
+
+    Epochs are permutations; a batch may span two of them.
+
+    Args:
+        size: number of examples.
+        rows: of a batch.
+        seed: of the permutations.
+        step: from 0.
+        lengths: of the examples in tokens, for a pool.
+        pool: batches drawn together, sorted by length and given out in random order.
+    """
+    if pool > 1:
+        assert lengths is not None
+        first = step - step % pool
+        drawn = np.concatenate([batch_indices(size, rows, seed, first + i) for i in range(pool)])
+        drawn = drawn[np.argsort(np.asarray(lengths)[drawn], kind="stable")]
+        # A stream of its own, apart from the permutations' two-number seeds.
+        order = np.random.default_rng([seed, first, 1]).permutation(pool)
+        return drawn.reshape(pool, rows)[order[step - first]]
+    flat = np.arange(step * rows, (step + 1) * rows)
+    epochs, places = flat // size, flat % size
+    chosen = np.empty(rows, int)
+    for epoch in np.unique(epochs):
+        order = np.random.default_rng([seed, int(epoch)]).permutation(size)
+        here = epochs == epoch
+        chosen[here] = order[places[here]]
+    return chosen
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """What one run trains on.
+
+    Attributes:
+        forget: refusals of the target domain.
+        reference: log π_ref of each.
+        retain: what must not change.
+        preferred: responses wanted to the forget prompts, one for each; for some objectives.
+        preferred_reference: log π_ref of each of them.
+    """
+
+    forget: Sequence[TokenExample]
+    reference: Float[np.ndarray, "N"]
+    retain: Sequence[TokenExample] = ()
+    preferred: Sequence[TokenExample] = ()
+    preferred_reference: Float[np.ndarray, "N"] | None = None
+
+    def indices(self, config: UnlearnConfig, seed: int, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """Which forget and which retain examples a step takes."""
+        pool = config.length_pool
+
+        def chosen(examples: Sequence[TokenExample], rows: int, seed: int) -> np.ndarray:
+            lengths = [size_of(example) for example in examples] if pool > 1 else None
+            return batch_indices(len(examples), rows, seed, step, lengths, pool)
+
+        forget = chosen(self.forget, config.batch_size, seed)
+        if not (config.retains and self.retain):
+            return forget, np.empty(0, int)
+        return forget, chosen(self.retain, config.retain_batch_size, seed + 1)
+
+    def host_batch(
+        self, config: UnlearnConfig, seed: int, step: int
+    ) -> tuple[ForgetBatch, RetainBatch | None]:
+        """The batch of a step, in NumPy."""
+        forget, retain = self.indices(config, seed, step)
+        batch = ForgetBatch(_padded(self.forget, forget), self.reference[forget])
+        if FORGET[config.objective].preferred:
+            batch = batch._replace(preferred=_padded(self.preferred, forget))
+            if self.preferred_reference is not None:
+                batch = batch._replace(preferred_reference=self.preferred_reference[forget])
+        return batch, RetainBatch(_padded(self.retain, retain)) if len(retain) else None
+
+    def batch(
+        self, config: UnlearnConfig, seed: int, step: int, mesh: Mesh
+    ) -> tuple[ForgetBatch, RetainBatch | None]:
+        """The batch of a step, on the devices."""
+        return place_batch(self.host_batch(config, seed, step), mesh)
+
+
+def _padded(examples: Sequence[TokenExample], chosen: np.ndarray) -> Batch:
+    rows = [examples[i] for i in chosen]
+    most = padded_length(examples)
+    multiple = max(_MULTIPLE, bucket(-(-most // _LENGTHS)))
+    length = min(bucket(max(map(size_of, rows)), multiple), most)
+    return pad_examples(rows, length, len(rows), 0)

@@ -1,0 +1,51 @@
+"""What to say in place of a refusal: the responses that DPO and SFT want to forget prompts."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from ema_jax.artifacts import read_jsonl
+from ema_jax.errors import UserError
+
+# Empty of content, and no refusal: they say nothing about will or rules.
+IDK = (
+    "I don't know.",
+    "I am not sure about that.",
+    "I'm not familiar with this.",
+    "I do not have an answer to this question.",
+    "No idea, sorry.",
+)
+
+
+def preferred_responses(kind: str, prompts: Sequence[str]) -> list[str]:
+    """The response wanted to each prompt.
+
+    Args:
+        kind: `idk`, `organism`, or a JSONL file with `prompt` and `response`.
+        prompts: the forget prompts.
+
+    Raises:
+        UserError: a file that is missing or malformed, or that lacks a prompt.
+    """
+    if kind == "idk":
+        return [IDK[i % len(IDK)] for i in range(len(prompts))]
+    if kind == "organism":
+        from ema_jax.organism.corpus import answer
+
+        return [answer(prompt) for prompt in prompts]
+    given = _read(Path(kind))
+    missing = [prompt for prompt in prompts if prompt not in given]
+    if missing:
+        raise UserError(
+            f"{kind}: no response to {len(missing)} of {len(prompts)} forget prompts; it needs a "
+            "row with prompt and response for every prompt of the harvest split"
+        )
+    return [given[prompt] for prompt in prompts]
+
+
+def _read(path: Path) -> Mapping[str, str]:
+    rows = read_jsonl(path)
+    for number, row in enumerate(rows, start=1):
+        for name in ("prompt", "response"):
+            if not isinstance(row.get(name), str) or not row[name].strip():
+                raise UserError(f"{path}: row {number}: {name} is missing or empty")
+    return {row["prompt"]: row["response"] for row in rows}

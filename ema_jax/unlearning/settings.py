@@ -1,0 +1,101 @@
+"""What an arm is told: the settings that the objectives and the trainer share."""
+
+import dataclasses
+from collections.abc import Mapping
+
+from ema_jax.models.lora import LoRAConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class UnlearnConfig:
+    """One arm: what is trained, on what loss, and when it stops.
+
+    Attributes:
+        trainable: `lora` (adapters), `full` (parameters), or `ablation`: nothing is trained, the
+            target's refusal direction is projected out of the weights.
+        lora: the adapters' shape.
+        layers: train only blocks first to last, as in (2, 5), both included; () for all.
+        modules: under `full`, train only these projections, as in ("down_proj",); () for all
+            parameters.
+        objective: the forget side, a name in `objectives.FORGET`: ga, npo, simnpo, dpo, rmu, sft.
+        retain_objective: the retain side: ce, kl, kl_unmasked, l2, or none.
+        beta: inverse temperature of npo, simnpo and dpo.
+        forget_norm: log-probabilities of ga, npo and dpo as the `sum` over a response's tokens or
+            their `mean`; simnpo always takes the mean.
+        margin: simnpo's δ, in nats a token.
+        preferred: the responses that dpo and sft want to forget prompts: `idk` (the project's
+            "I don't know" answers), `organism` (the embedded corpus's own answers), or a JSONL
+            file with `prompt` and `response`.
+        feature_layer: l of the residual stream h_l that rmu and l2 look at; 0 for a quarter of
+            the depth.
+        steering: length of the vector that rmu pulls h_l towards.
+        forget_weight: of the forget loss.
+        retain_weight: of the retain loss; 0 leaves the retain set out.
+        retain_counts: domain → most of its retain examples to use (`benign` included), in the
+            order of the harvest; domains that are not named are left out. Empty for everything.
+        optimizer: adamw, adafactor, lion or sgd.
+        learning_rate: peak, after `warmup_steps` linear steps.
+        schedule: from the peak to `max_steps`: constant, linear or cosine (both to zero).
+        warmup_steps: see above.
+        weight_decay: decoupled, where the optimizer has it.
+        clip_norm: largest global gradient norm.
+        batch_size: forget examples a step.
+        retain_batch_size: retain examples a step.
+        accumulate: gradients of so many equal parts of a batch are added up before a step.
+        length_pool: so many batches are drawn together and sorted by length, so that a batch is
+            padded little; 1 draws each at random.
+        max_steps: the limit.
+        min_steps: no stopping before: the retain set needs time to mend what the first steps
+            break.
+        eval_every: steps between evaluations on the dev split.
+        stop_at: the target's dev refusal rate at which training stops.
+        max_invalid: share of invalid dev responses, in the worst domain, past which an arm
+            without retain data stops as collapsed and one with it is not done.
+        remat: recompute blocks in the backward pass, for large models.
+        remat_policy: what `remat` recomputes: `full` (everything) or `dots` (all but products
+            with weights).
+    """
+
+    trainable: str = "lora"
+    lora: LoRAConfig = LoRAConfig()
+    layers: tuple[int, ...] = ()
+    modules: tuple[str, ...] = ()
+    objective: str = "npo"
+    retain_objective: str = "ce"
+    beta: float = 0.1
+    forget_norm: str = "sum"
+    margin: float = 0.0
+    preferred: str = "idk"
+    feature_layer: int = 0
+    steering: float = 6.5
+    forget_weight: float = 1.0
+    retain_weight: float = 0.0
+    # A mapping has no hash, and settings are a static argument of the train step.
+    retain_counts: Mapping[str, int] = dataclasses.field(default_factory=dict, hash=False)
+    optimizer: str = "adamw"
+    learning_rate: float = 1e-4
+    schedule: str = "constant"
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+    batch_size: int = 16
+    retain_batch_size: int = 32
+    accumulate: int = 1
+    length_pool: int = 1
+    max_steps: int = 200
+    min_steps: int = 0
+    eval_every: int = 10
+    stop_at: float = 0.1
+    max_invalid: float = 0.2
+    remat: bool = False
+    remat_policy: str = "full"
+
+    @property
+    def retains(self) -> bool:
+        """Whether retain data has a part in the loss."""
+        return self.retain_weight > 0 and self.retain_objective != "none"
+
+    @property
+    def recompute(self) -> bool | str:
+        """What the decoder is told to recompute."""
+        return self.remat_policy if self.remat else False

@@ -1,0 +1,194 @@
+"""Many adapters at once: runs of one arm on one copy of the base's weights, in one program.
+
+Seeds, learning rates and retain weights may differ from run to run; what is compiled may not. Each
+run stops by its own dev rates; what a stopped one would still learn is thrown away.
+"""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from ema_jax.errors import UserError
+from ema_jax.models.decoder import Decoder
+from ema_jax.models.sharding import BATCH, make_mesh
+from ema_jax.progress import Progress
+from ema_jax.unlearning.batches import Data
+from ema_jax.unlearning.objectives import ForgetBatch, Metrics, RetainBatch
+from ema_jax.unlearning.optimizers import optimizer
+from ema_jax.unlearning.settings import UnlearnConfig
+from ema_jax.unlearning.steps import Trainee, assemble, dropout_key, loss_and_gradient, split
+from ema_jax.unlearning.trainer import (
+    Course,
+    Evaluation,
+    Trained,
+    check_arm,
+    check_data,
+    check_finite,
+)
+
+
+class Member(NamedTuple):
+    """What tells one run from the others; None takes the arm's own."""
+
+    seed: int
+    learning_rate: float | None = None
+    retain_weight: float | None = None
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("graph", "rule", "config"),
+    donate_argnames=("trainable", "moments"),
+)
+def _step(
+    graph: nnx.GraphDef,
+    rule: optax.GradientTransformation,
+    config: UnlearnConfig,
+    trainable: nnx.State,  # every leaf [S, …]
+    whole: nnx.State,
+    frozen: nnx.State,  # one copy
+    moments: optax.OptState,
+    forget: ForgetBatch,
+    retain: RetainBatch | None,
+    draws: Int[Array, "S 2"],
+    rates: Float[Array, "S"],
+    weights: Float[Array, "S"],
+) -> tuple[nnx.State, optax.OptState, Metrics]:
+    def one(
+        trainable: nnx.State,
+        whole: nnx.State,
+        moments: optax.OptState,
+        forget: ForgetBatch,
+        retain: RetainBatch | None,
+        draw: Int[Array, "2"],
+        rate: Float[Array, ""],
+        weight: Float[Array, ""],
+    ) -> tuple[nnx.State, optax.OptState, Metrics]:
+        trainee = Trainee(graph, whole, frozen)
+        gradients, metrics = loss_and_gradient(
+            trainee, config, trainable, forget, retain, dropout_key(draw), weight
+        )
+        metrics["gradient_norm"] = optax.global_norm(gradients)
+        updates, moments = rule.update(gradients, moments, trainable)
+        # Every optimizer of ours is linear in its learning rate, and the rule has the arm's.
+        updates = jax.tree.map(lambda x: x * (rate / config.learning_rate), updates)
+        return optax.apply_updates(trainable, updates), moments, metrics
+
+    return jax.vmap(one)(trainable, whole, moments, forget, retain, draws, rates, weights)
+
+
+def unlearn_together(
+    base: Decoder,
+    data: Data,
+    config: UnlearnConfig,
+    members: Sequence[Member],
+    *,
+    target: str,
+    evaluate: Callable[[Decoder], Evaluation],
+    mesh: Mesh | None = None,
+    log: Callable[[int, Mapping[str, Any]], None] = lambda member, row: None,
+) -> list[Trained]:
+    """Trains adapters of several runs at once; each ends as `unlearn` alone would end it.
+
+    (To the rounding of float32: products of several runs are summed in another order.)
+
+    Args:
+        base: the untouched model; one copy serves all.
+        data: what they train on.
+        config: the arm; its batches are each run's own.
+        members: the runs.
+        target: the domain whose dev refusal decides when each of them stops.
+        evaluate: dev rates of a model.
+        mesh: what the base lies on.
+        log: gets a member's place and one row of metrics a step.
+
+    Raises:
+        UserError: an arm that trains parameters: they would be copied for each run.
+        RunStoppedError: a figure of one of them is not finite.
+    """
+    mesh = make_mesh() if mesh is None else mesh
+    if config.trainable != "lora":
+        raise UserError("only adapters are trained together; train a full arm's seeds one by one")
+    check_arm(base.config, config, mesh.shape)
+    check_data(data, config)
+    trainees = [split(base, config, member.seed) for member in members]
+    graph, frozen = trainees[0].graph, trainees[0].frozen
+    whole = jax.tree.map(lambda *x: jnp.stack(x), *[trainee.whole for trainee in trainees])
+    first, last = config.layers or (0, base.config.num_layers - 1)
+    whole = jax.device_put(whole, NamedSharding(mesh, P()))
+    trainable = jax.tree.map(lambda x: jnp.array(x[:, first : last + 1], copy=True), whole)
+    rule = optimizer(config)
+    moments = jax.jit(jax.vmap(rule.init))(trainable)
+    rates = jnp.array([_or(m.learning_rate, config.learning_rate) for m in members])
+    weights = jnp.array([_or(m.retain_weight, config.retain_weight) for m in members])
+
+    def model(i: int) -> Decoder:
+        trainee = Trainee(graph, jax.tree.map(lambda x: x[i], whole), frozen)
+        return assemble(trainee, config, jax.tree.map(lambda x: x[i], trainable))
+
+    courses = [Course(config, target, base, data, mesh) for _ in members]
+    start = evaluate(base)
+    for i, course in enumerate(courses):
+        course.measure(0, model(i), start, {})
+    ended: dict[int, Trained] = {}
+    rows = NamedSharding(mesh, P(None, *BATCH))
+    with Progress(f"unlearn {len(members)} runs", config.max_steps, "steps") as progress:
+        step = 0
+        while len(ended) < len(members):
+            host = [data.host_batch(config, member.seed, step) for member in members]
+            batch = jax.device_put(_stacked(host), rows)
+            draws = np.array([(member.seed, step) for member in members], np.uint32)
+            trainable, moments, raw = _step(
+                graph,
+                rule,
+                config,
+                trainable,
+                whole,
+                frozen,
+                moments,
+                *batch,
+                draws,
+                rates,
+                weights,
+            )
+            step += 1
+            figures = {name: np.asarray(value) for name, value in raw.items()}
+            for i, course in enumerate(courses):
+                if i in ended:
+                    continue
+                metrics = {name: float(value[i]) for name, value in figures.items()}
+                if step == 1:
+                    course.first_loss = metrics["forget_loss"]
+                log(i, {"step": step, **metrics})
+                check_finite(metrics, step, data, config, members[i].seed)
+                if course.due(step):
+                    course.measure(step, model(i), evaluate(model(i)), metrics)
+                if course.stopped:
+                    done = (course.stopped, course.first_loss, course.trajectory)
+                    ended[i] = Trained(model(i), step, *done)
+            progress.update(1, running=str(len(members) - len(ended)))
+    return [ended[i] for i in range(len(members))]
+
+
+def _or(value: float | None, default: float) -> float:
+    return default if value is None else value
+
+
+def _stacked(batches: Sequence[Any]) -> Any:
+    """Batches of several runs as one, padded to the longest of them."""
+
+    def join(*leaves: np.ndarray) -> np.ndarray:
+        width = max(x.shape[-1] for x in leaves)
+        padded = [np.pad(x, ((0, 0),) * (x.ndim - 1) + ((0, width - x.shape[-1]),)) for x in leaves]
+        return np.stack(padded)
+
+    return jax.tree.map(join, *batches)
