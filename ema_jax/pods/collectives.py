@@ -55,8 +55,8 @@ class Collective:
 def read(hlo: str, devices: int) -> list[Collective]:
     """The collectives of an optimised HLO module.
 
-    A decode loop counts for as many trips as it may take. Where an asynchronous collective is
-    spread over several fusions, they share its channel and count once.
+    A loop counts for as many trips as its condition allows, if that names a number. Where an
+    asynchronous collective is spread over several fusions, they share its channel and count once.
 
     Args:
         hlo: `compiled.as_text()`.
