@@ -359,7 +359,8 @@ class Study:
                 "points": trained.trajectory,
             },
         )
-        return [weights, path, metrics]
+        # Not the metrics: they hold the speed of this very run, and outputs are hashed.
+        return [weights, path]
 
     def evaluate(self, arm: str, seed: int) -> list[Path]:
         """What the trained model refuses, what else changed, and what of the concepts is left."""

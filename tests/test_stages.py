@@ -266,7 +266,7 @@ def test_single_stages(tmp_path):
     with pytest.raises(UserError, match="stage baseline needs the stage prompts"):
         sketch(tmp_path, only=["baseline"])
     assert not any(tmp_path.iterdir())
-    assert sketch(tmp_path, only=["prompts", "concepts"]) == ["prompts", "concepts"]
+    assert sketch(tmp_path, only=["prompts", "baseline", "concepts"]) == list(STAGES[:3])
     assert sketch(tmp_path, only=["harvest", "unlearn"]) == ["harvest", *RUNS[::2]]
     with pytest.raises(UserError, match="stage analyse needs the stage"):
         sketch(tmp_path, only=["analyse", "report"])

@@ -28,7 +28,7 @@ def falling(model) -> Evaluation:
     size = (
         float(np.abs(np.asarray(model.blocks.q_proj.lora_b[...])).mean()) if _adapted(model) else 0
     )
-    return Evaluation({"t": 1.0 if size < 0.004 else 0.0, "other": 1.0}, 0.0)
+    return Evaluation({"t": 1.0 if size < 0.003 else 0.0, "other": 1.0}, 0.0)
 
 
 def _adapted(model) -> bool:

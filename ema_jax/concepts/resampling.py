@@ -204,8 +204,11 @@ def calibrate(
     halves = _half_counts(rng, splits, sizes)
     whole = np.ones((1, 1, sum(sizes)))
 
+    ends = np.cumsum(sizes)
+
     def group_sizes(counts: np.ndarray) -> np.ndarray:
-        return np.add.reduceat(counts, np.cumsum((0, *sizes[:-1])), axis=-1)
+        # Differences of running sums: a group may be empty (fewer contrast prompts than domains).
+        return np.diff(np.cumsum(counts, axis=-1)[..., ends - 1], axis=-1, prepend=0)
 
     weights = {
         kind: {
