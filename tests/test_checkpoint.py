@@ -377,7 +377,8 @@ for folder in sys.argv[1:]:
         said = pipe.read()
     _, status, used = os.wait4(child, 0)
     code = os.waitstatus_to_exitcode(status)
-    print(json.dumps([code, said, time.monotonic() - start, used.ru_maxrss * 1024]))
+    # Flushed: the next child would inherit what is left in the buffer, and write it again.
+    print(json.dumps([code, said, time.monotonic() - start, used.ru_maxrss * 1024]), flush=True)
 """
 
 

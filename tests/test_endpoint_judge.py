@@ -46,7 +46,7 @@ class Server(ThreadingHTTPServer):
     daemon_threads = True
 
     def __init__(self):
-        self.faults, self.requests, self.starts, self.open, self.most_open = [], [], [], 0, 0
+        self.faults, self.requests, self.starts = [], [], []
         self.always, self.lock = None, threading.Lock()
         super().__init__(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server_port}/v1"
@@ -69,15 +69,9 @@ class Handler(BaseHTTPRequestHandler):
         with server.lock:
             server.starts.append(time.monotonic())
             server.requests.append((self.path, dict(self.headers), json.loads(body or "{}")))
-            server.open += 1
-            server.most_open = max(server.most_open, server.open)
             fault = server.faults.pop(0) if server.faults else server.always
-        try:
-            question = server.requests[-1][2]["messages"][0]["content"] if body else ""
-            (fault or Handler.answer)(self, question)
-        finally:
-            with server.lock:
-                server.open -= 1
+        question = server.requests[-1][2]["messages"][0]["content"] if body else ""
+        (fault or Handler.answer)(self, question)
 
     def answer(self, question):
         self.send(200, completion(honest(question)))
@@ -241,13 +235,21 @@ def test_retry_after_formats():
 
 
 def test_rate_and_concurrency_are_bounded(server):
+    at_once, seen = 0, []
+
     def slow(handler, question):
+        nonlocal at_once
+        with server.lock:
+            at_once += 1
+            seen.append(at_once)
         time.sleep(0.05)
+        with server.lock:  # before the answer: after it the client may already ask the next
+            at_once -= 1
         handler.answer(question)
 
     server.always = slow
     judge_at(server, concurrency=3)(rows_of(*[f"{ANSWER} {i}" for i in range(12)]))
-    assert 1 < server.most_open <= 3
+    assert 1 < max(seen) <= 3
 
     server.starts.clear()
     judge_at(server, requests_per_minute=600.0)(rows_of(*[f"{REFUSAL} {i}" for i in range(6)]))

@@ -19,7 +19,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from ema_jax.data.chat import Chat, bucket, pad_prompts
 from ema_jax.errors import UserError
@@ -119,7 +119,7 @@ class _Slots(NamedTuple):
     last: Int[Array, "B"]  # the token to go on from
     live: Bool[Array, "B"]
     length: Int[Array, "B"]  # of the response so far
-    place: Int[Array, "B"]  # of the prompt among all prompts, for the draws
+    draws: UInt32[Array, "B 2"]  # key of the draws, from the seed and the prompt's place
     seen: Bool[Array, "B V"] | None  # tokens of prompt and response, where a penalty needs them
     output: Int[Array, "B N"]
 
@@ -132,7 +132,7 @@ class _Slots(NamedTuple):
             numbers,
             numbers > 0,
             numbers,
-            numbers,
+            jnp.zeros((rows, 2), jnp.uint32),
             jnp.zeros((rows, config.vocab_size), bool) if seen else None,
             jnp.zeros((rows, cap), jnp.int32),
         )
@@ -160,7 +160,7 @@ def _choose(
     model: Decoder,
     hidden: Float[Array, "B T D"],
     seen: Bool[Array, "B V"] | None,
-    place: Int[Array, "B"],
+    draws: UInt32[Array, "B 2"],
     length: Int[Array, "B"],
     sampling: Sampling,
 ) -> Int[Array, "B"]:
@@ -169,12 +169,16 @@ def _choose(
     if seen is not None:
         logits = penalise(logits, seen, sampling.repetition_penalty)
     if sampling.temperature:
-        fold = jax.vmap(jax.random.fold_in)
-        seed = jax.random.key(sampling.seed)
-        keys = fold(jax.vmap(jax.random.fold_in, (None, 0))(seed, place), length)
+        keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(draws), length)
         logits = warp(logits, sampling)
         logits += jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[-1:]))(keys)
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+
+@jax.jit
+def _draws(seed: Int[Array, ""], places: Int[Array, "F"]) -> UInt32[Array, "F 2"]:
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), places)
+    return jax.random.key_data(keys)
 
 
 _STATIC = ("graph", "sampling", "mesh")
@@ -187,7 +191,7 @@ def _fill(
     slots: _Slots,
     tokens: Int[Array, "F T"],
     mask: Bool[Array, "F T"],
-    places: Int[Array, "F"],
+    draws: UInt32[Array, "F 2"],
     rows: Int[Array, "F"],
     eos_ids: Int[Array, "E"],
     *,
@@ -204,7 +208,7 @@ def _fill(
     if slots.seen is not None:
         seen = jnp.zeros((batch, slots.seen.shape[1]), bool)
         seen = seen.at[everywhere[:, None], tokens].max(mask)
-    first = _choose(model, out.hidden, seen, places, jnp.zeros_like(places), sampling)
+    first = _choose(model, out.hidden, seen, draws, jnp.zeros_like(rows), sampling)
     if slots.seen is not None and seen is not None:
         seen = slots.seen.at[rows].set(seen.at[everywhere, first].set(True), mode="drop")
     live = ~jnp.isin(first, eos_ids) & (slots.output.shape[1] > 1)
@@ -213,7 +217,7 @@ def _fill(
         slots.last.at[rows].set(first, mode="drop"),
         slots.live.at[rows].set(live, mode="drop"),
         slots.length.at[rows].set(1, mode="drop"),
-        slots.place.at[rows].set(places, mode="drop"),
+        slots.draws.at[rows].set(draws, mode="drop"),
         seen,
         slots.output.at[rows, 0].set(first, mode="drop"),
     ).on(mesh)
@@ -243,13 +247,13 @@ def _advance(
     def step(carry: tuple[_Slots, Int[Array, ""]]) -> tuple[_Slots, Int[Array, ""]]:
         s, steps = carry
         out = model(s.last[:, None], jnp.ones((rows, 1), bool), cache=s.cache)
-        token = _choose(model, out.hidden, s.seen, s.place, s.length, sampling)
+        token = _choose(model, out.hidden, s.seen, s.draws, s.length, sampling)
         # What a row that has ended chooses is written nowhere.
         output = s.output.at[everywhere, jnp.where(s.live, s.length, cap)].set(token, mode="drop")
         length = s.length + s.live
         live = s.live & ~jnp.isin(token, eos_ids) & (length < cap)
         seen = None if s.seen is None else s.seen.at[everywhere, token].set(True)
-        after = _Slots(out.cache, token, live, length, s.place, seen, output).on(mesh)
+        after = _Slots(out.cache, token, live, length, s.draws, seen, output).on(mesh)
         return after, steps + 1
 
     return jax.lax.while_loop(unfinished, step, (slots, jnp.int32(0)))[0]
@@ -320,7 +324,8 @@ def _serve(
     """Tokens of the responses to the queue's prompts, longest prompts first, in `rows` rows."""
     graph, state = nnx.split(model)
     eos_ids = np.array(chat.eos_ids, np.int32)
-    fixed = {"sampling": sampling, "mesh": mesh}
+    # The seed comes as keys, so that the same programs serve every one.
+    fixed = {"sampling": dataclasses.replace(sampling, seed=0), "mesh": mesh}
     refill = rows if len(queue) <= rows else batch_rows(-(-rows // _REFILL), mesh)
     tail = batch_rows(rows // _TAIL, mesh)
     length = bucket(len(queue[0][1])) + cap
@@ -340,7 +345,8 @@ def _serve(
             targets[: len(into)] = into
             places = np.resize(asked[into].astype(np.int32), refill)
             placed = place_batch((tokens, mask), mesh)
-            slots = _fill(graph, state, slots, *placed, places, targets, eos_ids, **fixed)
+            draws = np.asarray(_draws(sampling.seed, places))
+            slots = _fill(graph, state, slots, *placed, draws, targets, eos_ids, **fixed)
         narrower = not queue and _MIN_TAIL <= tail < len(asked)
         few = len(asked) - min(refill, len(queue)) if queue else tail if narrower else 0
         slots = _advance(graph, state, slots, np.int32(few), eos_ids, **fixed)
