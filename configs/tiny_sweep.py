@@ -1,4 +1,4 @@
-"""A sweep on the embedded models: two targets × two learning rates × both arms × eight seeds.
+"""A sweep on the embedded Qwen2 model: two targets × two β × both arms × eight seeds.
 
 python -m ema_jax.sweep --config=configs/tiny_sweep.py --workdir=runs/tiny_sweep
 """
