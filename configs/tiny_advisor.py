@@ -2,7 +2,7 @@
 
 Three arms: no retain data; 48 refusals of the six other domains dealt out evenly; as many by
 `forecast.retain_counts`. Both of the latter have the same benign answers beside and take the same
-number of steps. docs/concepts.md has what came out.
+number of steps, so that what differs is where the refusals come from.
 
 python -m ema_jax.main --config=configs/tiny_advisor.py --workdir=runs/tiny_advisor
 """
