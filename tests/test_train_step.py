@@ -119,37 +119,29 @@ def test_what_does_not_divide_is_refused_with_a_mend(folder, tensor, batch, said
 # Memory.
 
 
-def loss_memory(monkeypatch, limit: int, rows: int, length: int) -> int:
+def loss_memory(monkeypatch, limit: int, trained: tuple[int, ...]) -> int:
     """Bytes of temporaries of the loss's value and gradient at Qwen2.5's vocabulary."""
     monkeypatch.setattr(log_probs, "_LOGITS", limit)
-    monkeypatch.setattr(log_probs, "_CHUNK", 1 << 30)
-    vocabulary, width = 152_064, 64
+    monkeypatch.setattr(log_probs, "_TOKENS", limit)
+    rows, length, vocabulary, width = 16, 128, 152_064, 64
 
-    class Head:
-        config = type("Config", (), {"vocab_size": vocabulary})()
-
-        def __init__(self, weights):
-            self.weights = weights
-
-        def logits(self, hidden):
-            return jnp.matmul(hidden, self.weights, preferred_element_type=jnp.float32)
-
-    def loss(hidden, weights, targets):
-        return jnp.sum(log_probs.target_log_probs(Head(weights), hidden, targets))
+    def loss(hidden, head, targets, wanted):
+        return jnp.sum(log_probs.target_log_probs(head, hidden, targets, wanted))
 
     shapes = (
         jax.ShapeDtypeStruct((rows, length, width), jnp.bfloat16),
         jax.ShapeDtypeStruct((width, vocabulary), jnp.bfloat16),
         jax.ShapeDtypeStruct((rows, length), jnp.int32),
+        jax.ShapeDtypeStruct((rows, length), jnp.bool),
     )
-    compiled = jax.jit(jax.value_and_grad(loss)).lower(*shapes).compile()
+    compiled = jax.jit(jax.value_and_grad(loss, trained)).lower(*shapes).compile()
     return compiled.memory_analysis().temp_size_in_bytes
 
 
-def test_the_loss_needs_a_quarter_of_the_unchunked_memory(monkeypatch):
-    limit = log_probs._LOGITS
-    chunked = loss_memory(monkeypatch, limit, 16, 128)
-    whole = loss_memory(monkeypatch, 1 << 40, 16, 128)
+@pytest.mark.parametrize("trained", [(0,), (0, 1)], ids=["frozen head", "trained head"])
+def test_the_loss_needs_a_quarter_of_the_unchunked_memory(monkeypatch, trained):
+    chunked = loss_memory(monkeypatch, log_probs._LOGITS, trained)
+    whole = loss_memory(monkeypatch, 1 << 40, trained)
     assert whole > 16 * 128 * 152_064 * 4
     assert chunked <= whole / 4
 

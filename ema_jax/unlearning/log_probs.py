@@ -1,18 +1,21 @@
-"""Log-probabilities and divergences of responses, over time in checkpointed chunks.
+"""Log-probabilities and divergences of responses, over time in chunks.
 
 So `[B, T, vocabulary]` never exists whole, forwards or backwards.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from ema_jax.models.decoder import Decoder
+from ema_jax.models.sharding import product, row_splits
 
-_CHUNK = 128
-# Largest number of logits at once, in all rows: 128 MiB in float32, 220 tokens at 152,064 words.
+# Tokens at once on a device: enough rows of a product to be worth reading the head for.
+_TOKENS = 256
+# Largest number of logits at once on a device: 128 MiB in float32, 220 tokens at 152,064 words.
 _LOGITS = 1 << 25
 
 
@@ -20,27 +23,134 @@ def token_log_probs(
     model: Decoder,
     tokens: Int[Array, "B T"],
     mask: Bool[Array, "B T"],
+    wanted: Bool[Array, "B T"] | None = None,
     *,
     remat: bool | str = False,
 ) -> Float[Array, "B T-1"]:
-    """log π(token t | tokens before t) in nats, float32, for t = 1 … T−1."""
+    """log π(token t | tokens before t) in nats, float32, for t = 1 … T−1.
+
+    Of the `wanted` tokens alone, where they are given; of the others it is 0.
+    """
     hidden = model(tokens, mask, remat=remat).hidden[:, :-1]
-    return target_log_probs(model, hidden, tokens[:, 1:])
+    head = model.embed[...].T if model.head is None else model.head[...]
+    wanted = jnp.ones_like(mask) if wanted is None else wanted
+    return target_log_probs(head, hidden, tokens[:, 1:], wanted[:, 1:])
 
 
+@jax.custom_vjp
 def target_log_probs(
-    model: Decoder, hidden: Float[Array, "B T D"], targets: Int[Array, "B T"]
+    head: Float[Array, "D V"],
+    hidden: Float[Array, "B T D"],
+    targets: Int[Array, "B T"],
+    wanted: Bool[Array, "B T"],
 ) -> Float[Array, "B T"]:
-    """Log-probability of each target under the head's reading of its hidden state, in nats."""
+    """Log-probability of each wanted target under the head's reading of its hidden state, in nats.
 
-    def chunk(h: Float[Array, "B C D"], target: Int[Array, "B C"]) -> Float[Array, "B C"]:
-        logits = model.logits(h)
-        # A comparison with iota in place of a gather: it partitions over the vocabulary.
-        hit = jnp.arange(logits.shape[-1]) == target[..., None]
-        chosen = jnp.sum(jnp.where(hit, logits, 0.0), axis=-1)
-        return chosen - jax.nn.logsumexp(logits, axis=-1)
+    The slope ∂ log p / ∂h = W (one-hot − softmax) needs no cotangent, so it is made where the
+    logits are, in the forward pass. They are made again for the gradient of a head that is
+    trained; where none is asked for, the compiler drops that loop.
+    """
+    return _read(head, hidden, targets, wanted, slopes=False)[0]
 
-    return _over_time(chunk, model.config.vocab_size, hidden, targets)
+
+def _forward(
+    head: Float[Array, "D V"],
+    hidden: Float[Array, "B T D"],
+    targets: Int[Array, "B T"],
+    wanted: Bool[Array, "B T"],
+) -> tuple[Float[Array, "B T"], tuple]:
+    log_probs, slopes = _read(head, hidden, targets, wanted, slopes=True)
+    return log_probs, (head, hidden, targets, wanted, slopes)
+
+
+def _backward(saved: tuple, cotangent: Float[Array, "B T"]) -> tuple:
+    head, hidden, targets, wanted, slopes = saved
+    cotangent = jnp.where(wanted, cotangent, 0.0)
+
+    def chunk(
+        h: Float[Array, "B C D"],
+        target: Int[Array, "B C"],
+        weight: Float[Array, "B C"],
+        total: Float[Array, "D V"],
+    ) -> Float[Array, "D V"]:
+        residue = _residue(*_logits(head, h, target)) * weight[..., None]
+        return total + jnp.einsum(
+            "bcd,bcv->dv", h, residue.astype(h.dtype), preferred_element_type=jnp.float32
+        )
+
+    starts, pieces = _chunks(head.shape[1], hidden, targets, cotangent)
+    of_head, _ = jax.lax.scan(
+        lambda total, start: (chunk(*pieces(start), total), None),
+        jnp.zeros(head.shape, jnp.float32),
+        starts,
+    )
+    of_hidden = (cotangent[..., None] * slopes).astype(hidden.dtype)
+    return of_head.astype(head.dtype), of_hidden, None, None
+
+
+target_log_probs.defvjp(_forward, _backward)
+
+
+def _read(
+    head: Float[Array, "D V"],
+    hidden: Float[Array, "B T D"],
+    targets: Int[Array, "B T"],
+    wanted: Bool[Array, "B T"],
+    *,
+    slopes: bool,
+) -> tuple[Float[Array, "B T"], Float[Array, "B T D"] | None]:
+    """Log-probabilities, and their slopes along the hidden states; zero where not wanted."""
+    # Every row is moved to begin with its first wanted token, so that the last chunks are empty.
+    first = jnp.argmax(wanted, axis=1)
+    inside = first[:, None] + jnp.arange(targets.shape[1]) < targets.shape[1]
+    moved = (_moved(x, first) for x in (hidden, targets))
+
+    def chunk(h: Array, target: Array, keep: Array) -> tuple[Array, Array | None]:
+        def read() -> tuple[Array, Array | None]:
+            logits, hit, total = _logits(head, h, target)
+            value = jnp.sum(jnp.where(hit, logits, 0.0), axis=-1) - total
+            if not slopes:
+                return value, None
+            residue = _residue(logits, hit, total).astype(head.dtype)
+            return value, product(residue, head.T)
+
+        def skip() -> tuple[Array, Array | None]:
+            return jnp.zeros(target.shape, jnp.float32), jnp.zeros_like(h) if slopes else None
+
+        return jax.lax.cond(jnp.any(keep), read, skip)
+
+    made = _over_time(chunk, head.shape[1], *moved, _moved(wanted, first) & inside)
+
+    def back(x: Array) -> Array:
+        x = _moved(x, -first)
+        return jnp.where(wanted.reshape(wanted.shape + (1,) * (x.ndim - 2)), x, 0)
+
+    log_probs, slope = jax.tree.map(back, made)
+    return log_probs, slope
+
+
+def _logits(
+    head: Float[Array, "D V"], h: Float[Array, "B C D"], target: Int[Array, "B C"]
+) -> tuple[Float[Array, "B C V"], Bool[Array, "B C V"], Float[Array, "B C"]]:
+    """Logits in float32, where the targets are, and the log of the normaliser."""
+    logits = product(h, head, jnp.float32)
+    # A comparison with iota in place of a gather: it partitions over the vocabulary.
+    hit = jnp.arange(logits.shape[-1]) == target[..., None]
+    return logits, hit, jax.nn.logsumexp(logits, axis=-1)
+
+
+def _residue(
+    logits: Float[Array, "B C V"], hit: Bool[Array, "B C V"], total: Float[Array, "B C"]
+) -> Float[Array, "B C V"]:
+    """One-hot − softmax: the gradient of log p by the logits."""
+    return hit - jnp.exp(logits - total[..., None])
+
+
+def _moved(x: Float[Array, "B T ..."], by: Int[Array, "B"]) -> Float[Array, "B T ..."]:
+    """Place t of every row from its place t + `by`; anything where there is none."""
+    length = x.shape[1]
+    index = jnp.clip(by[:, None] + jnp.arange(length), 0, length - 1)
+    return jnp.take_along_axis(x, index.reshape(index.shape + (1,) * (x.ndim - 2)), axis=1)
 
 
 def token_divergences(
@@ -65,18 +175,29 @@ def sequence_log_probs(
     return jnp.sum(jnp.where(response[:, 1:], log_probs, 0.0), axis=1)
 
 
-def _over_time(
-    function: Callable[..., Float[Array, "B C"]], vocabulary: int, *arrays: Array
-) -> Float[Array, "B T"]:
+def _over_time(function: Callable[..., Any], vocabulary: int, *arrays: Array) -> Any:
     """What `function` makes of `[B, T, …]` arrays, a chunk of time after the other."""
     rows, length = arrays[0].shape[:2]
-    size = min(_CHUNK, length, max(_LOGITS // (rows * vocabulary), 1))
+    starts, pieces = _chunks(vocabulary, *arrays)
+    chunks = jax.lax.map(jax.checkpoint(lambda start: function(*pieces(start))), starts)
+
+    def join(x: Array) -> Array:  # [chunks, B, C, …]
+        return jnp.moveaxis(x, 0, 1).reshape(rows, -1, *x.shape[3:])[:, :length]
+
+    return jax.tree.map(join, chunks)
+
+
+def _chunks(
+    vocabulary: int, *arrays: Array
+) -> tuple[Int[Array, "N"], Callable[[Int[Array, ""]], list[Array]]]:
+    """Where the chunks begin, and what gives the arrays' part from there."""
+    rows, length = arrays[0].shape[:2]
+    rows = -(-rows // row_splits(arrays[0]))
+    size = min(length, max(min(_TOKENS, _LOGITS // vocabulary) // rows, 1))
     padding = -length % size
     padded = [jnp.pad(x, ((0, 0), (0, padding), *((0, 0),) * (x.ndim - 2))) for x in arrays]
 
-    @jax.checkpoint
-    def chunk(start: Int[Array, ""]) -> Float[Array, "B C"]:
-        return function(*(jax.lax.dynamic_slice_in_dim(x, start, size, axis=1) for x in padded))
+    def pieces(start: Int[Array, ""]) -> list[Array]:
+        return [jax.lax.dynamic_slice_in_dim(x, start, size, axis=1) for x in padded]
 
-    chunks = jax.lax.map(chunk, jnp.arange(0, length + padding, size))  # [chunks, B, C]
-    return jnp.moveaxis(chunks, 0, 1).reshape(rows, -1)[:, :length]
+    return jnp.arange(0, length + padding, size), pieces
