@@ -7,11 +7,15 @@ import sys
 from collections.abc import Callable, Sequence
 from logging import WARNING, Formatter, LogRecord
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from absl import app, flags, logging
+from ml_collections import config_flags
 
 from ema_jax.errors import RunStoppedError, UserError
+
+if TYPE_CHECKING:
+    from ema_jax.config import StudyConfig
 
 INTERRUPTED_EXIT_CODE = 130
 
@@ -53,6 +57,25 @@ def run(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
             _exit("error", f"{error.filename}: {error.strerror}", UserError.exit_code)
         raise
     sys.exit(0)
+
+
+def define_config_flag(meaning: str) -> None:
+    """Declares `--config=FILE`, and with it `--config.FIELD=VALUE` for every field."""
+    config_flags.DEFINE_config_file("config", None, meaning)
+
+
+def config() -> "StudyConfig":
+    """What `--config` describes.
+
+    Raises:
+        UserError: no such file, or what `config.read` finds wrong.
+    """
+    from ema_jax.config import read
+
+    path = config_flags.get_config_filename(flags.FLAGS["config"])
+    if not Path(path).is_file():
+        raise UserError(f"--config: {path}: no such file; see configs/ for the ones there are")
+    return read(flags.FLAGS.config)
 
 
 def keep_compiled_programs() -> None:

@@ -2,10 +2,8 @@
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 
 from absl import flags
-from ml_collections import config_flags
 
 from ema_jax import cli
 from ema_jax.errors import UserError
@@ -13,7 +11,7 @@ from ema_jax.errors import UserError
 
 def define_flags() -> None:
     """Declares the command's flags."""
-    config_flags.DEFINE_config_file("config", None, "The study: a Python file with get_config().")
+    cli.define_config_flag("The study: a Python file with get_config().")
     flags.DEFINE_string("topology", None, "The slice, as in v5e:4x4 or v5p:4x4x4.")
     flags.DEFINE_integer("prompt_tokens", 128, "Length of a rendered prompt.", lower_bound=1)
     flags.DEFINE_bool("sweep", False, "Try meshes and batch sizes; print a table, best first.")
@@ -27,17 +25,13 @@ def main(argv: Sequence[str]) -> None:
     from ema_jax.pods import topology
 
     topology.prepare_environment()
-    from ema_jax import config
     from ema_jax.pods import check
 
     values = flags.FLAGS
-    path = config_flags.get_config_filename(values["config"])
-    if not Path(path).is_file():
-        raise UserError(f"--config: {path}: no such file; see configs/ for the ones there are")
     unknown = [name for name in values.programs if name not in ("train", "capture", "decode")]
     if unknown or not values.programs:
         raise UserError(f"--programs: {unknown or 'none'}; choose of train, capture, decode")
-    study, where = config.read(values.config), topology.find(values.topology)
+    study, where = cli.config(), topology.find(values.topology)
     if values.sweep:
         print(check.table(check.sweep(study, where, values.prompt_tokens)))
     else:

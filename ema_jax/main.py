@@ -1,18 +1,15 @@
 """The whole study: `python -m ema_jax.main --config=configs/tiny.py --workdir=DIR`."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from absl import flags
-from ml_collections import config_flags
 
 from ema_jax import cli
-from ema_jax.errors import UserError
 
 
 def define_flags() -> None:
     """Declares the command's flags."""
-    config_flags.DEFINE_config_file("config", None, "The study: a Python file with get_config().")
+    cli.define_config_flag("The study: a Python file with get_config().")
     flags.DEFINE_string("workdir", None, "Folder of the study's artifacts.")
     flags.DEFINE_list("stage", None, "Run only these stages, as in analyse,report.")
     flags.DEFINE_bool("dry_run", False, "Validate everything and print the plan; run nothing.")
@@ -23,13 +20,10 @@ def main(argv: Sequence[str]) -> None:
     """Runs the study that the flags describe."""
     del argv
     # Imported after the flags are read: a mistyped one should not wait for JAX.
-    from ema_jax import config, distributed, replication
+    from ema_jax import distributed, replication
 
     values = flags.FLAGS
-    path = config_flags.get_config_filename(values["config"])
-    if not Path(path).is_file():
-        raise UserError(f"--config: {path}: no such file; see configs/ for the ones there are")
-    study = config.read(values.config)
+    study = cli.config()
     if not values.dry_run:
         distributed.initialise(study.heartbeat_seconds)
         cli.keep_compiled_programs()

@@ -19,7 +19,8 @@ from ema_jax.errors import UserError
 from ema_jax.models.sharding import AXES
 from ema_jax.report.tables import p_value, percent, points
 from ema_jax.stages import Workdir
-from ema_jax.study import STAGES, Checkpoint, Study
+from ema_jax.study import STAGES, Study
+from ema_jax.subject import Checkpoint
 
 SCHEMA = 1
 
@@ -77,10 +78,10 @@ def run(
                 build_prompts(cell.prompts, cell.domains, cell.target)
         _print_plan(cells, found, studies)
         return
-    for name, study in studies.items():
+    for name in list(studies):
         if name:
             logging.info("cell %s", name)
-        study.run()
+        studies.pop(name).run()  # which holds its model as long as it lives
     if config.cells and (only is None or "report" in only):
         from ema_jax.report import write_replication_report
 

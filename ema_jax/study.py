@@ -11,36 +11,31 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from absl import logging
 from flax import nnx
-from jax.sharding import Mesh
 
 from ema_jax import analysis, artifacts, distributed, explanation
 from ema_jax.concepts import vectors
-from ema_jax.concepts.capture import capture
-from ema_jax.config import ModelConfig, StudyConfig
-from ema_jax.data.chat import Chat, TokenExample
+from ema_jax.config import StudyConfig
+from ema_jax.data.chat import TokenExample
 from ema_jax.data.domains import BENIGN
 from ema_jax.data.prompts import Prompt, build_prompts, read_prompts, write_prompts
 from ema_jax.errors import UserError
-from ema_jax.evaluation import Judged, ask
-from ema_jax.generation.sampler import GREEDY, Sampling
-from ema_jax.models import checkpoint, hub, lora
+from ema_jax.evaluation import Judged
+from ema_jax.models import checkpoint, lora
 from ema_jax.models.card import unlearned_card
 from ema_jax.models.decoder import Decoder
 from ema_jax.models.families import DecoderConfig
-from ema_jax.models.sharding import make_mesh
-from ema_jax.refusal.judges import COMPLIED, Judge, get_judge
+from ema_jax.refusal.judges import COMPLIED
 from ema_jax.report import write_report
 from ema_jax.stages import Workdir
+from ema_jax.subject import Checkpoint, Subject
 from ema_jax.training import train_arm
 from ema_jax.unlearning.ablation import ablate
 from ema_jax.unlearning.checkpointing import Checkpoints
 from ema_jax.unlearning.harvest import Harvested, harvest, harvest_yield
 from ema_jax.unlearning.settings import UnlearnConfig
 from ema_jax.unlearning.trainer import Evaluation, Trained, check_arm, reference_log_probs
-from ema_jax.unlearning.utility import perplexity, utility
 
 STAGES = (
     "prompts",
@@ -55,71 +50,13 @@ STAGES = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Checkpoint:
-    """Where the model under study lies on disk, and what tells it from another."""
-
-    source: str
-    folder: Path
-    revision: str | None
-    fingerprint: str
-
-    @property
-    def id(self) -> str:
-        """The Hub id, or the name of a folder: no path of a machine."""
-        return self.source if self.revision else self.folder.name
-
-    @classmethod
-    def find(cls, config: ModelConfig, *, download: bool = True) -> "Checkpoint | None":
-        """Resolves a folder or a Hub id, and checks what can be checked without reading weights.
-
-        None for a Hub id that is not in the local cache, unless it is to be downloaded.
-        """
-        resolved = (hub.resolve if download else hub.cached)(config.source, config.revision)
-        if resolved is None:
-            return None
-        folder, revision = resolved
-        checkpoint.check(folder)
-        Chat.check(folder)
-        return cls(config.source, folder, revision, checkpoint.fingerprint(folder))
-
-
-@functools.lru_cache(maxsize=1)
-def _load(folder: Path, dtype: str | None, mesh: Mesh) -> Decoder:
-    return checkpoint.load(folder, mesh=mesh, dtype=None if dtype is None else jnp.dtype(dtype))
-
-
 class Study:
     """One study in its folder: what the stages share, and the stages."""
 
     def __init__(self, config: StudyConfig, workdir: Workdir, found: Checkpoint):
         self.config, self.workdir, self.found = config, workdir, found
+        self.subject = Subject(config, found)
         self.runs = [(arm, seed) for arm in config.arms for seed in config.seeds]
-
-    @functools.cached_property
-    def mesh(self) -> Mesh:
-        """The devices."""
-        return make_mesh(self.config.mesh)
-
-    @functools.cached_property
-    def base(self) -> Decoder:
-        """The untouched model, loaded when a stage first needs it."""
-        return _load(self.found.folder, self.config.model.dtype, self.mesh)
-
-    @functools.cached_property
-    def chat(self) -> Chat:
-        """Its tokenizer and chat template."""
-        return Chat.load(self.found.folder, self.config.model.system_prompt)
-
-    @functools.cached_property
-    def judge(self) -> Judge:
-        """What says whether a response is a refusal."""
-        return get_judge(self.config.judge, **self.config.judge_options)
-
-    @functools.cached_property
-    def extra_judges(self) -> list[Judge]:
-        """Those whose verdicts are recorded beside."""
-        return [get_judge(name, **given) for name, given in self.config.extra_judges.items()]
 
     @functools.cached_property
     def prompts(self) -> dict[str, list[Prompt]]:
@@ -128,12 +65,7 @@ class Study:
 
     def settings(self) -> dict[str, dict[str, Any]]:
         """Stage → everything of the config that it depends on."""
-        c = self.config
-        model = {
-            "fingerprint": self.found.fingerprint,
-            "dtype": c.model.dtype,
-            "system_prompt": c.model.system_prompt,
-        }
+        c, model = self.config, self.subject.settings()
         asking = {
             "judge": c.judge,
             "judge_options": c.judge_options,
@@ -179,7 +111,7 @@ class Study:
         """Runs what is wanted and not yet done, in order."""
         settings, workdir = self.settings(), self.workdir
         workdir.check(settings)
-        self.check(self.mesh.shape)  # now, not after the prompts are made
+        self.check(self.subject.mesh.shape)  # now, not after the prompts are made
 
         def stage(name: str, inputs: Sequence[str], function: Any, own: Any = None) -> None:
             if workdir.wanted(name):
@@ -215,7 +147,8 @@ class Study:
 
     def ask_base(self) -> list[Path]:
         """What the untouched model refuses; its benign answers are kept for the utility figures."""
-        judged = self._ask(self.base, self.prompts["eval"], "base responses", keep="eval")
+        subject, asked = self.subject, self.prompts["eval"]
+        judged = subject.ask(subject.base, asked, "base responses", journal=self._journal("eval"))
         answers = [
             dataclasses.asdict(Harvested(p.id, p.domain, p.prompt, r.text, r.tokens))
             for p, r, v in judged
@@ -228,7 +161,7 @@ class Study:
             )
         path = self.workdir / "harvest/benign_answers.jsonl"
         artifacts.write_jsonl(path, answers)
-        measured = self._utility(self.base, judged)
+        measured = subject.utility(subject.base, self._benign_answers(), judged)
         summary = self.workdir / "evaluations/base.json"
         opening = explanation.openers(judged)
         artifacts.write_json(summary, {"utility": measured, "refusal_openers": opening})
@@ -236,7 +169,7 @@ class Study:
 
     def find_concepts(self) -> list[Path]:
         """Every domain's concept vector at every layer, and what adding or ablating it does."""
-        pooled = self._capture(self.base)
+        pooled = self.subject.capture(self.subject.base, self.prompts["concept"])
         kept = self.workdir / "concepts/base.activations.safetensors"
         artifacts.write_tensors(
             kept,
@@ -248,22 +181,23 @@ class Study:
     def _sweep_layers(self, pooled: Mapping[str, Mapping[str, Any]]) -> Path:
         """Interventions on the base, read off the first token, and one of them in full."""
         c, path = self.config, self.workdir / "concepts/sweep.json"
+        base = self.subject.base
         refusing, found = self._openers(), None
         if c.concepts.sweep_prompts and refusing:
             directions = vectors.concept_vectors(pooled[c.concepts.poolings[0]])
             found = explanation.swept(
-                self.base,
+                base,
                 directions,
                 self._sweep_tokens(),
                 refusing,
                 c.concepts.sweep_strengths,
                 batch_size=c.generation.batch_size,
-                mesh=self.mesh,
+                mesh=self.subject.mesh,
             )
             layer = explanation.most_refusing_layer(found, c.target)
-            ablated = explanation.without_concept(self.base, directions[c.target], layer)
+            ablated = explanation.without_concept(base, directions[c.target], layer)
             asked = [p for some in self._sweep_prompts().values() for p in some]
-            rates = self._ask(ablated, asked, f"{c.target} ablated").rates()
+            rates = self.subject.ask(ablated, asked, f"{c.target} ablated").rates()
             found["ablated_everywhere"] = explanation.plain(
                 {"direction": c.target, "layer": layer, **rates._asdict()}
             )
@@ -282,7 +216,7 @@ class Study:
 
     def _sweep_tokens(self) -> dict[str, list[tuple[int, ...]]]:
         return {
-            d: [self.chat.prompt_tokens(p.prompt) for p in each]
+            d: [self.subject.chat.prompt_tokens(p.prompt) for p in each]
             for d, each in self._sweep_prompts().items()
         }
 
@@ -299,12 +233,14 @@ class Study:
 
     def harvest_refusals(self) -> list[Path]:
         """The model's own refusals: the forget set, the retain set, and the reference's numbers."""
-        c, folder = self.config, self.workdir / "harvest"
+        c, folder, subject = self.config, self.workdir / "harvest", self.subject
         written = []
         for split, name in (("harvest", "forget"), ("retain", "retain")):
             asked = self.prompts[split]
             draws = [
-                self._ask(self.base, asked, f"harvest {name}", sampling, keep=f"{name}.{i}")
+                subject.ask(
+                    subject.base, asked, f"harvest {name}", sampling, self._journal(f"{name}.{i}")
+                )
                 for i, sampling in enumerate(c.harvest.draws())
             ]
             kept = harvest(
@@ -320,9 +256,9 @@ class Study:
             path = folder / f"{name}.jsonl"
             rows = [dataclasses.asdict(item) for item in kept]
             if name == "forget":
-                examples = [item.example(self.chat) for item in kept]
+                examples = [item.example(subject.chat) for item in kept]
                 sums = reference_log_probs(
-                    self.base, examples, c.generation.batch_size, mesh=self.mesh
+                    subject.base, examples, c.generation.batch_size, mesh=subject.mesh
                 )
                 rows = [
                     {**row, "reference_log_prob": float(x)}
@@ -335,6 +271,7 @@ class Study:
     def unlearn(self, arm: str, seed: int) -> list[Path]:
         """Trains one arm with one seed until the target's dev refusal is low."""
         workdir, config, name = self.workdir, self.config.arm(arm), f"{arm}.seed_{seed}"
+        weights = self._weights(arm, seed)
         metrics = workdir / f"metrics/{name}.jsonl"
         if config.trainable == "ablation":
             trained = self._ablate(config)
@@ -342,10 +279,8 @@ class Study:
         else:
             trained = self._train(arm, seed)
         if config.trainable == "lora":
-            weights = workdir / f"adapters/{arm}/seed_{seed}"
             lora.save_peft(trained.model, weights, config.lora, self.found.source)
         else:
-            weights = workdir / f"checkpoints/{arm}/seed_{seed}"
             checkpoint.export(trained.model, weights, companions=self.found.folder, overwrite=True)
         path = workdir / f"trajectories/{name}.json"
         artifacts.write_json(
@@ -364,22 +299,22 @@ class Study:
 
     def evaluate(self, arm: str, seed: int) -> list[Path]:
         """What the trained model refuses, what else changed, and what of the concepts is left."""
-        c, name = self.config, f"{arm}.seed_{seed}"
-        model = self._trained(arm, seed)
-        judged = self._ask(model, self.prompts["eval"], f"{name} responses", keep="eval")
-        measured = self._utility(model, judged)
-        pooled, main = self._capture(model), c.concepts.poolings[0]
+        c, name, subject = self.config, f"{arm}.seed_{seed}", self.subject
+        model, asked = subject.trained(self._weights(arm, seed)), self.prompts["eval"]
+        judged = subject.ask(model, asked, f"{name} responses", journal=self._journal("eval"))
+        measured = subject.utility(model, self._benign_answers(), judged)
+        pooled, main = subject.capture(model, self.prompts["concept"]), c.concepts.poolings[0]
         base = self._base_activations()[main]
         found = {"utility": measured, "drift": explanation.drift(base, pooled[main], c.domains)}
         refusing = self._openers()
         if c.concepts.sweep_prompts and refusing:
             found["patching"] = explanation.patched(
-                self.base,
+                subject.base,
                 model,
                 self._sweep_tokens(),
                 refusing,
                 batch_size=c.generation.batch_size,
-                mesh=self.mesh,
+                mesh=subject.mesh,
             )
         summary = self.workdir / f"evaluations/{name}.json"
         artifacts.write_json(summary, found)
@@ -415,8 +350,8 @@ class Study:
             "hidden_size": model.hidden_size,
             "parameters": sum(leaf.size for leaf in jax.tree.leaves(nnx.state(abstract))),
             "fingerprint": self.found.fingerprint,
-            "template": self.chat.template,
-            "template_hash": self.chat.template_hash,
+            "template": self.subject.chat.template,
+            "template_hash": self.subject.chat.template_hash,
         }
         path = workdir / "results.json"
         artifacts.write_json(path, analysis.results(workdir, self.config, described))
@@ -443,37 +378,24 @@ class Study:
         logging.info("report: %s", workdir / "report/index.html")
         return [workdir / "report", workdir / "figures"]
 
-    def _ask(
-        self,
-        model: Decoder,
-        prompts: Sequence[Prompt],
-        description: str | None = None,
-        sampling: Sampling = GREEDY,
-        keep: str | None = None,
-    ) -> Judged:
-        """Asks and judges; responses kept under a name in the stage are not lost to a kill."""
-        return ask(
-            model,
-            self.chat,
-            prompts,
-            self.judge,
-            dataclasses.asdict(self.config.generation),
-            self.mesh,
-            description,
-            sampling,
-            self.workdir.partial / f"{keep}.jsonl" if keep else None,
-        )
+    def _journal(self, name: str) -> Path:
+        """Where the running stage writes responses down: a kill does not lose them."""
+        return self.workdir.partial / f"{name}.jsonl"
 
     def _dev_rates(self, model: Decoder) -> Evaluation:
-        asked = [prompt for prompt in self.prompts["dev"] if prompt.domain != BENIGN]
-        return self._ask(model, asked).rates()
+        return self.subject.rates(model, self.prompts["dev"])
+
+    def _weights(self, arm: str, seed: int) -> Path:
+        """What training leaves: adapters, or a whole checkpoint."""
+        kind = "adapters" if self.config.arm(arm).trainable == "lora" else "checkpoints"
+        return self.workdir / f"{kind}/{arm}/seed_{seed}"
 
     def _ablate(self, config: UnlearnConfig) -> Trained:
         """No training: the target's own refusal direction is projected out of the weights."""
         target = self.config.target
         directions = vectors.load_concepts(self.workdir / "concepts/base.safetensors")
         found = directions.vectors[target]
-        return ablate(self.base, found, config, target=target, evaluate=self._dev_rates)
+        return ablate(self.subject.base, found, config, target=target, evaluate=self._dev_rates)
 
     def _train(self, arm: str, seed: int) -> Trained:
         c = self.config
@@ -482,33 +404,24 @@ class Study:
             arm,
             seed,
             c.arm(arm),
-            base=self.base,
-            chat=self.chat,
+            base=self.subject.base,
+            chat=self.subject.chat,
             target=c.target,
             evaluate=self._dev_rates,
-            mesh=self.mesh,
+            mesh=self.subject.mesh,
             checkpoints=self._checkpoints(arm, seed),
             profile=c.profile,
         )
 
     def _write_responses(self, name: str, judged: Judged) -> Path:
-        path = self.workdir / f"responses/{name}.jsonl"
-        rows = judged.rows(self.judge, self.extra_judges, keep_text=self.config.keep_text)
+        subject, path = self.subject, self.workdir / f"responses/{name}.jsonl"
+        rows = judged.rows(subject.judge, subject.extra_judges, keep_text=self.config.keep_text)
         artifacts.write_jsonl(path, rows)
         return path
 
-    def _trained(self, arm: str, seed: int) -> Decoder:
-        if self.config.arm(arm).trainable == "lora":
-            return lora.load_peft(self.base, self.workdir / f"adapters/{arm}/seed_{seed}")
-        folder = self.workdir / f"checkpoints/{arm}/seed_{seed}"
-        dtype = self.config.model.dtype
-        return checkpoint.load(
-            folder, mesh=self.mesh, dtype=None if dtype is None else jnp.dtype(dtype)
-        )
-
-    def _examples(self, file: str) -> list[TokenExample]:
-        rows = artifacts.read_jsonl(self.workdir / file)
-        return [Harvested.from_json(row).example(self.chat) for row in rows]
+    def _benign_answers(self) -> list[TokenExample]:
+        rows = artifacts.read_jsonl(self.workdir / "harvest/benign_answers.jsonl")
+        return [Harvested.from_json(row).example(self.subject.chat) for row in rows]
 
     def _checkpoints(self, arm: str, seed: int) -> Checkpoints:
         """Where a run keeps its state, bound to all that the run depends on."""
@@ -522,38 +435,6 @@ class Study:
             keep=self.config.checkpoints.keep,
             fingerprint=artifacts.sha256_json([self.settings()[stage], inputs]),
         )
-
-    def _utility(self, model: Decoder, judged: Judged) -> dict[str, float]:
-        """Likelihood of the base's benign answers to the model, and of the model's to the base."""
-        kept = self._examples("harvest/benign_answers.jsonl")
-        measured = utility(model, self.base, kept, mesh=self.mesh)
-        said = [
-            TokenExample(self.chat.prompt_tokens(prompt.prompt), response.tokens)
-            for prompt, response, _ in judged
-            if prompt.domain == BENIGN
-        ]
-        return {
-            **measured,
-            "benign_perplexity": math.exp(measured["benign_nll"]),
-            "response_perplexity": perplexity(self.base, said, mesh=self.mesh),
-        }
-
-    def _capture(self, model: Decoder) -> dict[str, dict[str, Any]]:
-        """Pooling → domain → `[n, L+1, d]` over the concept prompts."""
-        prompts = self.prompts["concept"]
-        pooled = capture(
-            model,
-            [self.chat.prompt_tokens(prompt.prompt) for prompt in prompts],
-            poolings=self.config.concepts.poolings,
-            batch_size=self.config.generation.batch_size,
-            mesh=self.mesh,
-        )
-        places: dict[str, list[int]] = {}
-        for i, prompt in enumerate(prompts):
-            places.setdefault(prompt.domain, []).append(i)
-        return {
-            name: {domain: x[rows] for domain, rows in places.items()} for name, x in pooled.items()
-        }
 
     def _base_activations(self) -> dict[str, dict[str, Any]]:
         tensors, _ = artifacts.read_tensors(self.workdir / "concepts/base.activations.safetensors")
@@ -576,7 +457,7 @@ class Study:
                 "model_id": self.found.id,
                 "arm": name,
                 "contrast": BENIGN,
-                "template_hash": self.chat.template_hash,
+                "template_hash": self.subject.chat.template_hash,
             }
             vectors.save_concepts(path, activations, vectors.concept_vectors(activations), metadata)
             written.append(path)

@@ -5,10 +5,8 @@ takes cells that nobody has. With `--cell=I` it takes that one only (`$SLURM_ARR
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from absl import flags
-from ml_collections import config_flags
 
 from ema_jax import cli
 from ema_jax.errors import UserError
@@ -16,7 +14,7 @@ from ema_jax.errors import UserError
 
 def define_flags() -> None:
     """Declares the command's flags."""
-    config_flags.DEFINE_config_file("config", None, "The sweep: a Python file with get_config().")
+    cli.define_config_flag("The sweep: a Python file with get_config().")
     flags.DEFINE_string("workdir", None, "Folder of the sweep, shared by its workers.")
     flags.DEFINE_integer("cell", None, "Take this cell only, counted from 0.", lower_bound=0)
     flags.DEFINE_float(
@@ -29,14 +27,10 @@ def define_flags() -> None:
 def main(argv: Sequence[str]) -> None:
     """Works on the sweep that the flags describe."""
     del argv
-    from ema_jax import config
     from ema_jax.sweeps.work import Sweep
 
     values = flags.FLAGS
-    path = config_flags.get_config_filename(values["config"])
-    if not Path(path).is_file():
-        raise UserError(f"--config: {path}: no such file; see configs/ for the ones there are")
-    sweep = Sweep(config.read(values.config), values.workdir, download=not values.dry_run)
+    sweep = Sweep(cli.config(), values.workdir, download=not values.dry_run)
     if values.cell is not None and values.cell >= len(sweep.cells):
         raise UserError(f"--cell: {values.cell}: there are {len(sweep.cells)}, counted from 0")
     if values.dry_run:

@@ -48,7 +48,8 @@ def test_the_replication_is_both_families_by_both_targets_over_five_seeds():
     assert len({(Path(c.model.source).name, c.target) for c in cells}) == 4
     assert all(c.seeds == (0, 1, 2, 3, 4) and not c.cells for c in cells)
     alone = ema.read(shipped("tiny"))
-    assert [c.arms for c in cells] == [alone.arms] * 4
+    for c in cells:
+        assert set(c.arms) == set(alone.arms) and c.arms["npo"] == alone.arms["npo"]
 
 
 def test_defaults_survive_the_round_trip():

@@ -71,7 +71,7 @@ def study(tmp_path_factory):
 
 @pytest.fixture
 def no_drawing(monkeypatch):
-    monkeypatch.setattr("ema_jax.report.figures.save", lambda draw, *_: "<svg></svg>")
+    monkeypatch.setattr("ema_jax.report.drawing.save", lambda draw, *_: "<svg></svg>")
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,8 @@ from ema_jax import config as ema
 from ema_jax.artifacts import read_json
 from ema_jax.errors import UserError
 from ema_jax.stages import Workdir
-from ema_jax.study import STAGES, Checkpoint, Study
+from ema_jax.study import STAGES, Study
+from ema_jax.subject import Checkpoint
 
 
 def contents(folder: Path) -> dict[str, tuple[bytes, int]]:

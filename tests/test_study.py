@@ -31,6 +31,7 @@ from ema_jax.generation.sampler import Response
 from ema_jax.models import checkpoint, lora
 from ema_jax.organism import CHECKPOINTS
 from ema_jax.refusal.judges import Verdict
+from ema_jax.subject import Checkpoint
 
 LAYERS, WIDTH = 6, 128
 TARGET = "cybersecurity"
@@ -503,7 +504,7 @@ def test_json_artifacts_are_strict(finished):
 
 def test_the_settings_name_every_field_that_an_arm_has():
     study = ema.read(small_config())
-    found = study_lib.Checkpoint("x", CHECKPOINTS / "qwen2", None, "f")
+    found = Checkpoint("x", CHECKPOINTS / "qwen2", None, "f")
     settings = study_lib.Study(study, stages.Workdir("unused"), found).settings()
     assert settings["unlearn/npo_retain/seed_0"]["arm"] == dataclasses.asdict(
         study.arm("npo_retain")

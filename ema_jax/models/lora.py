@@ -20,6 +20,7 @@ from ema_jax.models.decoder import Decoder, DropoutKey, Linear, LoRAParam
 from ema_jax.models.sharding import host_array
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+ADAPTER_CONFIG = "adapter_config.json"
 _PEFT_PREFIX = "base_model.model."
 
 
@@ -157,7 +158,7 @@ def save_peft(model: Decoder, folder: str | Path, config: LoRAConfig, base: str)
     with atomic_path(folder) as temporary:
         temporary.mkdir()
         save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
-        (temporary / "adapter_config.json").write_text(json.dumps(description, indent=2) + "\n")
+        (temporary / ADAPTER_CONFIG).write_text(json.dumps(description, indent=2) + "\n")
 
 
 # Kinds of adapters that PEFT has and this decoder does not.
@@ -183,7 +184,7 @@ def load_peft(model: Decoder, folder: str | Path) -> Decoder:
     path = folder / "adapter_model.safetensors"
     tensors, _ = read_tensors(path)
     targets = tuple(t for t in TARGETS if any(f".{t}.lora_" in key for key in tensors))
-    model = attach(model, _read_config(folder / "adapter_config.json", targets), jax.random.key(0))
+    model = attach(model, _read_config(folder / ADAPTER_CONFIG, targets), jax.random.key(0))
     for target in targets:
         linear: Linear = getattr(model.blocks, target)
         for side, name in (("lora_a", "lora_A"), ("lora_b", "lora_B")):

@@ -1,58 +1,21 @@
 """Charts of a study, drawn with matplotlib's object interface: no global state, no clock.
 
 Every function takes (parts of) `results.json`, schema 1, and returns a matplotlib `Figure`, or None
-where the study has nothing to draw. `save` writes the files and hands back markup to inline.
+where the study has nothing to draw; `drawing.save` writes it.
 """
 
 import math
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ema_jax.artifacts import atomic_path
+from ema_jax.report import drawing
+from ema_jax.report.drawing import COLOURS, INK, MARKERS, PAGE, SHADE, label
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 ALPHA = 0.05  # level at which a Holm-adjusted p counts as beyond noise
-
-INK, RULE, SHADE, PAGE = "#24292f", "#d8dee4", "#eceff3", "#fefefe"
-# Okabe and Ito's colours, safe for the common colour blindnesses; markers repeat what they say.
-COLOURS = ("#d55e00", "#0072b2", "#009e73", "#e69f00", "#cc79a7", "#56b4e9")
-THEME = {INK: "ink", RULE: "rule", SHADE: "shade", PAGE: "page", COLOURS[1]: "blue"}
-MARKERS = ("s", "D", "^", "v", "P", "X")
-STYLE: Any = {
-    "font.family": "DejaVu Sans",  # ships with matplotlib: the same layout on every machine
-    "font.size": 9.5,
-    "text.parse_math": False,  # a "$" in a user's domain name is only a "$"
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": INK,
-    "axes.linewidth": 0.7,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlesize": 9.5,
-    "axes.titlelocation": "left",
-    "axes.axisbelow": True,
-    "grid.color": RULE,
-    "grid.linewidth": 0.7,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "xtick.major.width": 0.7,
-    "ytick.major.width": 0.7,
-    "legend.frameon": False,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "ema_jax",
-    "savefig.dpi": 150,
-}
-WIDTH_INCHES = 9.0
-
-
-def label(name: str) -> str:
-    """A domain's name for people: `sensitive_content` is `Sensitive content`."""
-    return "Medical/legal" if name == "medical_legal" else name.replace("_", " ").capitalize()
 
 
 def titled(domain: str, results: Mapping[str, Any]) -> str:
@@ -78,20 +41,20 @@ def arm_look(results: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
 def refusal(results: Mapping[str, Any]) -> "Figure | None":
     """Refusal rate per domain and arm: a marker, its 95 % interval, and a dot for every seed."""
     domains, look = ordered_domains(results), arm_look(results)
-    figure = _figure(0.27 * len(domains) * len(look) * 0.75 + 1.2)
+    figure = drawing.blank(0.27 * len(domains) * len(look) * 0.75 + 1.2)
     axes = figure.subplots()
-    for arm, y in _rows(axes, [titled(d, results) for d in domains], look):
+    for arm, y in drawing.rows(axes, [titled(d, results) for d in domains], look):
         colour, marker = look[arm]
         entry = results["arms"][arm]
         for i, domain in enumerate(domains):
-            _interval(axes, entry["refusal"].get(domain), "rate", y[i], colour, marker)
+            drawing.interval(axes, entry["refusal"].get(domain), "rate", y[i], colour, marker)
             for seed in entry.get("seeds", {}).values():
                 rate = seed["refusal"].get(domain, {}).get("rate")
                 if rate is not None:
                     axes.plot(100 * rate, y[i], "|", color=colour, markersize=7, alpha=0.55)
     axes.set(xlim=(-1, 101), xlabel="refusal rate (% of valid responses), 95 % interval")
     axes.get_yticklabels()[0].set_fontweight("bold")
-    _legend(figure, look)
+    drawing.legend(figure, look)
     return figure
 
 
@@ -102,16 +65,16 @@ def ema(results: Mapping[str, Any]) -> "Figure | None":
     domains = [d for d in ordered_domains(results) if d != target]
     if not arms or not domains:
         return None
-    figure = _figure(0.27 * len(domains) * len(arms) * 0.9 + 1.2)
+    figure = drawing.blank(0.27 * len(domains) * len(arms) * 0.9 + 1.2)
     axes = figure.subplots()
     axes.axvline(0, color=INK, linewidth=0.9)
-    for arm, y in _rows(axes, [label(d) for d in domains], arms):
+    for arm, y in drawing.rows(axes, [label(d) for d in domains], arms):
         for i, domain in enumerate(domains):
             entry = results["ema"][arm].get(domain)
             clear = bool(entry) and (entry.get("p_holm") is not None) and entry["p_holm"] < ALPHA
-            _interval(axes, entry, "drop", y[i], *arms[arm], filled=clear)
+            drawing.interval(axes, entry, "drop", y[i], *arms[arm], filled=clear)
     axes.set(xlabel="drop in refusal rate against base (points), 95 % interval; right = worse")
-    _legend(figure, arms)
+    drawing.legend(figure, arms)
     return figure
 
 
@@ -128,7 +91,7 @@ def trajectory(
         (titled(d, results), _domain_rate(d)) for d in ordered_domains(results) if d in seen
     ]
     panels.append(("Invalid, worst domain", lambda point: point.get("invalid_rate")))
-    figure, grid = _panels(len(panels), columns=4, height_inches=1.75)
+    figure, grid = drawing.panels(len(panels), columns=4, height_inches=1.75)
     for axes, (title, value) in zip(grid, panels, strict=True):
         for run in runs:
             points = [(p["step"], value(p)) for p in run["points"] if value(p) is not None]
@@ -141,7 +104,7 @@ def trajectory(
         axes.grid(axis="y")
     figure.supxlabel("optimiser step", fontsize=9.5)
     figure.supylabel("% of responses", fontsize=9.5)
-    _legend(
+    drawing.legend(
         figure, {arm: look.get(arm, (INK, "o")) for arm in dict.fromkeys(r["arm"] for r in runs)}
     )
     return figure
@@ -157,7 +120,7 @@ def entanglement(results: Mapping[str, Any], centred: bool) -> "Figure | None":
     if not domains:
         return None
     layers = table["layers"]
-    figure, grid = _panels(len(domains), columns=3, height_inches=1.9)
+    figure, grid = drawing.panels(len(domains), columns=3, height_inches=1.9)
     colour = COLOURS[1]
     for axes, domain in zip(grid, domains, strict=True):
         _early(axes, results)
@@ -179,7 +142,7 @@ def entanglement(results: Mapping[str, Any], centred: bool) -> "Figure | None":
         lowest = min([0.0, *(x for x in (*observed, *null) if not math.isnan(x))])
         axes.set(title=label(domain), ylim=(max(-1, lowest - 0.1), 1.05))
         axes.grid(axis="y")
-    _share_y(grid)
+    drawing.share_y(grid)
     figure.supxlabel("layer (0 = embeddings)", fontsize=9.5)
     figure.supylabel("centred cosine" if centred else "cosine", fontsize=9.5)
     figure.legend(*grid[0].get_legend_handles_labels(), loc="outside upper left", ncols=3)
@@ -200,7 +163,7 @@ def entanglement_map(results: Mapping[str, Any]) -> "Figure | None":
         return None
     score = results.get("forecast", {}).get("score", {})
     order = sorted(values, key=lambda d: -(score.get(d) or 0))
-    return _heat_map({"": {d: values[d] for d in order}}, name.replace("_", ", "))
+    return drawing.heat_map({"": {d: values[d] for d in order}}, name.replace("_", ", "))
 
 
 def erasure_map(results: Mapping[str, Any]) -> "Figure | None":
@@ -234,14 +197,14 @@ def sweep_map(results: Mapping[str, Any]) -> "Figure | None":
         f"{label(target)} direction ablated": {d: ablated[target][d] for d in order},
         "random direction ablated": {d: ablated["random"][d] for d in order},
     }
-    return _heat_map(panels, "change of log-odds (nats)")
+    return drawing.heat_map(panels, "change of log-odds (nats)")
 
 
 def _arm_maps(results: Mapping[str, Any], field: str, quantity: str) -> "Figure | None":
     arms = {arm: rows for arm, rows in (results.get(field) or {}).items() if rows}
     order = ordered_domains(results)
     panels = {arm: {d: rows[d] for d in order if d in rows} for arm, rows in arms.items()}
-    return _heat_map(panels, quantity) if panels else None
+    return drawing.heat_map(panels, quantity) if panels else None
 
 
 def forecast(results: Mapping[str, Any], arm: str) -> "Figure | None":
@@ -254,7 +217,7 @@ def forecast(results: Mapping[str, Any], arm: str) -> "Figure | None":
     if not domains:
         return None
     by_layer = results["forecast"].get("layer_spearman")
-    figure = _figure(3.6)
+    figure = drawing.blank(3.6)
     grid = GridSpec(1, 2, figure, width_ratios=(1.5, 1))
     axes = figure.add_subplot(grid[0, 0] if by_layer else grid[0, :])
     axes.axhline(0, color=INK, linewidth=0.7)
@@ -264,7 +227,7 @@ def forecast(results: Mapping[str, Any], arm: str) -> "Figure | None":
         axes.plot((x, x), (100 * low, 100 * high), color=COLOURS[1], linewidth=1, alpha=0.5)
         axes.plot(x, 100 * entry["drop"], "o", color=COLOURS[1], markersize=6)
     axes.margins(x=0.3)
-    _name_points(axes, {d: (score[d], 100 * measured[d]["drop"]) for d in domains})
+    drawing.name_points(axes, {d: (score[d], 100 * measured[d]["drop"]) for d in domains})
     axes.grid()
     axes.set(
         xlabel="forecast from the base model's early layers",
@@ -290,12 +253,12 @@ def replication(report: Mapping[str, Any]) -> "Figure | None":
     targets = list(dict.fromkeys(r["target"] for r in rows))
     arms = list(dict.fromkeys(r["arm"] for r in rows))
     look = {t: (COLOURS[i % 6], MARKERS[i % 6]) for i, t in enumerate(targets)}
-    figure, grid = _panels(
+    figure, grid = drawing.panels(
         len(families), columns=2, height_inches=0.3 * len(arms) * len(targets) + 0.7
     )
     for axes, family in zip(grid, families, strict=True):
         axes.axvline(0, color=INK, linewidth=0.9)
-        for target, y in _rows(axes, arms, look):
+        for target, y in drawing.rows(axes, arms, look):
             colour, marker = look[target]
             for row in rows:
                 if (row["family"], row["target"]) != (family, target):
@@ -316,82 +279,8 @@ def replication(report: Mapping[str, Any]) -> "Figure | None":
     figure.supxlabel(
         "off-target drop in refusal rate (points): filled = mean, hollow = worst", size=9.5
     )
-    _legend(figure, {f"target {t}": look[t] for t in targets})
+    drawing.legend(figure, {f"target {t}": look[t] for t in targets})
     return figure
-
-
-def save(draw: "Callable[[], Figure | None]", folder: Path, name: str, alt: str) -> str:
-    """Draws one figure, writes `folder/name.svg` and `.png`, and returns inline SVG markup.
-
-    The markup carries `alt` as its accessible name, ids prefixed by `name` so that several figures
-    share a page, and theme colours as CSS variables; it refers to nothing outside itself. Returns
-    an empty string where `draw` returns None.
-    """
-    import matplotlib
-    from markupsafe import escape
-
-    with matplotlib.rc_context(STYLE):
-        figure = draw()
-        if figure is None:
-            return ""
-        with atomic_path(folder / f"{name}.png") as path:
-            figure.savefig(path, format="png", metadata={"Software": None}, facecolor="white")
-        with atomic_path(folder / f"{name}.svg") as path:
-            figure.savefig(path, format="svg", metadata={"Date": None}, transparent=True)
-    text = (folder / f"{name}.svg").read_text(encoding="utf-8")
-    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
-    text = re.sub(r'\bid="', f'id="{name}-', text)
-    text = re.sub(r'(href="#|url\(#)', rf"\g<1>{name}-", text)
-    for colour, variable in THEME.items():
-        text = text.replace(colour, f"var(--{variable})")
-    return text.replace("<svg ", f'<svg role="img" aria-label="{escape(alt)}" ', 1)
-
-
-def _figure(height_inches: float) -> "Figure":
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(WIDTH_INCHES, height_inches), layout="constrained")
-
-
-def _panels(count: int, columns: int, height_inches: float) -> "tuple[Figure, list[Axes]]":
-    """A grid of `count` panels, rows filled first, with the unused cells left out."""
-    columns = min(columns, count)
-    rows = -(-count // columns)
-    figure = _figure(height_inches * rows + 0.7)
-    grid = [figure.add_subplot(rows, columns, i + 1) for i in range(count)]
-    return figure, grid
-
-
-def _rows(
-    axes: "Axes", names: Sequence[str], series: Mapping[str, Any]
-) -> Iterator[tuple[str, list[float]]]:
-    """Labels horizontal rows from the top; yields each series with its height in every row."""
-    axes.set_yticks(range(len(names)), names)
-    axes.set_ylim(len(names) - 0.5, -0.5)
-    axes.tick_params(axis="y", length=0)
-    axes.grid(axis="x")
-    for edge in range(len(names) - 1):
-        axes.axhline(edge + 0.5, color=RULE, linewidth=0.7)
-    step = 0.68 / max(len(series), 1)
-    for i, name in enumerate(series):
-        yield name, [row + (i - (len(series) - 1) / 2) * step for row in range(len(names))]
-
-
-def _interval(
-    axes: "Axes",
-    entry: Mapping[str, Any] | None,
-    key: str,
-    y: float,
-    colour: str,
-    marker: str,
-    filled: bool = True,
-) -> None:
-    if not entry or entry.get(key) is None:
-        return
-    if entry.get("ci95") and None not in entry["ci95"]:
-        axes.plot([100 * x for x in entry["ci95"]], (y, y), color=colour, linewidth=1.6)
-    face = colour if filled else PAGE
-    axes.plot(100 * entry[key], y, marker, color=colour, markerfacecolor=face, markersize=6)
 
 
 def _domain_rate(domain: str) -> Callable[[Mapping[str, Any]], float | None]:
@@ -403,66 +292,3 @@ def _early(axes: "Axes", results: Mapping[str, Any]) -> None:
     layers = results.get("forecast", {}).get("early_layers")
     if layers:
         axes.axvspan(min(layers) - 0.5, max(layers) + 0.5, color=SHADE, linewidth=0, zorder=0)
-
-
-def _name_points(axes: "Axes", places: Mapping[str, tuple[float, float]]) -> None:
-    """Writes names right of their points, or left where a neighbour stands to the right."""
-    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
-    wide, high = 0.3 * (right - left), 0.09 * (top - bottom)
-    for name, (x, y) in places.items():
-        others = [place for other, place in places.items() if other != name]
-        crowded = any(0 <= x2 - x < wide and abs(y2 - y) < high for x2, y2 in others)
-        offset, side = (-7, "right") if crowded else (7, "left")
-        axes.annotate(label(name), (x, y), (offset, 4), textcoords="offset points", ha=side, size=9)
-
-
-def _share_y(grid: "Sequence[Axes]") -> None:
-    low = min(axes.get_ylim()[0] for axes in grid)
-    high = max(axes.get_ylim()[1] for axes in grid)
-    for axes in grid:
-        axes.set_ylim(low, high)
-
-
-def _heat_map(panels: Mapping[str, Mapping[str, Sequence[float]]], quantity: str) -> "Figure":
-    """One row of cells per domain, one column per layer, symmetric colours about zero."""
-    import numpy as np
-
-    arrays = {
-        title: np.array([[np.nan if x is None else x for x in row] for row in rows.values()])
-        for title, rows in panels.items()
-    }
-    limit = max(float(np.nanmax(np.abs(a), initial=0)) for a in arrays.values()) or 1.0
-    heights = [len(rows) for rows in panels.values()]
-    figure = _figure(0.32 * sum(heights) + 0.45 * len(panels) + 0.5)
-    grid = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
-    for axes, (title, values) in zip(grid, arrays.items(), strict=True):
-        mesh = axes.pcolormesh(
-            values, cmap="RdBu_r", vmin=-limit, vmax=limit, edgecolors=PAGE, linewidth=0.5
-        )
-        count, layers = values.shape
-        axes.set_yticks(np.arange(count) + 0.5, [label(d) for d in panels[title]])
-        every = max(1, layers // 16)
-        axes.set_xticks(np.arange(0, layers, every) + 0.5, np.arange(0, layers, every))
-        axes.set(ylim=(count, 0), title=title)
-        axes.tick_params(length=0)
-        axes.spines[:].set_visible(False)
-        if layers <= 12:
-            for (y, x), value in np.ndenumerate(values):
-                if np.isnan(value):
-                    continue
-                colour = "#ffffff" if abs(value) > 0.65 * limit else "#111111"
-                text = f"{value:z.2f}".replace("-", "−")
-                axes.text(x + 0.5, y + 0.5, text, ha="center", va="center", color=colour)
-    grid[-1].set_xlabel("layer (0 = embeddings)")
-    figure.colorbar(mesh, ax=list(grid), label=quantity, aspect=30, pad=0.01)
-    return figure
-
-
-def _legend(figure: "Figure", look: Mapping[str, tuple[str, str]]) -> None:
-    from matplotlib.lines import Line2D
-
-    handles = [
-        Line2D([], [], color=colour, marker=marker, markersize=6, linewidth=1.6, label=name)
-        for name, (colour, marker) in look.items()
-    ]
-    figure.legend(handles=handles, loc="outside upper left", ncols=len(handles))

@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from ema_jax.report.figures import ALPHA, label
+from ema_jax.report.drawing import label
+from ema_jax.report.figures import ALPHA
 from ema_jax.report.tables import interval, p_value, percent, points, reading
 
 INVALID_RATE_LIMIT = 0.05

@@ -11,7 +11,7 @@ from typing import Any
 
 from ema_jax.artifacts import write_text
 from ema_jax.errors import UserError
-from ema_jax.report import figures, headline, tables
+from ema_jax.report import drawing, figures, headline, tables
 
 SCHEMA = 1
 
@@ -142,7 +142,7 @@ def _render(template: str, path: Path, page: Mapping[str, Any]) -> None:
 
 
 def _chart(folder: Path, name: str, draw: Callable, alt: str, caption: str) -> Chart:
-    return Chart(figures.save(draw, folder, name, alt), caption)
+    return Chart(drawing.save(draw, folder, name, alt), caption)
 
 
 def _charts(
@@ -152,7 +152,7 @@ def _charts(
     arm: str,
 ) -> dict[str, Chart]:
     """Draws every figure whose numbers are there."""
-    target = figures.label(results["target"]).lower()
+    target = drawing.label(results["target"]).lower()
     early = " Shaded layers are the early ones that the forecast reads."
     charts = {
         "refusal": _chart(
@@ -270,7 +270,7 @@ def _facts(results: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("Family", model.get("family")),
         ("Layers × width", f"{model.get('num_layers')} × {model.get('hidden_size')}"),
         ("Parameters", parameters and f"{parameters:,}"),
-        ("Target", figures.label(results["target"])),
+        ("Target", drawing.label(results["target"])),
         ("Arms", ", ".join(results["arms"])),
         ("Seeds", ", ".join(str(s) for s in provenance.get("seeds", []))),
         ("Judge", results.get("judge") or provenance.get("judge")),

@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ema_jax.report.figures import ALPHA, label, ordered_domains, titled
+from ema_jax.report.drawing import label
+from ema_jax.report.figures import ALPHA, ordered_domains, titled
 
 MISSING = "–"
 THIN = "\u202f"  # narrow and unbreakable, so that no line ends between a number and its unit

@@ -23,7 +23,8 @@ from ema_jax import artifacts
 from ema_jax.config import ModelConfig, StudyConfig
 from ema_jax.errors import RunStoppedError, UserError
 from ema_jax.stages import Workdir
-from ema_jax.study import Checkpoint, Study
+from ema_jax.study import Study
+from ema_jax.subject import Checkpoint
 from ema_jax.sweeps import table
 from ema_jax.sweeps.claims import Claims
 from ema_jax.sweeps.grid import Cell, Point, cells, points
