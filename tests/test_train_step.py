@@ -101,6 +101,25 @@ def test_the_step_on_a_mesh(folder, alone, shape, capfd):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
+def test_steps_on_a_mesh_are_compiled_once_and_donate(folder):
+    mesh = make_mesh((2, 2, 2))
+    base, rule = checkpoint.load(folder, mesh=mesh), optimizer(CONFIG)
+    data = Data(FORGET, np.full(len(FORGET), -9.0, np.float32), RETAIN)
+    trainee = steps.split(base, CONFIG, seed=0)
+    trainable = steps.trainable_part(trainee, CONFIG, mesh)
+    state = (trainable, steps.init_moments(rule, trainable, mesh))
+    compiled = steps.train_step._cache_size()
+    for _ in range(3):
+        batch = place_batch(data.host_batch(CONFIG, 0, 0), mesh)
+        static = (trainee.graph, rule, CONFIG, mesh)
+        held = (state[0], trainee.whole, trainee.frozen, state[1])
+        *made, _ = steps.train_step(*static, *held, *batch, np.zeros(2, np.uint32))
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+        assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(trainee))
+        state = tuple(made)
+    assert steps.train_step._cache_size() == compiled + 1
+
+
 @pytest.mark.parametrize(
     ("tensor", "batch", "said"),
     [
