@@ -4,7 +4,6 @@ So `[B, T, vocabulary]` never exists whole, forwards or backwards.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -78,7 +77,7 @@ def _backward(saved: tuple, cotangent: Float[Array, "B T"]) -> tuple:
             "bcd,bcv->dv", h, residue.astype(h.dtype), preferred_element_type=jnp.float32
         )
 
-    starts, pieces = _chunks(head.shape[1], hidden, targets, cotangent)
+    starts, _, pieces = _chunks(head.shape[1], hidden, targets, cotangent)
     of_head, _ = jax.lax.scan(
         lambda total, start: (chunk(*pieces(start), total), None),
         jnp.zeros(head.shape, jnp.float32),
@@ -100,33 +99,33 @@ def _read(
     slopes: bool,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T D"] | None]:
     """Log-probabilities, and their slopes along the hidden states; zero where not wanted."""
-    # Every row is moved to begin with its first wanted token, so that the last chunks are empty.
+    rows, length = targets.shape
+    # Every row is moved to begin with its first wanted token: then the loop ends early. (Chunks
+    # passed over by a conditional would all be computed where runs are trained together.)
     first = jnp.argmax(wanted, axis=1)
-    inside = first[:, None] + jnp.arange(targets.shape[1]) < targets.shape[1]
-    moved = (_moved(x, first) for x in (hidden, targets))
+    last = length - jnp.argmax(wanted[:, ::-1], axis=1)
+    used = jnp.max(jnp.where(jnp.any(wanted, axis=1), last - first, 0))
+    starts, size, pieces = _chunks(head.shape[1], _moved(hidden, first), _moved(targets, first))
 
-    def chunk(h: Array, target: Array, keep: Array) -> tuple[Array, Array | None]:
-        def read() -> tuple[Array, Array | None]:
-            logits, hit, total = _logits(head, h, target)
-            value = jnp.sum(jnp.where(hit, logits, 0.0), axis=-1) - total
-            if not slopes:
-                return value, None
-            residue = _residue(logits, hit, total).astype(head.dtype)
-            return value, product(residue, head.T)
+    def chunk(i: Int[Array, ""], made: tuple) -> tuple:
+        h, target = pieces(starts[i])
+        logits, hit, total = _logits(head, h, target)
+        got = [jnp.sum(jnp.where(hit, logits, 0.0), axis=-1) - total]
+        if slopes:
+            got.append(product(_residue(logits, hit, total).astype(head.dtype), head.T))
+        return tuple(
+            jax.lax.dynamic_update_slice_in_dim(whole, part, starts[i], axis=1)
+            for whole, part in zip(made, got, strict=True)
+        )
 
-        def skip() -> tuple[Array, Array | None]:
-            return jnp.zeros(target.shape, jnp.float32), jnp.zeros_like(h) if slopes else None
-
-        return jax.lax.cond(jnp.any(keep), read, skip)
-
-    made = _over_time(chunk, head.shape[1], *moved, _moved(wanted, first) & inside)
-
-    def back(x: Array) -> Array:
-        x = _moved(x, -first)
-        return jnp.where(wanted.reshape(wanted.shape + (1,) * (x.ndim - 2)), x, 0)
-
-    log_probs, slope = jax.tree.map(back, made)
-    return log_probs, slope
+    room = (rows, len(starts) * size)
+    empty = [jnp.zeros(room, jnp.float32)]
+    if slopes:
+        empty.append(jnp.zeros((*room, hidden.shape[-1]), hidden.dtype))
+    made = jax.lax.fori_loop(0, -(-used // size), chunk, tuple(empty))
+    back = [_moved(x[:, :length], -first) for x in made]
+    log_probs = jnp.where(wanted, back[0], 0.0)
+    return log_probs, jnp.where(wanted[..., None], back[1], 0) if slopes else None
 
 
 def _logits(
@@ -175,22 +174,20 @@ def sequence_log_probs(
     return jnp.sum(jnp.where(response[:, 1:], log_probs, 0.0), axis=1)
 
 
-def _over_time(function: Callable[..., Any], vocabulary: int, *arrays: Array) -> Any:
+def _over_time(
+    function: Callable[..., Float[Array, "B C"]], vocabulary: int, *arrays: Array
+) -> Float[Array, "B T"]:
     """What `function` makes of `[B, T, …]` arrays, a chunk of time after the other."""
     rows, length = arrays[0].shape[:2]
-    starts, pieces = _chunks(vocabulary, *arrays)
+    starts, _, pieces = _chunks(vocabulary, *arrays)
     chunks = jax.lax.map(jax.checkpoint(lambda start: function(*pieces(start))), starts)
-
-    def join(x: Array) -> Array:  # [chunks, B, C, …]
-        return jnp.moveaxis(x, 0, 1).reshape(rows, -1, *x.shape[3:])[:, :length]
-
-    return jax.tree.map(join, chunks)
+    return jnp.moveaxis(chunks, 0, 1).reshape(rows, -1)[:, :length]  # of [chunks, B, C]
 
 
 def _chunks(
     vocabulary: int, *arrays: Array
-) -> tuple[Int[Array, "N"], Callable[[Int[Array, ""]], list[Array]]]:
-    """Where the chunks begin, and what gives the arrays' part from there."""
+) -> tuple[Int[Array, "N"], int, Callable[[Int[Array, ""]], list[Array]]]:
+    """Where the chunks begin, how long they are, and what gives the arrays' part from there."""
     rows, length = arrays[0].shape[:2]
     rows = -(-rows // row_splits(arrays[0]))
     size = min(length, max(min(_TOKENS, _LOGITS // vocabulary) // rows, 1))
@@ -200,4 +197,4 @@ def _chunks(
     def pieces(start: Int[Array, ""]) -> list[Array]:
         return [jax.lax.dynamic_slice_in_dim(x, start, size, axis=1) for x in padded]
 
-    return jnp.arange(0, length + padding, size), pieces
+    return jnp.arange(0, length + padding, size), size, pieces
