@@ -69,19 +69,31 @@ def examples(seed: int) -> list[TokenExample]:
     return [TokenExample(tuple(row[:32].tolist()), tuple(row[32:].tolist())) for row in draw]
 
 
-def timed(step: Callable[[], float], number: int) -> tuple[float, list[float], float]:
-    """First loss, seconds of each step after the first one, seconds of the first."""
-    start = time.perf_counter()
-    first = step()
-    warm, seconds = time.perf_counter() - start, []
-    for _ in range(number):
-        start = time.perf_counter()
-        step()
-        seconds.append(time.perf_counter() - start)
-    return first, seconds, warm
+def in_turns(runs: dict[str, Callable[[], float]], number: int) -> dict[str, dict[str, float]]:
+    """Steps of all runs in turn, so that whatever else the machine does slows them alike."""
+    found: dict[str, dict[str, float]] = {}
+    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
+    for turn in range(number + 1):
+        for name, step in runs.items():
+            start = time.perf_counter(), time.process_time()
+            loss = step()
+            one = time.perf_counter() - start[0], time.process_time() - start[1]
+            if turn == 0:
+                found[name] = {"first_loss": round(loss, 5), "first_step_seconds": round(one[0], 2)}
+            else:
+                taken[name].append(one)
+    for name, times in taken.items():
+        clock, processor = (statistics.median(x) for x in zip(*times, strict=True))
+        found[name] |= {
+            "seconds_a_step": round(clock, 3),
+            "fastest": round(min(times)[0], 3),
+            "processor_seconds_a_step": round(processor, 3),
+            "tokens_per_second": round(2 * ROWS * LENGTH / clock),
+        }
+    return found
 
 
-def ours(folder: Path, config: UnlearnConfig, number: int) -> tuple:
+def ours(folder: Path, config: UnlearnConfig) -> Callable[[], float]:
     base, mesh = checkpoint.load(folder), make_mesh()
     forget, retain = examples(1), examples(2)
     data = Data(forget, reference_log_probs(base, forget, ROWS), retain, forget)
@@ -107,10 +119,10 @@ def ours(folder: Path, config: UnlearnConfig, number: int) -> tuple:
         )
         return float(metrics["loss"])
 
-    return timed(step, number)
+    return step
 
 
-def theirs(folder: Path, number: int, *, live_reference: bool) -> tuple:
+def theirs(folder: Path, *, live_reference: bool) -> Callable[[], float]:
     """The same step in PyTorch; the reference as numbers too, or by a forward pass each step."""
     base = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     settings = peft.LoraConfig(
@@ -143,30 +155,20 @@ def theirs(folder: Path, number: int, *, live_reference: bool) -> tuple:
         rule.zero_grad()
         return float(loss)
 
-    return timed(step, number)
+    return step
 
 
 def step_part(number: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
-        write_model(Path(scratch))
+        folder = Path(scratch)
+        write_model(folder)
         runs = {
-            "ema_jax, NPO + retain CE": ours(Path(scratch), NPO, number),
-            "ema_jax, SFT on the same tokens": ours(Path(scratch), SFT, number),
-            "PEFT, reference as numbers": theirs(Path(scratch), number, live_reference=False),
-            "PEFT, reference by a forward pass": theirs(Path(scratch), number, live_reference=True),
+            "ema_jax, NPO + retain CE": ours(folder, NPO),
+            "ema_jax, SFT on the same tokens": ours(folder, SFT),
+            "PEFT, reference as numbers": theirs(folder, live_reference=False),
+            "PEFT, reference by a forward pass": theirs(folder, live_reference=True),
         }
-    tokens, result = 2 * ROWS * LENGTH, {}
-    for name, (loss, seconds, warm) in runs.items():
-        median = statistics.median(seconds)
-        result[name] = {
-            "first_loss": round(loss, 5),
-            "seconds_a_step": round(median, 3),
-            "fastest": round(min(seconds), 3),
-            "slowest": round(max(seconds), 3),
-            "tokens_per_second": round(tokens / median),
-            "first_step_seconds": round(warm, 2),
-        }
-    return result
+        return in_turns(runs, number)
 
 
 def together_part(number: int, runs: int = 8) -> dict[str, Any]:

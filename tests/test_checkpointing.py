@@ -132,7 +132,7 @@ def test_what_is_not_finite_names_its_batch_and_keeps_the_last_good_state(
     assert_same_run(whole, tmp_path, trained)
 
 
-def worker(base: Path, folder: Path, limit: int | None = None) -> subprocess.Popen:
+def worker(base: Path, folder: Path, steps: int, limit: int | None = None) -> subprocess.Popen:
     """`limit` is the largest file that it may write, in bytes: a disk that is full."""
     here = Path(__file__).parent
     environment = os.environ | {
@@ -140,7 +140,8 @@ def worker(base: Path, folder: Path, limit: int | None = None) -> subprocess.Pop
         "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
     }
-    command = [sys.executable, str(here / "training_worker.py"), str(base), str(folder)]
+    command = [sys.executable, str(here / "training_worker.py")]
+    command += [str(base), str(folder), str(steps), "1,1,1"]
     if limit is not None:
         command = [
             "bash",
@@ -152,46 +153,49 @@ def worker(base: Path, folder: Path, limit: int | None = None) -> subprocess.Pop
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
 
-def kill_and_go_on(base: Path, folder: Path, kills: int, seed: int) -> dict:
+def kill_and_go_on(base: Path, folder: Path, steps: int, kills: int) -> dict:
     """Starts the worker, kills it at a random moment of training, and so on; then lets it end."""
-    generator = random.Random(seed)
+    generator = random.Random(kills)
     metrics = folder / "metrics/arm.seed_0.jsonl"
     for _ in range(kills):
-        process = worker(base, folder)
+        process = worker(base, folder, steps)
         before = metrics.stat().st_mtime_ns if metrics.exists() else 0
         while process.poll() is None and not (
             metrics.exists() and metrics.stat().st_mtime_ns > before
         ):
             time.sleep(0.01)
-        time.sleep(generator.uniform(0, 0.4))
+        time.sleep(generator.uniform(0, 0.15))
+        assert process.poll() is None, "it ended before it was killed"
         process.kill()
         process.communicate()
-    process = worker(base, folder)
+    process = worker(base, folder, steps)
     _, said = process.communicate()
     assert process.returncode == 0, said
     return dict(np.load(folder / "model.npz"))
 
 
-def check_killed(base_folder, whole, tmp_path, kills):
-    ours = kill_and_go_on(base_folder, tmp_path, kills, seed=kills)
+def test_killed_at_random_moments(tiny, whole, tmp_path):
+    ours = kill_and_go_on(tiny("qwen2"), tmp_path, STEPS, kills=2)
     assert_same_arrays(ours, arrays(whole[1].model))
     assert rows(tmp_path) == rows(whole[0])
 
 
-def test_killed_at_random_moments(tiny, whole, tmp_path):
-    check_killed(tiny("qwen2"), whole, tmp_path, kills=2)
-
-
 @pytest.mark.slow
-def test_killed_at_twenty_random_moments(tiny, whole, tmp_path):
-    check_killed(tiny("qwen2"), whole, tmp_path, kills=20)
+def test_killed_at_twenty_random_moments(tiny, base, tmp_path):
+    steps = 100  # more than twenty lives get through
+    ours = kill_and_go_on(tiny("qwen2"), tmp_path / "killed", steps, kills=20)
+    config = dataclasses.replace(CONFIG, max_steps=steps)
+    uninterrupted = train(base, tmp_path / "whole", every=50, config=config)
+    assert_same_arrays(ours, arrays(uninterrupted.model))
+    assert rows(tmp_path / "killed") == rows(tmp_path / "whole")
+    assert [row["step"] for row in rows(tmp_path / "killed")] == list(range(1, steps + 1))
 
 
 def test_a_full_disk_stops_in_one_line_and_loses_nothing(base, tiny, whole, tmp_path):
     config = dataclasses.replace(CONFIG, max_steps=STEPS)
     with pytest.raises(KilledError):
         train(base, tmp_path, every=4, log=dies_at(9), config=config)
-    process = worker(tiny("qwen2"), tmp_path, limit=16384)
+    process = worker(tiny("qwen2"), tmp_path, STEPS, limit=16384)
     _, said = process.communicate()
     assert process.returncode == 3, said
     lines = [line for line in said.splitlines() if line.startswith("stopped: ")]

@@ -1,6 +1,8 @@
 """Who takes part, who writes, and what happens when one is gone."""
 
 import os
+import random
+import re
 import signal
 import subprocess
 import sys
@@ -9,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from small_study import assert_same_arrays
 
 from ema_jax import artifacts, distributed
 from ema_jax.errors import UserError
@@ -58,17 +61,44 @@ def test_alone_nothing_waits(tmp_path):
     assert done == [1]
 
 
-def launch(folder: Path, program: str, *arguments: str) -> subprocess.Popen:
+def launch(
+    folder: Path, program: str, *arguments: str, processes: int = 2, devices: int = 2
+) -> subprocess.Popen:
     path = folder / "program.py"
     path.write_text(program)
-    launcher = [sys.executable, str(ROOT / "launch/local.py"), "--processes=2", "--devices=2"]
+    return start([str(path), str(folder)], *arguments, processes=processes, devices=devices)
+
+
+def start(
+    command: list[str], *arguments: str, processes: int, devices: int, cache: str = ""
+) -> subprocess.Popen:
+    """A Python program in several processes; one is without the launcher, as any program is."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("EMA_JAX")}
+    environment |= {
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+    }
+    if cache:
+        environment |= {
+            "JAX_COMPILATION_CACHE_DIR": cache,
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+        }
+    command = [sys.executable, *command]
+    if processes > 1:
+        counts = [f"--processes={processes}", f"--devices={devices}"]
+        launcher = [sys.executable, str(ROOT / "launch/local.py"), *counts, *arguments, "--"]
+        command = [*launcher, *command]
     return subprocess.Popen(
-        [*launcher, *arguments, "--", sys.executable, str(path), str(folder)],
-        env=os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
+
+
+def children(process: subprocess.Popen) -> list[int]:
+    """The processes that the launcher started, in their order."""
+    found = subprocess.run(
+        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True
+    )
+    return [int(number) for number in found.stdout.split()]
 
 
 # Writes, reads back at once what the first process wrote, then waits for one that never comes.
@@ -135,29 +165,25 @@ replication.run(ema.read(config), sys.argv[1] + "/run", dry_run=False)
 """
 
 
+SAME = ("arms", "ema", "containment", "utility", "erasure", "forecast", "entanglement")
+
+
 @pytest.mark.slow
-def test_a_study_of_two_processes_is_the_study_of_one(tmp_path):
-    two, one = tmp_path / "two", tmp_path / "one"
-    for folder in (two, one):
+@pytest.mark.parametrize("processes", [2, 4])
+def test_a_study_of_several_processes_is_the_study_of_one(tmp_path, processes):
+    several, one = tmp_path / "several", tmp_path / "one"
+    for folder, shape in ((several, (processes, 2)), (one, (1, 2 * processes))):
         folder.mkdir()
-    process = launch(two, STUDY)
-    out, _ = process.communicate(timeout=600)
-    assert process.returncode == 0, out
-    alone = {k: v for k, v in os.environ.items() if not k.startswith("EMA_JAX")}
-    path = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
-    flags = "--xla_force_host_platform_device_count=4"
-    subprocess.run(
-        [sys.executable, two / "program.py", one],
-        env=alone | {"PYTHONPATH": path, "XLA_FLAGS": flags},
-        check=True,
-    )
-    ours, alone = (artifacts.read_json(folder / "run/results.json") for folder in (two, one))
-    for key in ("arms", "ema", "containment"):
+        process = launch(folder, STUDY, processes=shape[0], devices=shape[1])
+        out, _ = process.communicate(timeout=1200)
+        assert process.returncode == 0, out
+    ours, alone = (artifacts.read_json(f / "run/results.json") for f in (several, one))
+    for key in SAME:
         assert ours[key] == alone[key], key
     for name in ("base", "npo.seed_0", "npo_retain.seed_0"):
         vectors, expected = (
             artifacts.read_tensors(folder / f"run/concepts/{name}.safetensors")[0]
-            for folder in (two, one)
+            for folder in (several, one)
         )
         for key, value in expected.items():
             np.testing.assert_allclose(vectors[key], value, atol=1e-5, err_msg=f"{name} {key}")
@@ -169,15 +195,97 @@ def test_a_killed_process_ends_the_other_and_the_study_goes_on(tmp_path):
     while not (tmp_path / "run/stages/baseline.json").exists():
         assert process.poll() is None
         time.sleep(0.2)
-    children = subprocess.run(
-        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True
-    )
-    os.kill(int(children.stdout.split()[1]), signal.SIGKILL)
-    start = time.monotonic()
+    os.kill(children(process)[1], signal.SIGKILL)
+    begin = time.monotonic()
     process.communicate(timeout=120)
     assert process.returncode != 0
-    assert time.monotonic() - start < 60
+    assert time.monotonic() - begin < 60
     again = launch(tmp_path, STUDY)
     out, _ = again.communicate(timeout=600)
     assert again.returncode == 0, out
     assert (tmp_path / "run/results.json").exists()
+
+
+# Training alone, on a mesh of four devices: stopped, killed, gone on with by other processes.
+STEPS = 100
+MESH = "2,2,1"
+HEARTBEAT = 10  # what the worker asks for
+
+
+def trainer(base: Path, folder: Path, processes: int) -> subprocess.Popen:
+    command = [str(ROOT / "tests/training_worker.py"), str(base), str(folder), str(STEPS), MESH]
+    grace = f"--grace={3 * HEARTBEAT}"
+    cache = str(folder.parent / f"cache-{processes}")
+    devices = 4 // processes
+    return start(command, grace, processes=processes, devices=devices, cache=cache)
+
+
+def signalled(process: subprocess.Popen, folder: Path, number: int, victim: int) -> tuple[str, int]:
+    """Sends a signal to one process in the middle of training; what they said, and the code."""
+    metrics = folder / "metrics/arm.seed_0.jsonl"
+    before = metrics.stat().st_mtime_ns if metrics.exists() else 0
+    while not (metrics.exists() and metrics.stat().st_mtime_ns > before):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+    time.sleep(random.Random(before).uniform(0, 0.15))
+    pids = children(process)
+    os.kill(pids[victim] if len(pids) > 1 else process.pid, number)
+    out, _ = process.communicate(timeout=3 * HEARTBEAT)
+    return out, process.returncode
+
+
+def rows(folder: Path) -> list[dict]:
+    kept = artifacts.read_jsonl(folder / "metrics/arm.seed_0.jsonl")
+    speeds = ("tokens_per_second", "mfu", "memory_gib")
+    return [{k: v for k, v in row.items() if k not in speeds} for row in kept]
+
+
+def check_same(ours: Path, whole: Path) -> None:
+    assert_same_arrays(*(dict(np.load(folder / "model.npz")) for folder in (ours, whole)))
+    assert rows(ours) == rows(whole)
+    assert [row["step"] for row in rows(ours)] == list(range(1, STEPS + 1))
+
+
+@pytest.fixture(scope="module")
+def whole(tiny, tmp_path_factory):
+    """An uninterrupted run of one process."""
+    folder = tmp_path_factory.mktemp("whole")
+    process = trainer(tiny("qwen2"), folder, 1)
+    out, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, out
+    return folder
+
+
+@pytest.mark.slow
+def test_resumed_with_other_numbers_of_processes(tiny, whole, tmp_path):
+    folder = tmp_path / "run"
+    for processes in (1, 4):
+        process = trainer(tiny("qwen2"), folder, processes)
+        out, code = signalled(process, folder, signal.SIGTERM, victim=0)
+        assert code == 3, out
+    process = trainer(tiny("qwen2"), folder, 2)
+    out, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, out
+    check_same(folder, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["SIGTERM", "SIGKILL"])
+def test_one_of_two_is_signalled_at_ten_random_moments(tiny, whole, tmp_path, number):
+    folder, generator = tmp_path / "run", random.Random(int(number))
+    for _ in range(10):
+        victim = generator.randrange(2)
+        process = trainer(tiny("qwen2"), folder, 2)
+        out, code = signalled(process, folder, number, victim)
+        if number == signal.SIGTERM:
+            assert code == 3, out
+            stops = re.findall(r"\[(\d)\] stopped: .* saved at step (\d+)", out)
+            assert sorted(i for i, _ in stops) == ["0", "1"], out
+            assert len({step for _, step in stops}) == 1, out
+        else:
+            assert code == 128 + signal.SIGKILL, out
+            assert f"[{victim}] ended with -9; the others get" in out, out
+    process = trainer(tiny("qwen2"), folder, 2)
+    out, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, out
+    check_same(folder, whole)

@@ -1,5 +1,9 @@
-"""A small run with checkpoints, also as a process that a test can kill: its BASE and DIR."""
+"""A small run with checkpoints, also as one process, or several, that a test can kill.
 
+training_worker.py BASE DIR STEPS DATA,FSDP,TENSOR
+"""
+
+import dataclasses
 import sys
 import time
 from pathlib import Path
@@ -7,9 +11,10 @@ from pathlib import Path
 import numpy as np
 from flax import nnx
 
-from ema_jax import cli
+from ema_jax import cli, distributed
 from ema_jax.data.chat import TokenExample
 from ema_jax.models import checkpoint, lora
+from ema_jax.models.sharding import host_array, make_mesh
 from ema_jax.unlearning.checkpointing import Checkpoints
 from ema_jax.unlearning.metrics import MetricsWriter
 from ema_jax.unlearning.trainer import Evaluation, UnlearnConfig, reference_log_probs, unlearn
@@ -37,7 +42,7 @@ def random_examples(number: int, seed: int) -> list[TokenExample]:
     return [TokenExample(ids(3, 7), ids(2, 6)) for _ in range(number)]
 
 
-def train(base, folder: Path, *, every: int = 1, log=None, config=CONFIG, **more):
+def train(base, folder: Path, *, every: int = 1, log=None, config=CONFIG, mesh=None, **more):
     """Trains, or goes on, and returns what `unlearn` does."""
     forget, retain = random_examples(9, 1), random_examples(11, 2)
     with (
@@ -54,11 +59,12 @@ def train(base, folder: Path, *, every: int = 1, log=None, config=CONFIG, **more
             base,
             forget,
             retain,
-            reference_log_probs(base, forget, 4),
+            reference_log_probs(base, forget, 4, mesh),
             config,
             seed=0,
             target="t",
             evaluate=lambda model: Evaluation({"t": 1.0}, 0.0),
+            mesh=mesh,
             log=both,
             checkpoints=checkpoints,
         )
@@ -66,14 +72,19 @@ def train(base, folder: Path, *, every: int = 1, log=None, config=CONFIG, **more
 
 def arrays(model) -> dict:
     state = nnx.to_flat_state(nnx.state(model))
-    return {"/".join(map(str, path)): np.asarray(leaf[...]) for path, leaf in state}
+    return {"/".join(map(str, path)): host_array(leaf[...]) for path, leaf in state}
 
 
 def main(argv) -> None:
-    base, folder = checkpoint.load(argv[1]), Path(argv[2])
+    distributed.initialise(heartbeat_seconds=10)
+    folder, steps = Path(argv[2]), int(argv[3])
+    mesh = make_mesh([int(n) for n in argv[4].split(",")])
+    base = checkpoint.load(argv[1], mesh=mesh)
+    config = dataclasses.replace(CONFIG, max_steps=steps)
     # Slow enough to be hit in the middle.
-    trained = train(base, folder, log=lambda row: time.sleep(0.05))
-    np.savez(folder / "model.npz", **arrays(trained.model))
+    trained = train(base, folder, config=config, mesh=mesh, log=lambda row: time.sleep(0.05))
+    made = arrays(trained.model)
+    distributed.first_only(lambda: np.savez(folder / "model.npz", **made), "model")
 
 
 if __name__ == "__main__":

@@ -141,9 +141,9 @@ class Pass:
     config: UnlearnConfig
 
     def token_log_probs(self, batch: Batch) -> Float[Array, "B T-1"]:
-        """Of every token under the model being trained."""
+        """Of the response tokens under the model being trained; 0 at the others."""
         remat = self.config.recompute
-        return token_log_probs(self.model, batch.tokens, batch.mask, remat=remat)
+        return token_log_probs(self.model, batch.tokens, batch.mask, batch.response, remat=remat)
 
     def scores(
         self, batch: Batch, reference: Float[Array, "B"]
