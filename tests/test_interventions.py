@@ -155,7 +155,7 @@ def test_sampling_under_an_intervention_is_the_intervened_model(tiny):
     @jax.jit
     def advance(state, tokens, cache):
         model = nnx.merge(graph, state)
-        hidden, cache = model.advance(tokens, cache)
+        hidden, cache = model.advance(tokens, cache, model.layers())
         return model.logits(hidden), cache
 
     for place in range(7):

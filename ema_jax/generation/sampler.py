@@ -236,6 +236,7 @@ def _advance(
 ) -> _Slots:
     """Decodes until at most `few` rows are live."""
     model = nnx.merge(graph, state)
+    layers = model.layers()
     rows, cap = slots.output.shape
     everywhere = jnp.arange(rows)
 
@@ -246,7 +247,7 @@ def _advance(
 
     def step(carry: tuple[_Slots, Int[Array, ""]]) -> tuple[_Slots, Int[Array, ""]]:
         s, steps = carry
-        hidden, cache = model.advance(s.last, s.cache)
+        hidden, cache = model.advance(s.last, s.cache, layers)
         token = _choose(model, hidden, s.seen, s.draws, s.length, sampling)
         # What a row that has ended chooses is written nowhere.
         output = s.output.at[everywhere, jnp.where(s.live, s.length, cap)].set(token, mode="drop")

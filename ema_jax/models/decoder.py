@@ -6,7 +6,7 @@ activations. Layer convention (DESIGN): index 0 = embeddings, l = residual enter
 L = after the last block and before the final norm.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -265,27 +265,37 @@ class Decoder(nnx.Module):
             )
         return Output(self.final_norm(x), taps, branches, kept)
 
+    def layers(self) -> list[tuple[Block, Callable[[Array], Array] | None]]:
+        """The blocks and edits, each by itself."""
+        stacks = (self.blocks, self.edit)
+        return [
+            jax.tree.map(lambda leaf, i=i: leaf[i], stacks) for i in range(self.config.num_layers)
+        ]
+
     def advance(
-        self, tokens: Int[Array, "B"], cache: KVCache
+        self,
+        tokens: Int[Array, "B"],
+        cache: KVCache,
+        layers: Sequence[tuple[Block, Callable[[Array], Array] | None]],
     ) -> tuple[Float[Array, "B D"], KVCache]:
         """One more token a row: what the head reads there, and the cache with it added.
 
-        The layers are written out. A scan copies each one's weights and cache out of their stacks
-        at every step, which for a single token takes as long as the products do.
+        The layers are written out, and taken apart (`layers`) before the loop over tokens: a scan
+        copies each one's weights and cache out of their stacks at every step, which for a single
+        token takes as long as the products do.
         """
         positions = jnp.max(cache.positions, axis=1, keepdims=True) + 1
         seen = jax.lax.dynamic_update_slice(cache.positions, positions, (0, cache.next))
         cos, sin = self._rotary(positions)
         x = self.embed[...][tokens[:, None]]
         keys, values = list(cache.keys), list(cache.values)
-        for i, window in enumerate(self.config.windows):
-            block, change = jax.tree.map(lambda leaf, i=i: leaf[i], (self.blocks, self.edit))
+        for i, (block, change) in enumerate(layers):
             x = x if change is None else change(x)
             query, key, value = block.queries_keys_values(x, cos, sin)
             key, value = key.transpose(0, 2, 3, 1), value.transpose(0, 2, 1, 3)
             keys[i] = jax.lax.dynamic_update_slice_in_dim(keys[i], key, cache.next, 3)
             values[i] = jax.lax.dynamic_update_slice_in_dim(values[i], value, cache.next, 2)
-            visible = causal_mask(positions, seen, window)
+            visible = causal_mask(positions, seen, self.config.windows[i])
             x, *_ = block.add_branches(x, attend_cached(query, keys[i], values[i], visible))
         last = jax.tree.map(lambda leaf: leaf[-1], self.edit)
         x = x if last is None else last(x)
