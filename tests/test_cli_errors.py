@@ -98,8 +98,6 @@ from ema_jax import config, replication
 for name in sys.argv[2:]:
     study = config.read(runpy.run_path(f"configs/{name}.py")["get_config"]())
     replication.run(study, sys.argv[1], dry_run=True)
-from jax._src import xla_bridge
-assert not xla_bridge.backends_are_initialized()
 """
 
 
@@ -112,7 +110,7 @@ def test_dry_run_of_the_papers_cells_offline(tmp_path):
         cwd=ROOT,
         env=os.environ
         | {
-            "JAX_PLATFORMS": "nonexistent",
+            "JAX_PLATFORMS": "nowhere",  # so that starting a backend fails
             "HF_HUB_OFFLINE": "1",
             "HF_HOME": str(tmp_path / "empty"),
         },

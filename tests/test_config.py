@@ -49,7 +49,8 @@ def test_the_replication_is_both_families_by_both_targets_over_five_seeds():
     assert all(c.seeds == (0, 1, 2, 3, 4) and not c.cells for c in cells)
     alone = ema.read(shipped("tiny"))
     for c in cells:
-        assert set(c.arms) == set(alone.arms) and c.arms["npo"] == alone.arms["npo"]
+        assert set(c.arms) == set(alone.arms)
+        assert c.arms["npo"] == alone.arms["npo"]
 
 
 def test_defaults_survive_the_round_trip():
