@@ -114,7 +114,10 @@ class KVCache(NamedTuple):
             padded = jnp.pad(x, pads, constant_values=empty)
             return jnp.roll(padded, self.next - length, axis)
 
-        source = jnp.full(self.positions.shape[0], -1).at[rows].set(jnp.arange(len(rows)), mode="drop")
+        # Which of the new rows each row takes. Choosing by it is one pass over the cache, little
+        # beside the forward pass; a scatter into every layer would take longer to compile.
+        source = jnp.full(self.positions.shape[0], -1)
+        source = source.at[rows].set(jnp.arange(rows.shape[0]), mode="drop")
 
         def put(into: tuple[Array, ...], x: Array) -> tuple[Array, ...]:
             hit = jnp.expand_dims(source >= 0, tuple(range(1, into[0].ndim)))
@@ -266,7 +269,11 @@ class Decoder(nnx.Module):
         return Output(self.final_norm(x), taps, branches, kept)
 
     def layers(self) -> list[tuple[Block, Callable[[Array], Array] | None]]:
-        """The blocks and edits, each by itself."""
+        """The blocks and edits, each by itself.
+
+        Within a program that is a second copy of the blocks' weights for as long as it runs, which
+        matters where they fill more than about half of the devices' memory (14 GB at 7B, bfloat16).
+        """
         stacks = (self.blocks, self.edit)
         return [
             jax.tree.map(lambda leaf, i=i: leaf[i], stacks) for i in range(self.config.num_layers)
