@@ -1,7 +1,7 @@
 """What capture, layer sweeps and entanglement cost: `python benchmarks/capture.py`.
 
 A random Qwen2 of 12 layers, width 512, float32; 256 prompts of 64 random tokens. Variants take
-turns batch by batch and ratios are taken repetition by repetition, because machines are shared.
+turns and ratios are taken batch by batch, because machines are shared.
 nnsight and TransformerLens take part where they are installed. `--parts` runs some parts only.
 """
 
@@ -143,7 +143,7 @@ def theirs(folder: Path) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
 
 
 def time_capture(folder: Path, repetitions: int) -> None:
-    """Seconds of 256 prompts, and ratios repetition by repetition."""
+    """Seconds of 256 prompts, and ratios batch by batch."""
     variants = ours(folder) | theirs(folder)
     batches = np.split(tokens(PROMPTS), PROMPTS // BATCH)
     for name, run in list(variants.items()):
@@ -158,24 +158,23 @@ def time_capture(folder: Path, repetitions: int) -> None:
     print(f"largest difference from transformers: {np.abs(found - expected).max():.1e}")
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     order = list(variants)
-    for repetition in range(repetitions):
-        spent = dict.fromkeys(order, 0.0)
-        for number, ids in enumerate(batches):
-            turn = (repetition + number) % len(order)
-            for name in order[turn:] + order[:turn]:
-                start = time.perf_counter()
-                variants[name](ids)
-                spent[name] += time.perf_counter() - start
-        for name, value in spent.items():
-            seconds[name].append(value)
+    for number, ids in enumerate(batches * repetitions):
+        turn = number % len(order)
+        for name in order[turn:] + order[:turn]:
+            start = time.perf_counter()
+            variants[name](ids)
+            seconds[name].append(time.perf_counter() - start)
     for name, values in seconds.items():
-        line = f"{name:33} {statistics.median(values):6.2f} s"
+        line = f"{name:33} {len(batches) * statistics.median(values):6.2f} s"
         for against in ("ours, forward", "transformers, forward", "transformers, pooling hooks"):
-            if against in seconds:
-                ratios = [a / b for a, b in zip(values, seconds[against], strict=True)]
-                line += f"  {statistics.median(ratios):.3f} [{min(ratios):.3f}-{max(ratios):.3f}]"
+            ratios = [a / b for a, b in zip(values, seconds[against], strict=True)]
+            low, middle, high = statistics.quantiles(ratios, n=4)
+            line += f"  {middle:.3f} [{low:.3f}-{high:.3f}]"
         print(line)
-    print("ratios: to our forward, to transformers' forward, to transformers with pooling hooks")
+    print(
+        "medians and quartiles over batches of the ratios to our forward, to transformers' "
+        "forward, to transformers with pooling hooks"
+    )
 
 
 def measure_memory(folder: Path, count: int) -> None:
@@ -218,21 +217,18 @@ def time_sweep(folder: Path) -> None:
         return (time.perf_counter() - start) / times
 
     plain(2)
-    start = time.perf_counter()
-    interventions.sweep(model, prompts, wanted.candidates, range(5), batch_size=rows)
-    first = time.perf_counter() - start
     one = [plain(10)]
     start = time.perf_counter()
     interventions.sweep(model, prompts, wanted.candidates, range(5), batch_size=rows)
     spent = time.perf_counter() - start
     one.append(plain(10))
     forwards = 13 * count
-    naive = forwards * statistics.mean(one)
+    naive = [forwards * seconds for seconds in one]
     print(
-        f"sweep of 13 layers x {count} candidates, {len(prompts)} prompts: {spent:.1f} s "
-        f"({first:.1f} s with its compilation, {interventions._sweep._cache_size()} program); "
-        f"{forwards} forward passes of {1000 * statistics.mean(one):.0f} ms: {naive:.1f} s; "
-        f"ratio {spent / naive:.3f}"
+        f"sweep of 13 layers x {count} candidates, {len(prompts)} prompts: {spent:.1f} s with its "
+        f"compilation, {interventions._sweep._cache_size()} program; as many forward passes, from "
+        f"ten before and ten after: {naive[0]:.1f} and {naive[1]:.1f} s; ratio "
+        f"{spent / max(naive):.3f} to {spent / min(naive):.3f}"
     )
 
 
@@ -254,7 +250,7 @@ def main() -> None:
     """Runs the parts and prints."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--parts", default=",".join(PARTS))
-    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--repetitions", type=int, default=1)
     parser.add_argument("--prompts", type=int, default=64, help="per domain, for entanglement")
     parser.add_argument("--memory", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)

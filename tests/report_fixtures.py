@@ -243,14 +243,14 @@ def example_replication() -> dict:
                     }
                 )
     claims = {
-        "R1": {"statement": "Target refusal falls.", "holds": True, "evidence": "4 of 4 cells"},
-        "R2": {"statement": "Others fall too.", "holds": True, "evidence": "4 of 4 cells"},
+        "R1": {"statement": "Target refusal falls.", "holds": True, "evidence": ["4 of 4 cells"]},
+        "R2": {"statement": "Others fall too.", "holds": True, "evidence": ["4 of 4 cells"]},
         "R3": {
             "statement": "Safety spills more.",
             "holds": True,
-            "evidence": "27 against 12 points",
+            "evidence": ["27 against 12 points"],
         },
-        "R4": {"statement": "Retain data restores.", "holds": False, "evidence": "2 of 4 cells"},
-        "R5": {"statement": "Entanglement ranks.", "holds": None, "evidence": "n = 6 is too few"},
+        "R4": {"statement": "Retain data restores.", "holds": False, "evidence": ["2 of 4 cells"]},
+        "R5": {"statement": "Entanglement ranks.", "holds": None, "evidence": ["n = 6 is too few"]},
     }
     return {"schema": 1, "cells": cells, "claims": claims, "rows": rows}

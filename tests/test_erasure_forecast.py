@@ -13,6 +13,7 @@ from ema_jax.concepts.forecast import (
     early_layers,
     forecast,
     layer_profile,
+    pooled_interval,
     pooled_score,
     retain_counts,
     retain_shares,
@@ -303,6 +304,35 @@ def test_pooled_leaves_out_what_cannot_be_scored():
     found = pooled_score([flat, good])
     assert (found["cells"], found["spearman"]) == (1, pytest.approx(1))
     assert found["p"] == pytest.approx(1 / 6, abs=0.006)
+
+
+def test_interval_over_seeds_against_a_plain_loop():
+    rng = np.random.default_rng(3)
+    names = "abcdef"
+    cells = [
+        (
+            dict(zip(names, rng.normal(size=6), strict=True)),
+            [dict(zip(names, rng.normal(size=6), strict=True)) for _ in range(4)],
+        )
+        for _ in range(2)
+    ]
+    drawn = []
+    for _ in range(3000):
+        rho = []
+        for foreseen, runs in cells:
+            picked = [runs[i] for i in rng.integers(0, 4, 4)]
+            mean = [np.mean([run[d] for run in picked]) for d in names]
+            rho.append(spearmanr(list(foreseen.values()), mean).statistic)
+        drawn.append(np.mean(rho))
+    np.testing.assert_allclose(
+        pooled_interval(cells), np.quantile(drawn, (0.025, 0.975)), atol=0.04
+    )
+    # Seeds that agree leave no doubt; one seed says nothing of others.
+    same = [(foreseen, runs[:1] * 3) for foreseen, runs in cells]
+    observed = pooled_score([(foreseen, runs[0]) for foreseen, runs in cells])["spearman"]
+    np.testing.assert_allclose(pooled_interval(same), [observed] * 2, atol=1e-12)
+    assert pooled_interval([(foreseen, runs[:1]) for foreseen, runs in cells]) is None
+    assert pooled_interval([({}, [])]) is None
 
 
 def test_retain_composition_follows_the_forecast_within_its_budget():

@@ -151,7 +151,8 @@ def sweep(
     """
     members = _members(refusing, model.config.vocab_size)
     graph, state = nnx.split(model)
-    candidates = jax.tree.map(np.asarray, candidates)  # on every process, like the batch
+    # On every process, like the batch.
+    candidates = jax.tree.map(lambda x: host_array(jnp.asarray(x)), candidates)
     count = candidates.add.shape[1]
     clean = np.zeros(len(prompts), np.float32)
     changed = np.zeros((model.config.num_layers + 1, count, len(prompts)), np.float32)

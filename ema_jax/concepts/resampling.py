@@ -8,7 +8,6 @@ Rows are in the order of D domains and then of the contrast set, which is in D p
 with each domain: groups 0 to D - 1 and D to 2D - 1.
 """
 
-import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -42,10 +41,10 @@ class Regroupings:
     def cosines(self, gram: Float[jax.Array, "N N"]) -> Float[np.ndarray, "R vectors vectors"]:
         """Cosines between all vectors under every regrouping; NaN where a vector is zero."""
         chunk = _CHUNK_ELEMENTS // (self.labels.shape[1] * self.contrasts.shape[1])
-        inside = gram[np.ix_(self.rows, self.rows)]
         return np.asarray(
             _regrouped_cosines(
-                inside,
+                gram,
+                self.rows,
                 self.labels.astype(np.int32),
                 self.counts.astype(np.float32),
                 self.contrasts.astype(np.float32),
@@ -56,19 +55,21 @@ class Regroupings:
 
 @partial(jax.jit, static_argnames="chunk")
 def _regrouped_cosines(
-    gram: Float[jax.Array, "n n"],
+    gram: Float[jax.Array, "N N"],
+    rows: Int[jax.Array, "n"],
     labels: Int[jax.Array, "R n"],
     counts: Float[jax.Array, "R n"],
     contrasts: Float[jax.Array, "v g"],
     chunk: int,
 ) -> Float[jax.Array, "R v v"]:
     groups = jnp.arange(contrasts.shape[1])
+    inside = gram[rows][:, rows]
 
     def one(regrouping: tuple[jax.Array, jax.Array]) -> jax.Array:
         label, count = regrouping
         weights = jnp.where(label == groups[:, None], count, 0.0)
         weights /= weights.sum(axis=1, keepdims=True)
-        inner = contrasts @ (weights @ gram @ weights.T) @ contrasts.T
+        inner = contrasts @ (weights @ inside @ weights.T) @ contrasts.T
         norms = jnp.sqrt(jnp.diagonal(inner))
         return inner / jnp.outer(norms, norms)
 
@@ -110,15 +111,17 @@ def _inner_sums(
     gram: Float[jax.Array, "N N"], counts: Float[jax.Array, "R C N"], *, sizes: tuple[int, ...]
 ) -> Float[jax.Array, "R CG CG"]:
     """Inner products of the sums over each of G groups, in each of C sets of counts."""
-    starts = np.cumsum((0, *sizes))
-    places = [slice(a, b) for a, b in itertools.pairwise(starts)]
+    ends, G = np.cumsum(sizes), np.arange(len(sizes))[:, None]
+    # Each group's rows side by side, filled up to the largest: one product in place of one a group,
+    # which take seconds to compile.
+    within = np.arange(max(sizes)) < np.array(sizes)[:, None]
+    places = np.where(within, np.arange(max(sizes)) + (ends - sizes)[:, None], 0)
+    own = np.repeat(G[:, 0], sizes) == G
     with jax.default_matmul_precision("highest"):
-        sums = jnp.stack([counts[..., p] @ gram[p] for p in places], axis=2)  # [R, C, G, N]
-        inner = jnp.stack(
-            [jnp.einsum("rcgn,rdn->rcgd", sums[..., p], counts[..., p]) for p in places], axis=-1
-        )  # [R, C, G, C, G]
-    flat = counts.shape[1] * len(sizes)
-    return inner.reshape(len(counts), flat, flat)
+        sums = jnp.einsum("rcgm,gmn->rcgn", counts[..., places] * within, gram[places])
+        chosen = counts[:, :, None] * own
+        sums, chosen = (x.reshape(len(counts), -1, len(gram)) for x in (sums, chosen))
+        return sums @ chosen.swapaxes(1, 2)
 
 
 def _cosines(
@@ -202,7 +205,7 @@ def calibrate(
     nulls = {kind: _null_draws(rng, permutations, kind, sizes) for kind in kinds}
     redrawn = _bootstrap_counts(rng, bootstraps, sizes)
     halves = _half_counts(rng, splits, sizes)
-    whole = np.ones((1, 1, sum(sizes)))
+    whole = np.ones((1, 1, sum(sizes)), np.float32)
 
     ends = np.cumsum(sizes)
 
@@ -221,9 +224,10 @@ def calibrate(
     found: dict[str, list[PairFigures]] = {kind: [] for kind in kinds}
     for x in layers:
         gram = gram_matrix(x)
+        sums = np.asarray(_inner_sums(gram, np.concatenate([whole, redrawn]), sizes=sizes))
         inner = {
-            "observed": np.asarray(_inner_sums(gram, whole, sizes=sizes)),
-            "redrawn": np.asarray(_inner_sums(gram, redrawn, sizes=sizes)),
+            "observed": sums[:1],
+            "redrawn": sums[1:],
             "halves": np.asarray(_inner_sums(gram, halves, sizes=sizes)),
         }
         for kind in kinds:

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
+from threadpoolctl import threadpool_limits
 
 from ema_jax.concepts.resampling import PairFigures
 
@@ -27,6 +28,8 @@ def principal_angles(
     return _angles(np.linalg.svd(bases[0] @ bases[1].T, compute_uv=False))
 
 
+# Thousands of small systems, as in `probes`.
+@threadpool_limits.wrap(limits=1, user_api="blas")
 def subspaces(
     layers: Iterable[Float[np.ndarray, "N d"]],
     sizes: Sequence[int],

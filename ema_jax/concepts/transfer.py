@@ -11,11 +11,9 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from ema_jax.concepts.resampling import PairFigures, gram_matrix
-
-_CHUNK = 16
 
 
 @partial(jax.jit, static_argnames="sizes")
@@ -26,35 +24,32 @@ def _aurocs(
 
     `order[r]` says which prompt takes each place; the first half of a group's places is one fold.
     """
-    starts = np.cumsum((0, *sizes))
+    group = np.repeat(np.arange(len(sizes)), sizes)
+    first = np.concatenate([np.arange(n) < n // 2 for n in sizes])
     D = len(sizes) - 1
-    folds = []
-    for flip in (False, True):
-        fit, held = [], []
-        for start, n in zip(starts, sizes, strict=False):
-            halves = [np.arange(start, start + n // 2), np.arange(start + n // 2, start + n)]
-            fit.append(halves[flip])
-            held.append(halves[not flip])
-        folds.append((fit, held))
+
+    def means(places: Bool[np.ndarray, "N"]) -> Float[np.ndarray, "G N"]:
+        """Each group's mean over some places, as weights of all of them."""
+        chosen = (group == np.arange(D + 1)[:, None]) & places
+        return chosen / chosen.sum(axis=1, keepdims=True)
+
+    fits = np.concatenate([(m := means(half))[:D] - m[D] for half in (first, ~first)])  # [2D, N]
 
     def one(places: Int[jax.Array, "N"]) -> Float[jax.Array, "D D"]:
-        def fold(fit: list[np.ndarray], held: list[np.ndarray]) -> Float[jax.Array, "D D"]:
-            weights = jnp.stack(
-                [jnp.zeros(gram.shape[0]).at[places[rows]].add(1 / len(rows)) for rows in fit]
-            )
-            scores = (weights[:D] - weights[D]) @ gram  # [D, N]
-            negative = scores[:, places[held[D]]]
-
-            def against(rows: np.ndarray) -> Float[jax.Array, "D"]:
-                difference = scores[:, places[rows], None] - negative[:, None]
-                return (jnp.sign(difference).mean(axis=(1, 2)) + 1) / 2
-
-            return jnp.stack([against(rows) for rows in held[:D]], axis=1)
-
-        return jnp.stack([fold(*each) for each in folds]).mean(axis=0)
+        probes = jnp.zeros((len(gram), 2 * D)).at[places].add(fits.T)
+        scores = (probes.T @ gram)[:, places]
+        found = jnp.zeros((D, D))
+        for each, held in zip(jnp.split(scores, 2), (~first, first), strict=True):
+            positive = each[:, None, held & (group < D)]
+            negative = each[:, held & (group == D), None]
+            # Counted in whole numbers, which compilers sum side by side as they may not floats.
+            above = (positive > negative).astype(jnp.int32) + (positive >= negative)
+            share = above.sum(axis=1) / (2 * negative.shape[1])
+            found += share @ means(held)[:D, held & (group < D)].T / 2
+        return found
 
     with jax.default_matmul_precision("highest"):
-        return jax.lax.map(one, order, batch_size=min(_CHUNK, len(order)))
+        return jax.lax.map(one, order)
 
 
 def probe_transfer(
@@ -86,13 +81,11 @@ def probe_transfer(
     shuffled = rng.permuted(np.tile(np.arange(sum(sizes)), (permutations, 1)), axis=1)
     halves = _within(rng, splits, sizes)
     redrawn = _redrawn(rng, _within(rng, bootstraps, sizes), sizes)
+    order = np.concatenate([halves, shuffled, redrawn]).astype(np.int32)
     found = []
     for x in layers:
-        gram = gram_matrix(x)
-        split, null, again = (
-            np.asarray(_aurocs(gram, order.astype(np.int32), sizes=sizes), np.float64)
-            for order in (halves, shuffled, redrawn)
-        )
+        drawn = np.asarray(_aurocs(gram_matrix(x), order, sizes=sizes), np.float64)
+        split, null, again = np.split(drawn, [splits, splits + permutations])
         mean = split.mean(axis=0)
         ceiling = np.sqrt(np.outer(np.diag(mean), np.diag(mean)))
         observed, null, again = (_symmetric(each) for each in (mean, null, again))
