@@ -139,8 +139,9 @@ class _Slots(NamedTuple):
 
     def shardings(self, mesh: Mesh) -> "_Slots":
         """Large parts over the mesh, small ones on every device, so that any process reads them."""
-        wide, rows = cache_sharding(self.cache.keys.shape[2], mesh), batch_sharding(mesh)
+        keys, rows = self.cache.keys, batch_sharding(mesh)
         everywhere = jax.tree.map(lambda _: NamedSharding(mesh, P()), self)
+        wide = (cache_sharding(keys[0].shape[1], mesh),) * len(keys)
         cache = everywhere.cache._replace(keys=wide, values=wide, positions=rows)
         return everywhere._replace(cache=cache, seen=None if self.seen is None else rows)
 
@@ -158,14 +159,14 @@ _empty = jax.jit(
 
 def _choose(
     model: Decoder,
-    hidden: Float[Array, "B T D"],
+    hidden: Float[Array, "B D"],
     seen: Bool[Array, "B V"] | None,
     draws: UInt32[Array, "B 2"],
     length: Int[Array, "B"],
     sampling: Sampling,
 ) -> Int[Array, "B"]:
     """The next token of every row."""
-    logits = model.logits(hidden[:, -1])
+    logits = model.logits(hidden)
     if seen is not None:
         logits = penalise(logits, seen, sampling.repetition_penalty)
     if sampling.temperature:
@@ -200,20 +201,19 @@ def _fill(
 ) -> _Slots:
     """Runs prompts through the model, chooses their first tokens and puts them into `rows`."""
     model = nnx.merge(graph, state)
-    batch, length = tokens.shape
-    cache = KVCache.empty(model.config, batch, length, slots.cache.keys.dtype)
-    out = model(tokens, mask, cache=cache)
+    out = model(tokens, mask, keep=True)
+    batch = tokens.shape[0]
     everywhere = jnp.arange(batch)
     seen = None
     if slots.seen is not None:
         seen = jnp.zeros((batch, slots.seen.shape[1]), bool)
         seen = seen.at[everywhere[:, None], tokens].max(mask)
-    first = _choose(model, out.hidden, seen, draws, jnp.zeros_like(rows), sampling)
+    first = _choose(model, out.hidden[:, -1], seen, draws, jnp.zeros_like(rows), sampling)
     if slots.seen is not None and seen is not None:
         seen = slots.seen.at[rows].set(seen.at[everywhere, first].set(True), mode="drop")
     live = ~jnp.isin(first, eos_ids) & (slots.output.shape[1] > 1)
     return _Slots(
-        slots.cache.insert(out.cache, rows),
+        slots.cache.insert(rows, *out.kept, mask),
         slots.last.at[rows].set(first, mode="drop"),
         slots.live.at[rows].set(live, mode="drop"),
         slots.length.at[rows].set(1, mode="drop"),
@@ -236,6 +236,7 @@ def _advance(
 ) -> _Slots:
     """Decodes until at most `few` rows are live."""
     model = nnx.merge(graph, state)
+    layers = model.layers()
     rows, cap = slots.output.shape
     everywhere = jnp.arange(rows)
 
@@ -246,14 +247,14 @@ def _advance(
 
     def step(carry: tuple[_Slots, Int[Array, ""]]) -> tuple[_Slots, Int[Array, ""]]:
         s, steps = carry
-        out = model(s.last[:, None], jnp.ones((rows, 1), bool), cache=s.cache)
-        token = _choose(model, out.hidden, s.seen, s.draws, s.length, sampling)
+        hidden, cache = model.advance(s.last, s.cache, layers)
+        token = _choose(model, hidden, s.seen, s.draws, s.length, sampling)
         # What a row that has ended chooses is written nowhere.
         output = s.output.at[everywhere, jnp.where(s.live, s.length, cap)].set(token, mode="drop")
         length = s.length + s.live
         live = s.live & ~jnp.isin(token, eos_ids) & (length < cap)
         seen = None if s.seen is None else s.seen.at[everywhere, token].set(True)
-        after = _Slots(out.cache, token, live, length, s.draws, seen, output).on(mesh)
+        after = _Slots(cache, token, live, length, s.draws, seen, output).on(mesh)
         return after, steps + 1
 
     return jax.lax.while_loop(unfinished, step, (slots, jnp.int32(0)))[0]
@@ -262,10 +263,8 @@ def _advance(
 @functools.partial(jax.jit, static_argnames="mesh")
 def _narrow(slots: _Slots, rows: Int[Array, "F"], *, mesh: Mesh) -> _Slots:
     """Some of the rows, which go on by themselves."""
-    cache = slots.cache
-    few = KVCache(cache.keys[:, rows], cache.values[:, rows], cache.positions[rows], cache.next)
-    rest = [None if x is None else x[rows] for x in slots[1:]]
-    return _Slots(few, *rest).on(mesh)  # type: ignore[arg-type]
+    few = jax.tree.map(lambda x: x[rows] if x.ndim else x, slots)
+    return few.on(mesh)
 
 
 def generate(

@@ -50,20 +50,18 @@ def attend(
 
 
 def attend_cached(
-    query: Float[Array, "B T N H"],
+    query: Float[Array, "B 1 N H"],
     keys: Float[Array, "B K H S"],
     values: Float[Array, "B K S H"],
-    mask: Bool[Array, "B 1 T S"],
-) -> Float[Array, "B T N H"]:
-    """`attend` over keys and values in the layout of a cache.
+    mask: Bool[Array, "B 1 1 S"],
+) -> Float[Array, "B 1 N H"]:
+    """`attend` of one query a row, over keys and values in the layout of a cache.
 
-    In it every product of a decoding step is one of plain matrices: on a CPU that is ten times as
-    fast as the layout of `attend`, where keys and values are transposed anew at every step.
+    In it both products are plain ones of matrices in row-major order, which a CPU multiplies
+    without transposing keys and values anew at every step.
     """
-    batch, length, heads, size = query.shape
-    grouped = query.reshape(batch, length, keys.shape[1], -1, size)
-    scores = jnp.einsum("btkgh,bkhs->bkgts", grouped, keys, preferred_element_type=jnp.float32)
-    scores = jnp.where(mask[:, :, None], scores * size**-0.5, jnp.finfo(jnp.float32).min)
+    grouped = query.reshape(*keys.shape[:2], -1, query.shape[-1])  # [B, K, N/K, H]
+    scores = jnp.matmul(grouped, keys, preferred_element_type=jnp.float32)
+    scores = jnp.where(mask, scores * query.shape[-1] ** -0.5, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
-    mixed = jnp.einsum("bkgts,bksh->btkgh", weights, values)
-    return mixed.reshape(batch, length, heads, size)
+    return jnp.matmul(weights, values).reshape(query.shape)

@@ -6,7 +6,7 @@ activations. Layer convention (DESIGN): index 0 = embeddings, l = residual enter
 L = after the last block and before the final norm.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -80,38 +80,55 @@ class KVCache(NamedTuple):
     slot may be written again once what it holds is no longer wanted.
     """
 
-    keys: Float[Array, "L B K H S"]
-    values: Float[Array, "L B K S H"]
+    keys: tuple[Float[Array, "B K H S"], ...]  # of every layer
+    values: tuple[Float[Array, "B K S H"], ...]
     positions: Int[Array, "B S"]  # in the row's sequence; below zero: no token
     next: Int[Array, ""]  # the slot written next
 
     @classmethod
     def empty(cls, config: DecoderConfig, batch: int, slots: int, dtype: Any) -> "KVCache":
         """A cache with room for `slots` tokens a row."""
-        heads = (config.num_layers, batch, config.num_kv_heads)
+        heads, layers = (batch, config.num_kv_heads), range(config.num_layers)
         return cls(
-            jnp.zeros((*heads, config.head_dim, slots), dtype),
-            jnp.zeros((*heads, slots, config.head_dim), dtype),
+            tuple(jnp.zeros((*heads, config.head_dim, slots), dtype) for _ in layers),
+            tuple(jnp.zeros((*heads, slots, config.head_dim), dtype) for _ in layers),
             jnp.full((batch, slots), -1, jnp.int32),
             jnp.zeros((), jnp.int32),
         )
 
-    def insert(self, other: "KVCache", rows: Int[Array, "F"]) -> "KVCache":
-        """Puts the rows of a full cache in place of `rows`, as if they had just been written.
+    def insert(
+        self,
+        rows: Int[Array, "F"],
+        keys: Float[Array, "L F T K H"],
+        values: Float[Array, "L F T K H"],
+        mask: Bool[Array, "F T"],
+    ) -> "KVCache":
+        """Puts what a forward pass kept in place of `rows`, as if it had just been written.
 
         A row that is not there (its index is past the last) is left out.
         """
-        slots, length = self.positions.shape[1], other.positions.shape[1]
+        slots, length = self.positions.shape[1], mask.shape[1]
 
         def placed(x: Array, axis: int, empty: int) -> Array:
             pads = [(0, slots - length) if i == axis else (0, 0) for i in range(x.ndim)]
             padded = jnp.pad(x, pads, constant_values=empty)
             return jnp.roll(padded, self.next - length, axis)
 
+        # Which of the new rows each row takes. Choosing by it is one pass over the cache, little
+        # beside the forward pass; a scatter into every layer would take longer to compile.
+        source = jnp.full(self.positions.shape[0], -1)
+        source = source.at[rows].set(jnp.arange(rows.shape[0]), mode="drop")
+
+        def put(into: tuple[Array, ...], x: Array) -> tuple[Array, ...]:
+            hit = jnp.expand_dims(source >= 0, tuple(range(1, into[0].ndim)))
+            pairs = zip(into, x, strict=True)
+            return tuple(jnp.where(hit, new[source], layer) for layer, new in pairs)
+
+        positions = placed(jnp.where(mask, jnp.cumsum(mask, axis=1) - 1, -1), 1, -1)
         return KVCache(
-            self.keys.at[:, rows].set(placed(other.keys, 4, 0), mode="drop"),
-            self.values.at[:, rows].set(placed(other.values, 3, 0), mode="drop"),
-            self.positions.at[rows].set(placed(other.positions, 1, -1), mode="drop"),
+            put(self.keys, placed(keys.transpose(0, 1, 3, 4, 2), 4, 0)),
+            put(self.values, placed(values.transpose(0, 1, 3, 2, 4), 3, 0)),
+            *put((self.positions,), positions[None]),
             self.next,
         )
 
@@ -121,8 +138,8 @@ class Output(NamedTuple):
 
     hidden: Float[Array, "B T D"]  # after the final norm: what the head reads
     taps: Any  # what `tap` made of the residual stream, stacked `[L + 1, …]`; None without one
-    cache: KVCache | None
-    branches: Any = None  # the same of what attention and MLP add: a pair, stacked `[L, …]`
+    branches: Any  # the same of what attention and MLP add: a pair, stacked `[L, …]`
+    kept: Any  # keys and values `[L, B, T, K, H]` for a cache; None unless asked for
 
 
 class Block(nnx.Module):
@@ -202,7 +219,7 @@ class Decoder(nnx.Module):
         tokens: Int[Array, "B T"],
         mask: Bool[Array, "B T"],
         *,
-        cache: KVCache | None = None,
+        keep: bool = False,
         tap: Callable[[Float[Array, "B T D"]], Any] | None = None,
         tap_branches: bool = False,
         remat: bool | str = False,
@@ -212,8 +229,7 @@ class Decoder(nnx.Module):
         Args:
             tokens: ids; anything at padded places.
             mask: true at real tokens. Padding may be on the left or on the right.
-            cache: continue after what it holds; returned with these tokens added. They must fit
-                between its next slot and its last: one token at a time always does.
+            keep: also return every layer's keys and values, for a cache.
             tap: applied to the residual stream entering each block and to the one leaving the
                 last; its results come back stacked over `L + 1`.
             tap_branches: apply it to what attention and MLP add to the stream, too.
@@ -221,56 +237,77 @@ class Decoder(nnx.Module):
                 "dots" keeps the products with weights.
         """
         c = self.config
-        before = 0 if cache is None else jnp.max(cache.positions, axis=1, keepdims=True) + 1
-        positions = jnp.maximum(before + jnp.cumsum(mask, axis=1) - 1, 0)
+        positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
         key_positions = jnp.where(mask, positions, -1)
-        if cache is not None:
-            key_positions = jax.lax.dynamic_update_slice(
-                cache.positions, key_positions, (0, cache.next)
-            )
         cos, sin = self._rotary(positions)
         windowed = any(window is not None for window in c.windows)
         shared = None if windowed else causal_mask(positions, key_positions, None)
 
-        def step(carry: tuple, layer: tuple) -> tuple[tuple, Any]:
-            x, keys, values = carry
-            block, index, window, change = layer
+        def step(x: Float[Array, "B T D"], layer: tuple) -> tuple[Float[Array, "B T D"], tuple]:
+            block, window, change = layer
             x = x if change is None else change(x)
             tapped = None if tap is None else tap(x)
             query, key, value = block.queries_keys_values(x, cos, sin)
             visible = causal_mask(positions, key_positions, window) if shared is None else shared
-            if cache is None:
-                mixed = attend(query, key, value, visible)
-            else:
-                # The cache rides in the carry and is written in place: as scan inputs and outputs
-                # it would be copied whole at every step.
-                key, value = key.transpose(0, 2, 3, 1), value.transpose(0, 2, 1, 3)
-                keys = jax.lax.dynamic_update_slice(keys, key[None], (index, 0, 0, 0, cache.next))
-                place = (index, 0, 0, cache.next, 0)
-                values = jax.lax.dynamic_update_slice(values, value[None], place)
-                mixed = attend_cached(query, keys[index], values[index], visible)
-            x, *added = block.add_branches(x, mixed)
+            x, *added = block.add_branches(x, attend(query, key, value, visible))
             branches = None if tap is None or not tap_branches else tuple(map(tap, added))
-            return (x, keys, values), (tapped, branches)
+            return x, (tapped, branches, (key, value) if keep else None)
 
         x = self.embed[...][tokens]
         # Without an intervention these are empty trees, which cost nothing.
         inner = jax.tree.map(lambda leaf: leaf[:-1], self.edit)
         last = jax.tree.map(lambda leaf: leaf[-1], self.edit)
-        layers = (self.blocks, jnp.arange(c.num_layers), self._windows(), inner)
-        carry = (x, None, None) if cache is None else (x, cache.keys, cache.values)
         policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
         body = jax.checkpoint(step, policy=policy if remat == "dots" else None) if remat else step
-        (x, keys, values), (taps, branches) = jax.lax.scan(body, carry, layers)
+        layers = (self.blocks, self._windows(), inner)
+        x, (taps, branches, kept) = jax.lax.scan(body, x, layers)
         x = x if last is None else last(x)
         if tap is not None:
             taps = jax.tree.map(
                 lambda inside, last: jnp.concatenate([inside, last[None]]), taps, tap(x)
             )
-        if cache is not None and keys is not None and values is not None:
-            after = (cache.next + tokens.shape[1]) % cache.positions.shape[1]
-            cache = KVCache(keys, values, key_positions, after)
-        return Output(self.final_norm(x), taps, cache, branches)
+        return Output(self.final_norm(x), taps, branches, kept)
+
+    def layers(self) -> list[tuple[Block, Callable[[Array], Array] | None]]:
+        """The blocks and edits, each by itself.
+
+        Within a program that is a second copy of the blocks' weights for as long as it runs, which
+        matters where they fill more than about half of the devices' memory (14 GB at 7B, bfloat16).
+        """
+        stacks = (self.blocks, self.edit)
+        return [
+            jax.tree.map(lambda leaf, i=i: leaf[i], stacks) for i in range(self.config.num_layers)
+        ]
+
+    def advance(
+        self,
+        tokens: Int[Array, "B"],
+        cache: KVCache,
+        layers: Sequence[tuple[Block, Callable[[Array], Array] | None]],
+    ) -> tuple[Float[Array, "B D"], KVCache]:
+        """One more token a row: what the head reads there, and the cache with it added.
+
+        The layers are written out, and taken apart (`layers`) before the loop over tokens: a scan
+        copies each one's weights and cache out of their stacks at every step, which for a single
+        token takes as long as the products do.
+        """
+        positions = jnp.max(cache.positions, axis=1, keepdims=True) + 1
+        seen = jax.lax.dynamic_update_slice(cache.positions, positions, (0, cache.next))
+        cos, sin = self._rotary(positions)
+        x = self.embed[...][tokens[:, None]]
+        keys, values = list(cache.keys), list(cache.values)
+        for i, (block, change) in enumerate(layers):
+            x = x if change is None else change(x)
+            query, key, value = block.queries_keys_values(x, cos, sin)
+            key, value = key.transpose(0, 2, 3, 1), value.transpose(0, 2, 1, 3)
+            keys[i] = jax.lax.dynamic_update_slice_in_dim(keys[i], key, cache.next, 3)
+            values[i] = jax.lax.dynamic_update_slice_in_dim(values[i], value, cache.next, 2)
+            visible = causal_mask(positions, seen, self.config.windows[i])
+            x, *_ = block.add_branches(x, attend_cached(query, keys[i], values[i], visible))
+        last = jax.tree.map(lambda leaf: leaf[-1], self.edit)
+        x = x if last is None else last(x)
+        after = (cache.next + 1) % seen.shape[1]
+        return self.final_norm(x[:, 0]), KVCache(tuple(keys), tuple(values), seen, after)
 
     def run_blocks(
         self,

@@ -99,9 +99,9 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def cache_sharding(num_kv_heads: int, mesh: Mesh) -> NamedSharding:
-    """Keys and values `[L, B, K, …]`: rows as in a batch, heads over the tensor axis."""
+    """Keys and values `[B, K, …]`: rows as in a batch, heads over the tensor axis."""
     split = num_kv_heads % mesh.shape["tensor"] == 0
-    return NamedSharding(mesh, P(None, *BATCH, "tensor" if split else None))
+    return NamedSharding(mesh, P(*BATCH, "tensor" if split else None))
 
 
 def product(
