@@ -111,7 +111,7 @@ def _print_plan(
 def summarise(root: Path, cells: Mapping[str, StudyConfig]) -> dict[str, Any]:
     """`replication.json`: a row per cell and arm, and what R1 to R5 and validity come to."""
     described, rows = [], []
-    scored: dict[str, list[tuple[Drops, list[Drops]]]] = {"pooled": [], "lexical": []}
+    scored: dict[str, list[tuple[Mapping[str, float], list[Drops]]]] = {"pooled": [], "lexical": []}
     for name, cell in cells.items():
         results = artifacts.read_json(root / "cells" / name / "results.json")
         drops = _drops(results, plain_arm(cell))
@@ -157,7 +157,7 @@ def _drops(results: Mapping[str, Any], arm: str | None) -> dict[str, Drops]:
 def _mean(runs: Sequence[Drops]) -> Drops:
     """Over the seeds; unknown where it is in one of them."""
     columns = {d: [run[d] for run in runs] for d in (runs[0] if runs else {})}
-    return {d: None if None in x else float(np.mean(x)) for d, x in columns.items()}
+    return {d: None if None in x else float(np.mean(np.array(x))) for d, x in columns.items()}
 
 
 def _row(name: str, config: StudyConfig, results: Mapping[str, Any], arm: str) -> dict[str, Any]:

@@ -202,6 +202,7 @@ def _fill(
     """Runs prompts through the model, chooses their first tokens and puts them into `rows`."""
     model = nnx.merge(graph, state)
     out = model(tokens, mask, keep=True)
+    keys, values = out.kept
     batch = tokens.shape[0]
     everywhere = jnp.arange(batch)
     seen = None
@@ -213,7 +214,7 @@ def _fill(
         seen = slots.seen.at[rows].set(seen.at[everywhere, first].set(True), mode="drop")
     live = ~jnp.isin(first, eos_ids) & (slots.output.shape[1] > 1)
     return _Slots(
-        slots.cache.insert(rows, *out.kept, mask),
+        slots.cache.insert(rows, keys, values, mask),
         slots.last.at[rows].set(first, mode="drop"),
         slots.live.at[rows].set(live, mode="drop"),
         slots.length.at[rows].set(1, mode="drop"),

@@ -23,7 +23,7 @@ def rotate(
 
 
 def causal_mask(
-    queries: Int[Array, "B T"], keys: Int[Array, "B S"], window: Int[Array, ""] | None
+    queries: Int[Array, "B T"], keys: Int[Array, "B S"], window: Int[Array, ""] | int | None
 ) -> Bool[Array, "B 1 T S"]:
     """Which keys each query sees: real ones, not after it, and within the window.
 

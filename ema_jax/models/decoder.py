@@ -125,10 +125,11 @@ class KVCache(NamedTuple):
             return tuple(jnp.where(hit, new[source], layer) for layer, new in pairs)
 
         positions = placed(jnp.where(mask, jnp.cumsum(mask, axis=1) - 1, -1), 1, -1)
+        (merged,) = put((self.positions,), positions[None])
         return KVCache(
             put(self.keys, placed(keys.transpose(0, 1, 3, 4, 2), 4, 0)),
             put(self.values, placed(values.transpose(0, 1, 3, 2, 4), 3, 0)),
-            *put((self.positions,), positions[None]),
+            merged,
             self.next,
         )
 

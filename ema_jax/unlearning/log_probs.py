@@ -67,22 +67,17 @@ def _backward(saved: tuple, cotangent: Float[Array, "B T"]) -> tuple:
     cotangent = jnp.where(wanted, cotangent, 0.0)
 
     def chunk(
-        h: Float[Array, "B C D"],
-        target: Int[Array, "B C"],
-        weight: Float[Array, "B C"],
-        total: Float[Array, "D V"],
-    ) -> Float[Array, "D V"]:
+        total: Float[Array, "D V"], start: Int[Array, ""]
+    ) -> tuple[Float[Array, "D V"], None]:
+        h, target, weight = pieces(start)
         residue = _residue(*_logits(head, h, target)) * weight[..., None]
-        return total + jnp.einsum(
+        added = jnp.einsum(
             "bcd,bcv->dv", h, residue.astype(h.dtype), preferred_element_type=jnp.float32
         )
+        return total + added, None
 
     starts, _, pieces = _chunks(head.shape[1], hidden, targets, cotangent)
-    of_head, _ = jax.lax.scan(
-        lambda total, start: (chunk(*pieces(start), total), None),
-        jnp.zeros(head.shape, jnp.float32),
-        starts,
-    )
+    of_head, _ = jax.lax.scan(chunk, jnp.zeros(head.shape, jnp.float32), starts)
     of_hidden = (cotangent[..., None] * slopes).astype(hidden.dtype)
     return of_head.astype(head.dtype), of_hidden, None, None
 
