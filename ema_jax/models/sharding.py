@@ -123,25 +123,12 @@ def product(
 
 def _rows_over(x: Float[Array, "B ..."], axes: Any) -> Float[Array, "B ..."]:
     """Inside a program on a mesh: says over which of its axes the rows are split, if any."""
-    mesh = _mesh_of(x)
-    if mesh is None:
+    mesh = jax.typeof(x).sharding.mesh
+    traced = isinstance(x, jax.core.Tracer)
+    if mesh.axis_names != AXES or not traced or x.shape[0] % batch_multiple(mesh):
         return x
     spec = P(axes, *(P.UNCONSTRAINED,) * (x.ndim - 1))
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
-
-
-def row_splits(x: Float[Array, "B ..."]) -> int:
-    """Over how many devices the rows of a batch are split, inside a program on a mesh; or 1."""
-    mesh = _mesh_of(x)
-    return 1 if mesh is None else batch_multiple(mesh)
-
-
-def _mesh_of(x: Float[Array, "B ..."]) -> Mesh | AbstractMesh | None:
-    """The mesh of the program being traced, if it is one of ours and divides the rows."""
-    mesh = jax.typeof(x).sharding.mesh
-    if mesh.axis_names != AXES or not isinstance(x, jax.core.Tracer):
-        return None
-    return None if x.shape[0] % batch_multiple(mesh) else mesh
 
 
 def batch_multiple(mesh: Mesh | AbstractMesh) -> int:

@@ -95,7 +95,7 @@ def _step(
     batch: Batch,
 ) -> tuple[nnx.State, optax.OptState, jax.Array]:
     def loss_of(state: nnx.State) -> jax.Array:
-        log_probs = token_log_probs(nnx.merge(graph, state), *batch)
+        log_probs = token_log_probs(nnx.merge(graph, state), batch.tokens, batch.mask)
         return cross_entropy(log_probs, batch.response)
 
     loss, gradients = jax.value_and_grad(loss_of)(state)

@@ -141,9 +141,9 @@ class Pass:
     config: UnlearnConfig
 
     def token_log_probs(self, batch: Batch) -> Float[Array, "B T-1"]:
-        """Of the response tokens under the model being trained; 0 at the others."""
+        """Of every token under the model being trained."""
         remat = self.config.recompute
-        return token_log_probs(self.model, batch.tokens, batch.mask, batch.response, remat=remat)
+        return token_log_probs(self.model, batch.tokens, batch.mask, remat=remat)
 
     def scores(
         self, batch: Batch, reference: Float[Array, "B"]

@@ -194,13 +194,13 @@ def train_step(
 
 @functools.partial(jax.jit, static_argnames=("graph",))
 def _token_log_probs(graph: nnx.GraphDef, state: nnx.State, batch: Batch) -> Float[Array, "B T-1"]:
-    return token_log_probs(nnx.merge(graph, state), *batch)
+    return token_log_probs(nnx.merge(graph, state), batch.tokens, batch.mask)
 
 
 @functools.partial(jax.jit, static_argnames=("graph",))
 def _sequence_log_probs(graph: nnx.GraphDef, state: nnx.State, batch: Batch) -> Float[Array, "B"]:
     model = nnx.merge(graph, state)
-    log_probs = token_log_probs(model, *batch)
+    log_probs = token_log_probs(model, batch.tokens, batch.mask)
     return sequence_log_probs(log_probs, batch.response)
 
 
