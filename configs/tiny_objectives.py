@@ -1,7 +1,8 @@
 """Every objective on the embedded Qwen2 model, Cybersecurity, with the same retain data.
 
-Each arm trains until the target's dev refusal is at most 8 %, or to its step limit: what else changed
-compares only where the target's refusal matches. `ablation` is the baseline without training.
+Each arm trains until the target's dev refusal is at most 8 %, or to its step limit: what else
+changed compares only where the target's refusal matches. `ablation` is the baseline without
+training.
 
 python -m ema_jax.main --config=configs/tiny_objectives.py --workdir=runs/tiny_objectives
 """
