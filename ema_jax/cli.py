@@ -64,7 +64,7 @@ def define_config_flag(meaning: str) -> None:
     config_flags.DEFINE_config_file("config", None, meaning)
 
 
-def config() -> "StudyConfig":
+def read_config() -> "StudyConfig":
     """What `--config` describes.
 
     Raises:

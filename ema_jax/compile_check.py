@@ -31,7 +31,7 @@ def main(argv: Sequence[str]) -> None:
     unknown = [name for name in values.programs if name not in ("train", "capture", "decode")]
     if unknown or not values.programs:
         raise UserError(f"--programs: {unknown or 'none'}; choose of train, capture, decode")
-    study, where = cli.config(), topology.find(values.topology)
+    study, where = cli.read_config(), topology.find(values.topology)
     if values.sweep:
         print(check.table(check.sweep(study, where, values.prompt_tokens)))
     else:

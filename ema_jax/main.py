@@ -23,7 +23,7 @@ def main(argv: Sequence[str]) -> None:
     from ema_jax import distributed, replication
 
     values = flags.FLAGS
-    study = cli.config()
+    study = cli.read_config()
     if not values.dry_run:
         distributed.initialise(study.heartbeat_seconds)
         cli.keep_compiled_programs()

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float
@@ -65,9 +64,7 @@ def _load(folder: Path, dtype: str | None, mesh: Mesh) -> Decoder:
     key = (folder, dtype, mesh)
     if key not in _loaded:
         _loaded.clear()  # first, so that two models are never in memory
-        _loaded[key] = checkpoint.load(
-            folder, mesh=mesh, dtype=None if dtype is None else jnp.dtype(dtype)
-        )
+        _loaded[key] = checkpoint.load(folder, mesh=mesh, dtype=dtype)
     return _loaded[key]
 
 
@@ -106,10 +103,7 @@ class Subject:
         """What an arm left in a folder: adapters on the base, or a whole checkpoint."""
         if (folder / lora.ADAPTER_CONFIG).exists():
             return lora.load_peft(self.base, folder)
-        dtype = self._config.model.dtype
-        return checkpoint.load(
-            folder, mesh=self.mesh, dtype=None if dtype is None else jnp.dtype(dtype)
-        )
+        return checkpoint.load(folder, mesh=self.mesh, dtype=self._config.model.dtype)
 
     def ask(
         self,

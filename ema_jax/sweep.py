@@ -30,7 +30,7 @@ def main(argv: Sequence[str]) -> None:
     from ema_jax.sweeps.work import Sweep
 
     values = flags.FLAGS
-    sweep = Sweep(cli.config(), values.workdir, download=not values.dry_run)
+    sweep = Sweep(cli.read_config(), values.workdir, download=not values.dry_run)
     if values.cell is not None and values.cell >= len(sweep.cells):
         raise UserError(f"--cell: {values.cell}: there are {len(sweep.cells)}, counted from 0")
     if values.dry_run:

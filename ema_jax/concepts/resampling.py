@@ -111,12 +111,12 @@ def _inner_sums(
     gram: Float[jax.Array, "N N"], counts: Float[jax.Array, "R C N"], *, sizes: tuple[int, ...]
 ) -> Float[jax.Array, "R CG CG"]:
     """Inner products of the sums over each of G groups, in each of C sets of counts."""
-    ends, G = np.cumsum(sizes), np.arange(len(sizes))[:, None]
+    ends, groups = np.cumsum(sizes), np.arange(len(sizes))
     # Each group's rows side by side, filled up to the largest: one product in place of one a group,
     # which take seconds to compile.
     within = np.arange(max(sizes)) < np.array(sizes)[:, None]
     places = np.where(within, np.arange(max(sizes)) + (ends - sizes)[:, None], 0)
-    own = np.repeat(G[:, 0], sizes) == G
+    own = np.repeat(groups, sizes) == groups[:, None]
     with jax.default_matmul_precision("highest"):
         sums = jnp.einsum("rcgm,gmn->rcgn", counts[..., places] * within, gram[places])
         chosen = counts[:, :, None] * own

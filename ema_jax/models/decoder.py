@@ -3,7 +3,8 @@
 The scan's outputs are the capture: whatever `tap` makes of the residual stream that enters each
 block comes out of the ordinary forward pass, stacked over layers, with no hooks and no cache of
 activations. Layer convention (DESIGN): index 0 = embeddings, l = residual entering block l,
-L = after the last block and before the final norm.
+L = after the last block and before the final norm. Only decoding, a token at a time, writes the
+layers out (`advance`).
 """
 
 from collections.abc import Callable, Sequence
