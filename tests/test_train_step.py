@@ -17,7 +17,7 @@ from ema_jax.data.chat import TokenExample
 from ema_jax.errors import UserError
 from ema_jax.models import checkpoint, lora
 from ema_jax.models.sharding import make_mesh, place_batch, validate
-from ema_jax.unlearning import log_probs, steps
+from ema_jax.unlearning import log_probs, steps, trainer
 from ema_jax.unlearning.batches import Data, batch_indices, size_of
 from ema_jax.unlearning.optimizers import optimizer, schedule
 from ema_jax.unlearning.settings import UnlearnConfig
@@ -99,6 +99,51 @@ def test_the_step_on_a_mesh(folder, alone, shape, capfd):
         assert numbers[:2] not in ([rows, length], [rows, length - 1]), sizes
     for ours, theirs in zip(*map(jax.tree.leaves, (moved_by(program, takes), alone)), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)])
+def test_lengths_are_compiled_once_and_the_state_is_donated(folder, shape, monkeypatch):
+    """In the loop itself: what a step gives back lies as what it took.
+
+    (A jitted function's own count is of calls that looked different, which compiled anew or not.)
+    """
+    mesh = make_mesh(shape)
+    base = checkpoint.load(folder, mesh=mesh)
+    few = lora.LoRAConfig(rank=2, targets=("q_proj", "o_proj"))
+    config = dataclasses.replace(CONFIG, lora=few, retain_objective="ce", remat=False, max_steps=6)
+    forget = [*random_examples(16, 1), TokenExample((1,) * 60, (2,) * 10)]
+    lengths, compiled, kept = [], [], []
+
+    def watched(*args):
+        given = jax.tree.leaves((args[4], args[7]))
+        out = steps.train_step(*args)
+        lengths.append((args[8].batch.tokens.shape, args[9].batch.tokens.shape))
+        kept.extend(x.shape for x in given if not x.is_deleted())
+        return out
+
+    def count(event: str, seconds: float, **about) -> None:
+        if event.endswith("backend_compile_duration"):
+            compiled.append(about["fun_name"])
+
+    monkeypatch.setattr(trainer, "train_step", watched)
+    jax.monitoring.register_event_duration_secs_listener(count)
+    try:
+        trainer.unlearn(
+            base,
+            forget,
+            RETAIN,
+            np.full(len(forget), -9.0, np.float32),
+            config,
+            seed=0,
+            target="t",
+            evaluate=lambda model: trainer.Evaluation({"t": 1.0}, 0.0),
+            mesh=mesh,
+        )
+    finally:
+        jax.monitoring.unregister_event_duration_listener(count)
+    assert len(lengths) == 6
+    assert compiled.count("jit(train_step)") == len(set(lengths)) == 2, compiled
+    assert not kept
 
 
 @pytest.mark.parametrize(

@@ -102,12 +102,13 @@ def cross_entropy(
 def square_distance(
     ours: Float[Array, "B T D"], theirs: Float[Array, "... D"]
 ) -> Float[Array, "B T-1"]:
-    """Mean over features of (ours − theirs)², where a token is about to be predicted, float32.
+    """Mean over features of (ours − theirs)², where a token is about to be predicted.
 
     The distance of RMU's two terms (arXiv 2403.03218, eq. 1 and 2) and of open-unlearning's
-    EMBED_DIFF. Place t holds the state that predicts token t + 1.
+    EMBED_DIFF. Place t holds the state that predicts token t + 1. In float32 at least.
     """
-    difference = ours.astype(jnp.float32) - theirs.astype(jnp.float32)
+    wide = jnp.promote_types(ours.dtype, jnp.float32)
+    difference = ours.astype(wide) - theirs.astype(wide)
     return jnp.mean(jnp.square(difference), axis=-1)[:, :-1]
 
 
@@ -210,7 +211,8 @@ def _rmu(run: Pass, forget: ForgetBatch) -> tuple[Scalar, Metrics]:
     every seed. Its retain side is `l2`.
     """
     hidden = run.residuals(forget.batch)
-    u = jax.random.uniform(jax.random.key(0), hidden.shape[-1:])
+    u = jax.random.uniform(jax.random.key(0), hidden.shape[-1:], jnp.float32)
+    u = u.astype(jnp.promote_types(hidden.dtype, jnp.float32))
     distances = square_distance(hidden, run.config.steering * u / jnp.linalg.norm(u))
     return token_mean(distances, forget.batch.response, forget.total), {}
 
