@@ -28,7 +28,6 @@ from ema_jax.models.sharding import make_mesh, place_batch
 from ema_jax.organism import CHECKPOINTS, corpus
 from ema_jax.unlearning import steps
 from ema_jax.unlearning.batches import Data
-from ema_jax.unlearning.optimizers import optimizer
 from ema_jax.unlearning.settings import UnlearnConfig
 from ema_jax.unlearning.together import Member, unlearn_together
 from ema_jax.unlearning.trainer import Evaluation, reference_log_probs, unlearn
@@ -97,9 +96,9 @@ def ours(folder: Path, config: UnlearnConfig) -> Callable[[], float]:
     base, mesh = checkpoint.load(folder), make_mesh()
     forget, retain = examples(1), examples(2)
     data = Data(forget, reference_log_probs(base, forget, ROWS), retain, forget)
-    trainee, rule = steps.split(base, config, 0), optimizer(config)
+    trainee = steps.split(base, config, 0)
     state: list[Any] = [steps.trainable_part(trainee, config, mesh)]
-    state.append(steps.init_moments(rule, state[0], mesh))
+    state.append(steps.init_moments(config, state[0], mesh))
     count = iter(range(10_000))
 
     def step() -> float:
@@ -107,9 +106,9 @@ def ours(folder: Path, config: UnlearnConfig) -> Callable[[], float]:
         batch = place_batch(data.host_batch(config, 0, i), mesh)
         state[0], state[1], metrics = steps.train_step(
             trainee.graph,
-            rule,
-            config,
+            config.program,
             mesh,
+            config.numbers,
             state[0],
             trainee.whole,
             trainee.frozen,

@@ -20,7 +20,11 @@ from ema_jax.unlearning.objectives import FORGET, RETAIN, ForgetBatch, Pass, Ret
 from ema_jax.unlearning.settings import UnlearnConfig
 
 CONFIG = UnlearnConfig(
-    lora=lora.LoRAConfig(rank=2, alpha=4.0), margin=0.3, steering=3.0, feature_layer=2
+    lora=lora.LoRAConfig(rank=2, alpha=4.0),
+    retain_weight=3.0,
+    margin=0.3,
+    steering=3.0,
+    feature_layer=2,
 )
 NORMED = ("ga", "npo", "dpo")
 
@@ -253,7 +257,7 @@ def test_gradients_through_the_adapters_equal_finite_differences(models):
             )
             for a, b in PAIRS
         ]
-        parts = [objectives.total_loss(run, FORGET_BATCH, RetainBatch(KEPT), 3.0) for run in runs]
+        parts = [objectives.total_loss(run, FORGET_BATCH, RetainBatch(KEPT)) for run in runs]
         return jnp.stack([loss for loss, _ in parts])
 
     leaves, structure = jax.tree.flatten(adapters)
@@ -290,7 +294,7 @@ def test_the_formulas_gradients_in_closed_form():
 # The step around them.
 
 
-def gradient_of(base, config, retain_weight=3.0):
+def gradient_of(base, config):
     trainee = steps.split(base, config, seed=0)
     trainable = jax.tree.map(jnp.array, trainee.whole)
     return jax.jit(
@@ -301,7 +305,6 @@ def gradient_of(base, config, retain_weight=3.0):
             FORGET_BATCH,
             RetainBatch(KEPT),
             jax.random.key(5),
-            retain_weight,
         )
     )(trainable)
 

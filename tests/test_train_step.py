@@ -1,5 +1,6 @@
 """The compiled train step: the same on every mesh, no wasteful collectives, memory that scales."""
 
+import contextlib
 import dataclasses
 import math
 import re
@@ -7,7 +8,6 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 import transformers
 from flax import nnx
@@ -23,7 +23,6 @@ from ema_jax.unlearning.optimizers import optimizer, schedule
 from ema_jax.unlearning.settings import UnlearnConfig
 from ema_jax.unlearning.throughput import flops_per_token, peak_flops
 
-SGD = optax.sgd(1.0)
 CONFIG = UnlearnConfig(
     lora=lora.LoRAConfig(rank=2, alpha=4.0),
     retain_objective="kl",
@@ -58,23 +57,25 @@ def folder(tmp_path_factory):
 def compiled(folder, shape):
     """The step on a mesh, and what it takes. Under SGD of rate 1 it moves by the gradient."""
     mesh = make_mesh(shape)
+    arm = dataclasses.replace(CONFIG, optimizer="sgd", learning_rate=1.0, clip_norm=1e9)
     base = checkpoint.load(folder, mesh=mesh)
     data = Data(FORGET, np.full(len(FORGET), -9.0, np.float32), RETAIN)
-    trainee = steps.split(base, CONFIG, seed=0)
+    trainee = steps.split(base, arm, seed=0)
     # Away from the start, where half of the gradients are zero.
     moved = jax.tree.map(
         lambda x: x + 0.05 * jnp.sin(jnp.arange(x.size)).reshape(x.shape), trainee.whole
     )
-    trainable = steps.trainable_part(trainee._replace(whole=moved), CONFIG, mesh)
-    moments = steps.init_moments(SGD, trainable, mesh)
-    batch = place_batch(data.host_batch(CONFIG, 0, 0), mesh)
-    takes = (trainable, trainee.whole, trainee.frozen, moments, *batch, np.zeros(2, np.uint32))
-    static = (trainee.graph, SGD, CONFIG, mesh)
+    trainable = steps.trainable_part(trainee._replace(whole=moved), arm, mesh)
+    moments = steps.init_moments(arm, trainable, mesh)
+    batch = place_batch(data.host_batch(arm, 0, 0), mesh)
+    held = (trainable, trainee.whole, trainee.frozen, moments)
+    takes = (arm.numbers, *held, *batch, np.zeros(2, np.uint32))
+    static = (trainee.graph, arm.program, mesh)
     return steps.train_step.lower(*static, *takes).compile(), takes
 
 
 def moved_by(program, takes) -> tuple:
-    before = jax.tree.map(np.asarray, takes[0])
+    before = jax.tree.map(np.asarray, takes[1])
     trained, _, metrics = program(*takes)
     return jax.tree.map(lambda a, b: a - np.asarray(b), before, trained), metrics
 
@@ -101,18 +102,40 @@ def test_the_step_on_a_mesh(folder, alone, shape, capfd):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)])
-def test_lengths_are_compiled_once_and_the_state_is_donated(folder, shape, monkeypatch):
-    """In the loop itself: what a step gives back lies as what it took.
+@contextlib.contextmanager
+def compilations():
+    """The names of the programs compiled meanwhile.
 
-    (A jitted function's own count is of calls that looked different, which compiled anew or not.)
+    (A jitted function's own count is of calls that looked different, compiled anew or not.)
+    """
+    names: list[str] = []
+
+    def count(event: str, seconds: float, **about) -> None:
+        if event.endswith("backend_compile_duration"):
+            names.append(about["fun_name"])
+
+    jax.monitoring.register_event_duration_secs_listener(count)
+    try:
+        yield names
+    finally:
+        jax.monitoring.unregister_event_duration_listener(count)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)])
+def test_a_program_for_each_pair_of_lengths(folder, shape, monkeypatch):
+    """In the loop itself: what a step gives back lies as what it took, so it is not compiled anew.
+
+    Nor is it for an arm with other numbers, which has the loss that NumPy gives for its own.
     """
     mesh = make_mesh(shape)
     base = checkpoint.load(folder, mesh=mesh)
     few = lora.LoRAConfig(rank=2, targets=("q_proj", "o_proj"))
-    config = dataclasses.replace(CONFIG, lora=few, retain_objective="ce", remat=False, max_steps=6)
+    arm = dataclasses.replace(CONFIG, lora=few, retain_objective="ce", remat=False, max_steps=6)
+    numbers = {"beta": 0.5, "forget_weight": 2.0, "retain_weight": 7.0, "learning_rate": 1e-3}
+    loop = {"max_steps": 5, "eval_every": 3, "stop_at": 0.3, "retain_counts": {"bias": 4}}
     forget = [*random_examples(16, 1), TokenExample((1,) * 60, (2,) * 10)]
-    lengths, compiled, kept = [], [], []
+    reference = np.linspace(-40.0, -9.0, len(forget), dtype=np.float32)
+    lengths, kept = [], []
 
     def watched(*args):
         given = jax.tree.leaves((args[4], args[7]))
@@ -121,29 +144,36 @@ def test_lengths_are_compiled_once_and_the_state_is_donated(folder, shape, monke
         kept.extend(x.shape for x in given if not x.is_deleted())
         return out
 
-    def count(event: str, seconds: float, **about) -> None:
-        if event.endswith("backend_compile_duration"):
-            compiled.append(about["fun_name"])
-
     monkeypatch.setattr(trainer, "train_step", watched)
-    jax.monitoring.register_event_duration_secs_listener(count)
-    try:
-        trainer.unlearn(
-            base,
-            forget,
-            RETAIN,
-            np.full(len(forget), -9.0, np.float32),
-            config,
-            seed=0,
-            target="t",
-            evaluate=lambda model: trainer.Evaluation({"t": 1.0}, 0.0),
-            mesh=mesh,
-        )
-    finally:
-        jax.monitoring.unregister_event_duration_listener(count)
-    assert len(lengths) == 6
+    arms = (arm, dataclasses.replace(arm, **numbers, **loop))
+    rows: list[list] = [[], []]
+    with compilations() as compiled:
+        for config, log in zip(arms, rows, strict=True):
+            trainer.unlearn(
+                base,
+                forget,
+                RETAIN,
+                reference,
+                config,
+                seed=0,
+                target="t",
+                evaluate=lambda model: trainer.Evaluation({"t": 1.0}, 0.0),
+                mesh=mesh,
+                log=log.append,
+            )
+    assert len(lengths) == 11
     assert compiled.count("jit(train_step)") == len(set(lengths)) == 2, compiled
-    assert not kept
+    assert not kept, "donated"
+
+    chosen, retained = Data(forget, reference, RETAIN).indices(arm, 0, 0)
+    ratio = trainer.reference_log_probs(base, forget, 8, mesh).astype(np.float64) - reference
+    number = sum(len(RETAIN[i].response) for i in retained)
+    entropy = -trainer.reference_log_probs(base, RETAIN, 8, mesh)[retained].sum() / number
+    for config, log in zip(arms, rows, strict=True):
+        npo = 2 / config.beta * np.logaddexp(0, config.beta * ratio[chosen]).mean()
+        loss = config.forget_weight * npo + config.retain_weight * entropy
+        assert log[0]["forget_loss"] == pytest.approx(npo, rel=1e-5)
+        assert log[0]["loss"] == pytest.approx(loss, rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -114,8 +114,7 @@ def _train(work: Workload, mesh: Mesh) -> Any:
     graph, *states = nnx.split(nnx.eval_shape(build), steps.select_trainable(arm), ...)
     whole, frozen = (_placed(state, mesh) for state in states)
     trained = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), states[0])
-    rule = optimizer(arm)
-    moments = _placed(jax.eval_shape(rule.init, trained), mesh)
+    moments = _placed(jax.eval_shape(optimizer(arm).init, trained), mesh)
     rows, tokens = batch_rows(arm.batch_size, mesh), work.train_tokens
     reference = _rows((rows,), jnp.float32, mesh)
     forget = ForgetBatch(_batch(rows, tokens, mesh), reference)
@@ -126,7 +125,8 @@ def _train(work: Workload, mesh: Mesh) -> Any:
         retain = RetainBatch(_batch(batch_rows(arm.retain_batch_size, mesh), tokens, mesh))
     draw = jax.ShapeDtypeStruct((2,), jnp.uint32)
     held = (_placed(trained, mesh), whole, frozen, moments)
-    return steps.train_step.lower(graph, rule, arm, mesh, *held, forget, retain, draw)
+    static = (graph, arm.program, mesh)
+    return steps.train_step.lower(*static, arm.numbers, *held, forget, retain, draw)
 
 
 def _capture(work: Workload, mesh: Mesh) -> Any:

@@ -278,7 +278,6 @@ def total_loss(
     run: Pass,
     forget: ForgetBatch,
     retain: RetainBatch | None,
-    retain_weight: float | Scalar,
 ) -> tuple[Scalar, Metrics]:
     """forget_weight · forget + retain_weight · retain, with each of them as a figure."""
     forget_loss, figures = FORGET[run.config.objective].loss(run, forget)
@@ -286,5 +285,5 @@ def total_loss(
     loss = run.config.forget_weight * forget_loss
     if retain is not None:
         metrics["retain_loss"] = RETAIN[run.config.retain_objective](run, retain)
-        loss += retain_weight * metrics["retain_loss"]
+        loss += run.config.retain_weight * metrics["retain_loss"]
     return loss, metrics | {"loss": loss}

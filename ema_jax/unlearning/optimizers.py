@@ -1,6 +1,5 @@
 """Optimizers and learning-rate schedules by name, all of them optax's."""
 
-import functools
 from collections.abc import Callable
 
 import optax
@@ -40,8 +39,7 @@ def schedule(config: UnlearnConfig) -> optax.Schedule:
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
 
 
-@functools.cache  # one object a config: it is a static argument of the train step
 def optimizer(config: UnlearnConfig) -> optax.GradientTransformation:
-    """Clips by the global norm, then the named optimizer."""
+    """Clips by the global norm, then the named optimizer. The rate may be a traced number."""
     named = OPTIMIZERS[config.optimizer](schedule(config), config.weight_decay)
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), named)

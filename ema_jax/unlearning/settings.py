@@ -5,6 +5,29 @@ from collections.abc import Mapping
 
 from ema_jax.models.lora import LoRAConfig
 
+# What a train step is given as numbers at each call, and what only the loop around it reads: runs
+# that differ in nothing else share one compiled program.
+_NUMBERS = (
+    "beta",
+    "margin",
+    "steering",
+    "forget_weight",
+    "retain_weight",
+    "learning_rate",
+    "clip_norm",
+)
+_LOOP = (
+    "preferred",
+    "retain_counts",
+    "batch_size",
+    "retain_batch_size",
+    "length_pool",
+    "min_steps",
+    "eval_every",
+    "stop_at",
+    "max_invalid",
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class UnlearnConfig:
@@ -94,6 +117,19 @@ class UnlearnConfig:
     def retains(self) -> bool:
         """Whether retain data has a part in the loss."""
         return self.retain_weight > 0 and self.retain_objective != "none"
+
+    @property
+    def numbers(self) -> dict[str, float]:
+        """What a compiled step takes as arguments."""
+        return {name: getattr(self, name) for name in _NUMBERS}
+
+    @property
+    def program(self) -> "UnlearnConfig":
+        """What a step is compiled for: whatever else it reads, all the rest as by default."""
+        unread = ("max_steps",) if self.schedule == "constant" else ()
+        names = (*_NUMBERS, *_LOOP, *unread)
+        default = UnlearnConfig()
+        return dataclasses.replace(self, **{name: getattr(default, name) for name in names})
 
     @property
     def recompute(self) -> bool | str:

@@ -4,8 +4,9 @@ One program for adapters and for parameters, from one device to a mesh. The refe
 number per forget example, computed once, so a step costs what plain fine-tuning costs.
 """
 
+import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -29,6 +30,7 @@ from ema_jax.models.sharding import (
 from ema_jax.unlearning.batches import padded_length
 from ema_jax.unlearning.log_probs import sequence_log_probs, token_log_probs
 from ema_jax.unlearning.objectives import ForgetBatch, Metrics, Pass, RetainBatch, total_loss
+from ema_jax.unlearning.optimizers import optimizer
 from ema_jax.unlearning.settings import UnlearnConfig
 
 
@@ -88,10 +90,11 @@ def assemble(trainee: Trainee, config: UnlearnConfig, trainable: nnx.State) -> D
     return nnx.merge(trainee.graph, pasted, trainee.frozen)
 
 
-def init_moments(optimizer: optax.GradientTransformation, trainable: nnx.State, mesh: Mesh) -> Any:
+def init_moments(config: UnlearnConfig, trainable: nnx.State, mesh: Mesh) -> optax.OptState:
     """The optimizer's first state, laid out like the parameters it belongs to."""
-    shardings = parameter_shardings(jax.eval_shape(optimizer.init, trainable), mesh)
-    return jax.jit(optimizer.init, out_shardings=shardings)(trainable)
+    init = optimizer(config).init
+    shardings = parameter_shardings(jax.eval_shape(init, trainable), mesh)
+    return jax.jit(init, out_shardings=shardings)(trainable)
 
 
 def loss_and_gradient(
@@ -101,7 +104,6 @@ def loss_and_gradient(
     forget: ForgetBatch,
     retain: RetainBatch | None,
     key: jax.Array,
-    retain_weight: float | Float[Array, ""],
 ) -> tuple[nnx.State, Metrics]:
     """Gradient of the weighted sum, and the figures of it."""
 
@@ -116,7 +118,7 @@ def loss_and_gradient(
 
         if config.trainable == "lora" and config.lora.dropout:
             model = lora_lib.with_dropout(model, config.lora, key)
-        return total_loss(Pass(model, base, config), forget, retain, retain_weight)
+        return total_loss(Pass(model, base, config), forget, retain)
 
     gradient = jax.grad(loss_of, has_aux=True)
     parts = config.accumulate
@@ -154,16 +156,10 @@ def dropout_key(draw: Int[Array, "2"]) -> jax.Array:
     return jax.random.fold_in(jax.random.key(draw[0]), draw[1])
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=("graph", "optimizer", "config", "mesh"),
-    donate_argnames=("trainable", "moments"),
-)
-def train_step(
+def update(
     graph: nnx.GraphDef,
-    optimizer: optax.GradientTransformation,
-    config: UnlearnConfig,
-    mesh: Mesh,
+    program: UnlearnConfig,
+    numbers: Mapping[str, float | Float[Array, ""]],
     trainable: nnx.State,
     whole: nnx.State,
     frozen: nnx.State,
@@ -172,19 +168,52 @@ def train_step(
     retain: RetainBatch | None,
     draw: Int[Array, "2"],
 ) -> tuple[nnx.State, optax.OptState, Metrics]:
-    """One step of one run; `draw` is (seed, step), from which dropout is drawn."""
+    """What a step does, wherever its arrays lie; see `train_step`."""
+    config = dataclasses.replace(program, **numbers)
     gradients, metrics = loss_and_gradient(
-        Trainee(graph, whole, frozen),
-        config,
-        trainable,
-        forget,
-        retain,
-        dropout_key(draw),
-        config.retain_weight,
+        Trainee(graph, whole, frozen), config, trainable, forget, retain, dropout_key(draw)
     )
     metrics["gradient_norm"] = optax.global_norm(gradients)
-    updates, moments = optimizer.update(gradients, moments, trainable)
-    trained = optax.apply_updates(trainable, updates), moments
+    updates, moments = optimizer(config).update(gradients, moments, trainable)
+    return optax.apply_updates(trainable, updates), moments, metrics
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("graph", "program", "mesh"),
+    donate_argnames=("trainable", "moments"),
+)
+def train_step(
+    graph: nnx.GraphDef,
+    program: UnlearnConfig,
+    mesh: Mesh,
+    numbers: Mapping[str, float],
+    trainable: nnx.State,
+    whole: nnx.State,
+    frozen: nnx.State,
+    moments: optax.OptState,
+    forget: ForgetBatch,
+    retain: RetainBatch | None,
+    draw: Int[Array, "2"],
+) -> tuple[nnx.State, optax.OptState, Metrics]:
+    """One step of one run.
+
+    Args:
+        graph: of the model, as `split` gave it.
+        program: the arm's `program`.
+        mesh: what the arrays lie on.
+        numbers: the arm's `numbers`, which may change from call to call.
+        trainable: what is trained; donated.
+        whole: see `Trainee`.
+        frozen: see `Trainee`.
+        moments: the optimizer's state; donated.
+        forget: forget examples.
+        retain: retain examples.
+        draw: (seed, step), from which dropout is drawn.
+    """
+    *trained, metrics = update(
+        graph, program, numbers, trainable, whole, frozen, moments, forget, retain, draw
+    )
     if mesh.size > 1:
         # As they came in: else they are not donated, and the second step is compiled again.
         shardings = parameter_shardings(trained, mesh)

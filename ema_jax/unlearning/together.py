@@ -25,7 +25,7 @@ from ema_jax.unlearning.batches import Data
 from ema_jax.unlearning.objectives import ForgetBatch, Metrics, RetainBatch
 from ema_jax.unlearning.optimizers import optimizer
 from ema_jax.unlearning.settings import UnlearnConfig
-from ema_jax.unlearning.steps import Trainee, assemble, dropout_key, loss_and_gradient, split
+from ema_jax.unlearning.steps import Trainee, assemble, split, update
 from ema_jax.unlearning.trainer import (
     Course,
     Evaluation,
@@ -43,16 +43,19 @@ class Member(NamedTuple):
     learning_rate: float | None = None
     retain_weight: float | None = None
 
+    def numbers(self, arm: UnlearnConfig) -> dict[str, float]:
+        """What its steps are given."""
+        own = {"learning_rate": self.learning_rate, "retain_weight": self.retain_weight}
+        return arm.numbers | {name: x for name, x in own.items() if x is not None}
+
 
 @functools.partial(
-    jax.jit,
-    static_argnames=("graph", "rule", "config"),
-    donate_argnames=("trainable", "moments"),
+    jax.jit, static_argnames=("graph", "program"), donate_argnames=("trainable", "moments")
 )
 def _step(
     graph: nnx.GraphDef,
-    rule: optax.GradientTransformation,
-    config: UnlearnConfig,
+    program: UnlearnConfig,
+    numbers: Mapping[str, Float[Array, "S"]],
     trainable: nnx.State,  # every leaf [S, …]
     whole: nnx.State,
     frozen: nnx.State,  # one copy
@@ -60,30 +63,9 @@ def _step(
     forget: ForgetBatch,
     retain: RetainBatch | None,
     draws: Int[Array, "S 2"],
-    rates: Float[Array, "S"],
-    weights: Float[Array, "S"],
 ) -> tuple[nnx.State, optax.OptState, Metrics]:
-    def one(
-        trainable: nnx.State,
-        whole: nnx.State,
-        moments: optax.OptState,
-        forget: ForgetBatch,
-        retain: RetainBatch | None,
-        draw: Int[Array, "2"],
-        rate: Float[Array, ""],
-        weight: Float[Array, ""],
-    ) -> tuple[nnx.State, optax.OptState, Metrics]:
-        trainee = Trainee(graph, whole, frozen)
-        gradients, metrics = loss_and_gradient(
-            trainee, config, trainable, forget, retain, dropout_key(draw), weight
-        )
-        metrics["gradient_norm"] = optax.global_norm(gradients)
-        updates, moments = rule.update(gradients, moments, trainable)
-        # Linear in the learning rate, which the rule has from the arm (but for adafactor's decay).
-        updates = jax.tree.map(lambda x: x * (rate / config.learning_rate), updates)
-        return optax.apply_updates(trainable, updates), moments, metrics
-
-    return jax.vmap(one)(trainable, whole, moments, forget, retain, draws, rates, weights)
+    each = jax.vmap(functools.partial(update, graph, program), in_axes=(0, 0, 0, None, *(0,) * 4))
+    return each(numbers, trainable, whole, frozen, moments, forget, retain, draws)
 
 
 def unlearn_together(
@@ -126,10 +108,8 @@ def unlearn_together(
     first, last = config.layers or (0, base.config.num_layers - 1)
     whole = jax.device_put(whole, NamedSharding(mesh, P()))
     trainable = jax.tree.map(lambda x: jnp.array(x[:, first : last + 1], copy=True), whole)
-    rule = optimizer(config)
-    moments = jax.jit(jax.vmap(rule.init))(trainable)
-    rates = jnp.array([_or(m.learning_rate, config.learning_rate) for m in members])
-    weights = jnp.array([_or(m.retain_weight, config.retain_weight) for m in members])
+    moments = jax.jit(jax.vmap(optimizer(config).init))(trainable)
+    numbers = jax.tree.map(lambda *x: jnp.array(x), *[member.numbers(config) for member in members])
 
     def model(i: int) -> Decoder:
         trainee = Trainee(graph, jax.tree.map(lambda x: x[i], whole), frozen)
@@ -149,16 +129,14 @@ def unlearn_together(
             draws = np.array([(member.seed, step) for member in members], np.uint32)
             trainable, moments, raw = _step(
                 graph,
-                rule,
-                config,
+                config.program,
+                numbers,
                 trainable,
                 whole,
                 frozen,
                 moments,
                 *batch,
                 draws,
-                rates,
-                weights,
             )
             step += 1
             figures = {name: np.asarray(value) for name, value in raw.items()}
@@ -177,10 +155,6 @@ def unlearn_together(
                     ended[i] = Trained(model(i), step, *done)
             progress.update(1, running=str(len(members) - len(ended)))
     return [ended[i] for i in range(len(members))]
-
-
-def _or(value: float | None, default: float) -> float:
-    return default if value is None else value
 
 
 def _stacked(batches: Sequence[Any]) -> Any:

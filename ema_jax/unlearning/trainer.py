@@ -25,7 +25,6 @@ from ema_jax.unlearning.batches import Data, batch_indices
 from ema_jax.unlearning.checkpointing import Checkpoints, NonFiniteError, stop_requested
 from ema_jax.unlearning.metrics import Profile
 from ema_jax.unlearning.objectives import FORGET
-from ema_jax.unlearning.optimizers import optimizer
 from ema_jax.unlearning.settings import UnlearnConfig
 from ema_jax.unlearning.steps import (
     assemble,
@@ -233,8 +232,8 @@ def unlearn(
         numbers = reference_log_probs(base, preferred, config.batch_size, mesh)
         data = Data(forget, reference, retain, preferred, numbers)
     trainee = split(base, config, seed)
-    trainable, rule = trainable_part(trainee, config, mesh), optimizer(config)
-    moments, step = init_moments(rule, trainable, mesh), 0
+    trainable = trainable_part(trainee, config, mesh)
+    moments, step = init_moments(config, trainable, mesh), 0
     course = Course(config, target, base, data, mesh)
     saved = checkpoints.latest(_abstract((trainable, moments))) if checkpoints else None
     if saved is None:
@@ -260,9 +259,9 @@ def unlearn(
             draw = np.array([seed, step], np.uint32)
             trainable, moments, raw = train_step(
                 trainee.graph,
-                rule,
-                config,
+                config.program,
                 mesh,
+                config.numbers,
                 trainable,
                 trainee.whole,
                 trainee.frozen,
