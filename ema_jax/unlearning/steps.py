@@ -159,7 +159,7 @@ def dropout_key(draw: Int[Array, "2"]) -> jax.Array:
 def update(
     graph: nnx.GraphDef,
     program: UnlearnConfig,
-    numbers: Mapping[str, float | Float[Array, ""]],
+    numbers: Mapping[str, Any],  # floats or traced scalars, by field
     trainable: nnx.State,
     whole: nnx.State,
     frozen: nnx.State,
