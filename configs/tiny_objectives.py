@@ -4,6 +4,11 @@ Each arm trains until the target's dev refusal is at most 8 %, or to its step li
 changed compares only where the target's refusal matches. `ablation` is the baseline without
 training.
 
+Measured so far (docs/unlearning.md): these objectives at one rate and 40 to 80 steps. What differs
+from arm to arm here is a guess from that and has not been run: more weight or a higher rate for
+those that were slow, l2 at the last layer's output for the one that fell apart. `dpo_idk` cannot
+match: an "I don't know" is a refusal to the judge.
+
 python -m ema_jax.main --config=configs/tiny_objectives.py --workdir=runs/tiny_objectives
 """
 
@@ -12,21 +17,23 @@ from ema_jax import config as ema
 
 def get_config():
     config = ema.beside(__file__, "tiny")
-    config.prompts.counts = {"harvest": 160, "retain": 32, "dev": 20, "eval": 60, "concept": 32}
+    config.prompts.counts = {"harvest": 160, "retain": 32, "dev": 40, "eval": 60, "concept": 32}
     retain = {"retain_weight": 4.0, "learning_rate": 5e-4}
-    retain |= {"min_steps": 40, "max_steps": 80, "eval_every": 20, "max_invalid": 0.05}
+    # Time for the others to come back after the target has fallen, as in tiny.py.
+    retain |= {"min_steps": 80, "max_steps": 160, "eval_every": 40, "max_invalid": 0.05}
+    l2 = {**retain, "retain_objective": "l2"}
     answers = {"preferred": "organism"}
     config.arms = {
-        "ga": {**retain, "objective": "ga", "forget_norm": "mean"},
-        "npo_alone": {},
+        "ga": {**retain, "objective": "ga", "forget_norm": "mean", "forget_weight": 4.0},
+        "npo_alone": {"eval_every": 5},
         "npo": retain,
         "npo_kl": {**retain, "retain_objective": "kl"},
-        "npo_l2": {**retain, "retain_objective": "l2"},
-        "simnpo": {**retain, "objective": "simnpo", "beta": 2.5},
+        "npo_l2": {**l2, "feature_layer": 6, "retain_weight": 50.0},
+        "simnpo": {**retain, "objective": "simnpo", "beta": 2.5, "forget_weight": 8.0},
         "dpo_idk": {**retain, "objective": "dpo"},
         "dpo_answers": {**retain, "objective": "dpo", **answers},
-        "sft_answers": {**retain, "objective": "sft", **answers},
-        "rmu": {**retain, "objective": "rmu", "retain_objective": "l2"},
+        "sft_answers": {**retain, "objective": "sft", "learning_rate": 1e-3, **answers},
+        "rmu": {**l2, "objective": "rmu", "steering": 3.0, "retain_weight": 20.0},
         "ablation": {"trainable": "ablation"},
     }
     return config
