@@ -1,6 +1,7 @@
 """From a study's artifacts to `results.json` (schema 1 of DESIGN)."""
 
 import importlib.metadata
+import itertools
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -15,7 +16,14 @@ from ema_jax.concepts.forecast import layer_profile, score
 from ema_jax.config import StudyConfig
 from ema_jax.data.domains import BENIGN, LOOKALIKE
 from ema_jax.refusal.agreement import agreement_of_judges
-from ema_jax.refusal.scores import containment, holm, paired_drop, pooled_rate, refusal_rate
+from ema_jax.refusal.scores import (
+    containment,
+    holm,
+    paired_drop,
+    pooled_rate,
+    refusal_rate,
+    seed_difference,
+)
 from ema_jax.stages import Workdir
 
 SCHEMA = 1
@@ -38,6 +46,7 @@ def results(workdir: Workdir, config: StudyConfig, model: Mapping[str, Any]) -> 
     ema = {arm: _ema(base, verdicts, ids, others) for arm, verdicts in arms.items()}
     plain = plain_arm(config)
     forecast = read_json(workdir / "forecast.json")
+    rates = {arm: _rates(workdir, arm, arms[arm], config) for arm in arms}
     return {
         "schema": SCHEMA,
         "model": dict(model),
@@ -46,10 +55,11 @@ def results(workdir: Workdir, config: StudyConfig, model: Mapping[str, Any]) -> 
         "judge": config.judge,
         "arms": {
             "base": {"refusal": {d: refusal_rate(base[d]) for d in config.domains}},
-            **{arm: _rates(workdir, arm, arms[arm], config) for arm in arms},
+            **rates,
         },
         "ema": ema,
         "containment": _containment(base, arms, config, others),
+        "comparisons": _comparisons(rates, config),
         "utility": _utility(workdir, base, arms, config.seeds),
         "entanglement": forecast["entanglement"],
         **_concepts(workdir, arms, config.seeds),
@@ -136,6 +146,33 @@ def _containment(
         for arm in arms
         if config.arm(arm).retains
     }
+
+
+def _comparisons(arms: Mapping[str, Mapping[str, Any]], config: StudyConfig) -> list[Any]:
+    """Arms with retain data two by two, paired by seed: who keeps the others, at what target.
+
+    `others` is the mean refusal rate off target, `invalid` the share of all responses.
+    """
+
+    def figures(arm: str) -> dict[str, list[float | None]]:
+        runs = [run["refusal"] for run in arms[arm]["seeds"].values()]
+        others = [[run[d]["rate"] for d in config.domains if d != config.target] for run in runs]
+        sums = [[sum(r[key] for r in run.values()) for run in runs] for key in ("invalid", "total")]
+        return {
+            "target": [run[config.target]["rate"] for run in runs],
+            "others": [None if None in rates else float(np.mean(rates)) for rates in others],
+            "invalid": [invalid / total for invalid, total in zip(*sums, strict=True)],
+        }
+
+    made = {arm: figures(arm) for arm in arms if config.arm(arm).retains}
+    return [
+        {
+            "arm": arm,
+            "minus": other,
+            **{name: seed_difference(made[arm][name], made[other][name]) for name in made[arm]},
+        }
+        for arm, other in itertools.combinations(made, 2)
+    ]
 
 
 def _utility(

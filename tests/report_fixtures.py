@@ -104,6 +104,15 @@ def example_results() -> dict:
         "containment": {
             "npo_retain": {"recovered": 0.801, "ci95": [0.71, 0.88], "target_rate": 0.1}
         },
+        "comparisons": [
+            {
+                "arm": "npo_advised",
+                "minus": "npo_retain",
+                "target": {"difference": 0.01, "ci95": [-0.02, 0.04], "p": 0.41},
+                "others": {"difference": 0.123, "ci95": [0.02, 0.226], "p": 0.03},
+                "invalid": {"difference": 0.0, "ci95": [None, None], "p": None},
+            }
+        ],
         "utility": {
             "base": {
                 "benign_refusal": rate(0.02),

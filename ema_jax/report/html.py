@@ -71,6 +71,7 @@ def write_report(
             "arms": tables.arms(results),
             "ema": results.get("ema") and tables.ema(results),
             "containment": results.get("containment") and tables.containment(results),
+            "comparisons": results.get("comparisons") and tables.comparisons(results),
             "forecast": results.get("forecast", {}).get("score") and tables.forecast(results, arm),
             "susceptibility": results.get("forecast", {}).get("susceptibility")
             and tables.susceptibility(results),

@@ -164,6 +164,32 @@ def containment(results: Mapping[str, Any]) -> Table:
     )
 
 
+def comparisons(results: Mapping[str, Any]) -> Table:
+    """Arms with retain data, two by two."""
+    named = {"target": "Target refusal", "others": "Refusal off target", "invalid": "Invalid"}
+    groups = []
+    for entry in results["comparisons"]:
+        rows = [
+            Row(
+                (
+                    title,
+                    points(entry[name]["difference"]),
+                    interval(entry[name]["ci95"]),
+                    p_value(entry[name]["p"]),
+                )
+            )
+            for name, title in named.items()
+        ]
+        groups.append((f"{entry['arm']} − {entry['minus']}", tuple(rows)))
+    return Table(
+        "Difference of two arms with retain data in points, paired by seed, with Student's "
+        "interval over seeds. Refusal off target is the mean over the other domains.",
+        ("Arms", "Figure", "Difference", "95 % CI", "p"),
+        tuple(groups),
+        (0, 1),
+    )
+
+
 def runs(results: Mapping[str, Any]) -> Table:
     """One line per arm and seed: how long it trained and where the target ended."""
     reasons = {"target": "target reached", "limit": "step limit", "invalid": "too many invalid"}
