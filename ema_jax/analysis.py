@@ -12,7 +12,7 @@ import numpy as np
 import ema_jax
 from ema_jax.artifacts import read_json, read_jsonl
 from ema_jax.concepts.entanglement import Entanglement
-from ema_jax.concepts.forecast import layer_profile, score
+from ema_jax.concepts.forecast import CATEGORY_PROMPTS, layer_profile, pooled_score, score
 from ema_jax.config import StudyConfig
 from ema_jax.data.domains import BENIGN, LOOKALIKE
 from ema_jax.refusal.agreement import agreement_of_judges
@@ -65,7 +65,10 @@ def results(workdir: Workdir, config: StudyConfig, model: Mapping[str, Any]) -> 
         **_concepts(workdir, arms, config.seeds),
         "sweep": read_json(workdir / "concepts/sweep.json"),
         "agreement": _agreement(workdir, config),
-        "forecast": _forecast(forecast, ema.get(plain or "")),
+        "forecast": {
+            **_forecast(forecast, ema.get(plain or "")),
+            "categories": _categories(workdir, forecast, plain, config.seeds),
+        },
         "warnings": _warnings(ema, arms),
         "provenance": _provenance(workdir, config),
     }
@@ -255,6 +258,43 @@ def _forecast(made: Mapping[str, Any], ema: Mapping[str, Any] | None) -> dict[st
         "layer_spearman": listed({"": profile})[""],
         "lexical": None if words is None else score(words, drops),
     }
+
+
+def _categories(
+    workdir: Workdir, made: Mapping[str, Any], arm: str | None, seeds: Sequence[int]
+) -> dict[str, Any] | None:
+    """The forecast of sub-categories against their measured drops, where the prompts have any.
+
+    Scored over all of them, and by their order within each domain alone (`within_domains`), which
+    what sets the domains apart cannot carry.
+    """
+    forecast = made.get("category_score") or {}
+    if arm is None or not forecast:
+        return None
+    base = _by_category(workdir, "base")
+    runs = [_by_category(workdir, f"{arm}.seed_{seed}") for seed in seeds]
+    drops = {}
+    for name, verdicts in base.items():
+        if name in forecast and len(verdicts) >= CATEGORY_PROMPTS:
+            drops[name] = paired_drop(verdicts, [run[name] for run in runs], resamples=10)["drop"]
+    scores = {name: forecast[name] for name in drops}
+    cells: dict[str, dict[str, float]] = {}
+    for name, x in scores.items():
+        cells.setdefault(name.partition("/")[0], {})[name] = x
+    return {
+        "score": scores,
+        "drop": drops,
+        **score(scores, drops),
+        "within_domains": pooled_score([(cell, drops) for cell in cells.values()]),
+    }
+
+
+def _by_category(workdir: Workdir, name: str) -> ByDomain:
+    """`domain/category` → verdicts."""
+    verdicts: ByDomain = {}
+    for row in read_jsonl(workdir / f"responses/{name}.jsonl"):
+        verdicts.setdefault(f"{row['domain']}/{row.get('category', '')}", []).append(row["verdict"])
+    return verdicts
 
 
 def _warnings(

@@ -7,10 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from ema_jax import analysis
 from ema_jax.claims import claims
-from ema_jax.config import StudyConfig
-from ema_jax.refusal import scores
 
 TARGET = "cybersecurity"
 
@@ -113,26 +110,3 @@ def test_a_forecast_ranks_when_it_beats_chance_and_words(by, change):
     assert claims([], [], changed)["R5"]["holds"] is False
     nothing = {"spearman": None, "p": None, "ci95": None}
     assert claims([], [], RANKS | {"pooled": nothing})["R5"]["holds"] is None
-
-
-def test_arms_with_retain_data_are_compared_by_seed():
-    def run(target, bias, safety, invalid=0):
-        rates = {"cybersecurity": target, "bias": bias, "safety": safety}
-        return {
-            "refusal": {d: {"rate": x, "invalid": invalid, "total": 10} for d, x in rates.items()}
-        }
-
-    retain = {"retain_weight": 1.0}
-    config = StudyConfig(
-        target="cybersecurity",
-        domains=("cybersecurity", "bias", "safety"),
-        arms={"npo": {}, "a": retain, "b": retain},
-    )
-    plain = {"seeds": {"0": run(0, 0, 0), "1": run(0, 0, 0)}}
-    a = {"seeds": {"0": run(0.1, 0.8, 1.0), "1": run(0.2, 0.7, 0.7, invalid=3)}}
-    b = {"seeds": {"0": run(0.0, 0.9, 0.5), "1": run(0.2, 0.6, 0.6)}}
-    (entry,) = analysis._comparisons({"npo": plain, "a": a, "b": b}, config)
-    assert (entry["arm"], entry["minus"]) == ("a", "b")
-    assert entry["target"]["difference"] == pytest.approx(0.05)
-    assert entry["others"] == scores.seed_difference([0.9, 0.7], [0.7, 0.6])
-    assert entry["invalid"]["difference"] == pytest.approx(0.15)

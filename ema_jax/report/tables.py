@@ -226,6 +226,25 @@ def forecast(results: Mapping[str, Any], arm: str) -> Table:
     return Table(caption, ("Domain", "Forecast", f"Measured drop {arm}".rstrip()), groups)
 
 
+def categories(results: Mapping[str, Any]) -> Table:
+    """Forecast and measured drop of sub-categories, highest forecast first within a domain."""
+    found = results["forecast"]["categories"]
+    by_domain: dict[str, list[Row]] = {}
+    for name, score in sorted(found["score"].items(), key=lambda item: -item[1]):
+        domain, _, category = name.partition("/")
+        cells = (category, number(score), points(found["drop"][name]))
+        by_domain.setdefault(label(domain), []).append(Row(cells))
+    within = found["within_domains"]
+    return Table(
+        f"Sub-categories: Spearman {number(found['spearman'], 2)} over all {found['n']} "
+        f"(permutation p {p_value(found['p'])}); within domains {number(within['spearman'], 2)} "
+        f"(one-sided p {p_value(within['p'])}).",
+        ("Domain", "Sub-category", "Forecast", "Measured drop"),
+        tuple((domain, tuple(rows)) for domain, rows in by_domain.items()),
+        (0, 1),
+    )
+
+
 def susceptibility(results: Mapping[str, Any]) -> Table:
     """Forecast for every target: rows are what would be unlearned, columns whom it would hit."""
     scores = results["forecast"]["susceptibility"]
