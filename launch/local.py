@@ -42,6 +42,9 @@ def main() -> int:
             "EMA_JAX_PROCESS_ID": str(i),
             "JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", "cpu"),
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={options.devices}",
+            # Threads of XLA's pool. A collective between processes holds one while it waits: with
+            # no more of them than devices, two collectives can wait for each other for ever.
+            "NPROC": str(max(os.cpu_count() or 1, 4 * options.devices)),
         }
         for i in range(options.processes)
     ]

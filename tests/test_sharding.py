@@ -21,6 +21,7 @@ from ema_jax.models.sharding import (
     make_mesh,
     parameter_spec,
     product,
+    vocabulary_product,
 )
 
 MESHES = [(1, 1, 1), (2, 2, 2), (1, 4, 2), (8, 1, 1)]
@@ -53,8 +54,9 @@ def test_the_specs_split_what_is_large(tiny):
     assert specs["blocks", "input_norm", "scale"] == P(None, None)
     # 97 tokens: no axis divides the vocabulary, so it stays whole.
     assert specs[("embed",)] == P(None, None)
-    assert specs[("head",)] == P("fsdp", None)
+    assert specs[("head",)] == P(None, None)
     assert parameter_spec(("embed",), (96, 32), mesh) == P(("tensor", "fsdp"), None)
+    assert parameter_spec(("head",), (32, 96), mesh) == P(None, ("tensor", "fsdp"))
     held = model.blocks.q_proj.kernel[...].addressable_shards[0].data.shape
     assert held == (3, 16, 32)
 
@@ -109,6 +111,31 @@ def test_a_product_sends_the_smaller_side(rows, kernel_is_gathered):
     np.testing.assert_allclose(program(*placed), x @ kernel, rtol=1e-4, atol=1e-4)
     gathered = re.findall(r"= f32\[([\d,]*)\]\S* all-gather", program.as_text())
     assert ("64,128" in gathered) == kernel_is_gathered, gathered
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 1), (2, 2, 2)])
+def test_logits_are_split_by_words_and_never_sent(shape):
+    mesh = make_mesh(shape)
+    rng = np.random.default_rng(0)
+    rows, words = 16, 512
+    x, head = (rng.normal(size=size).astype(np.float32) for size in ((rows, 64), (64, words)))
+
+    def loss(x, head):
+        logits = vocabulary_product(x, head)
+        return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - logits[:, 3])
+
+    expected = jax.value_and_grad(loss, argnums=(0, 1))(x, head)
+    placed = (
+        jax.device_put(x, batch_sharding(mesh)),
+        jax.device_put(head, NamedSharding(mesh, parameter_spec(("head",), head.shape, mesh))),
+    )
+    program = jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(*placed).compile()
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), program(*placed), expected
+    )
+    sent = re.findall(r"= \(?f32\[([\d,]*)\]\S* all-(?:gather|reduce)", program.as_text())
+    assert sent
+    assert not [size for size in sent if size.endswith(f",{words}") or size.startswith("64,")], sent
 
 
 def test_meshes():

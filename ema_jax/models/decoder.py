@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ema_jax.models.attention import attend, attend_cached, causal_mask, rotary_tables, rotate
 from ema_jax.models.families import DecoderConfig, rope_frequencies
-from ema_jax.models.sharding import product
+from ema_jax.models.sharding import product, vocabulary_product
 
 NO_WINDOW = np.iinfo(np.int32).max
 
@@ -354,7 +354,7 @@ class Decoder(nnx.Module):
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Next-token logits in float32 of hidden states after the final norm."""
         head = self.embed[...].T if self.head is None else self.head[...]
-        return product(hidden, head, jnp.float32)
+        return vocabulary_product(hidden, head)
 
 
 def _normal(rngs: nnx.Rngs, shape: tuple[int, ...]) -> Float[Array, "..."]:

@@ -23,6 +23,7 @@ T = TypeVar("T")
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = P(("data", "fsdp"))
+VOCABULARY = ("tensor", "fsdp")
 
 _COLUMN = {"kernel": P(None, "fsdp", "tensor"), "bias": P(None, "tensor")}
 # Adapters are small, and whole along fsdp: split there, XLA gathers all rows' activations on every
@@ -30,8 +31,8 @@ _COLUMN = {"kernel": P(None, "fsdp", "tensor"), "bias": P(None, "tensor")}
 _COLUMN |= {"lora_b": P(None, None, "tensor")}
 _ROW = {"kernel": P(None, "tensor", "fsdp"), "lora_a": P(None, "tensor")}
 _SPECS: dict[str, P | dict[str, P]] = {
-    "embed": P(("tensor", "fsdp")),
-    "head": P("fsdp", "tensor"),
+    "embed": P(VOCABULARY),
+    "head": P(None, VOCABULARY),
     **dict.fromkeys(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), _COLUMN),
     **dict.fromkeys(("o_proj", "down_proj"), _ROW),
 }
@@ -121,13 +122,31 @@ def product(
     return _rows_over(y, BATCH[0])
 
 
-def _rows_over(x: Float[Array, "B ..."], axes: Any) -> Float[Array, "B ..."]:
-    """Inside a program on a mesh: says over which of its axes the rows are split, if any."""
+def vocabulary_product(
+    x: Float[Array, "B ... D"], head: Float[Array, "D V"]
+) -> Float[Array, "B ... V"]:
+    """Logits in float32, split by words as the head is.
+
+    What is sent over the fsdp axis is `x` and, on the way back, its gradient: for a chunk of time
+    both are small beside the head, or the logits themselves. Where they are not, or where the axes
+    do not divide the words, it is a product like any other.
+    """
+    mesh = jax.typeof(x).sharding.mesh
+    parts = math.prod(mesh.shape.get(axis, 1) for axis in VOCABULARY)
+    if head.shape[-1] % parts or 2 * x.size > head.size:
+        return product(x, head, jnp.float32)
+    rows = _rows_over(_rows_over(x, BATCH[0]), "data")
+    logits = jnp.matmul(rows, head, preferred_element_type=jnp.float32)
+    return _rows_over(logits, "data", VOCABULARY)
+
+
+def _rows_over(x: Float[Array, "B ... F"], axes: Any, last: Any = P.UNCONSTRAINED) -> Any:
+    """Inside a program on a mesh: over which of its axes rows (and features) are split, if any."""
     mesh = jax.typeof(x).sharding.mesh
     traced = isinstance(x, jax.core.Tracer)
     if mesh.axis_names != AXES or not traced or x.shape[0] % batch_multiple(mesh):
         return x
-    spec = P(axes, *(P.UNCONSTRAINED,) * (x.ndim - 1))
+    spec = P(axes, *(P.UNCONSTRAINED,) * (x.ndim - 2), last)
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
 

@@ -12,7 +12,8 @@ from jaxtyping import Array, Bool, Float, Int
 from ema_jax.models.decoder import Decoder
 
 _CHUNK = 128
-# Largest number of logits at once, in all rows: 128 MiB in float32, 220 tokens at 152,064 words.
+# Largest number of logits at once, for each device that shares them: 128 MiB in float32, 220 tokens
+# at 152,064 words.
 _LOGITS = 1 << 25
 
 
@@ -70,7 +71,8 @@ def _over_time(
 ) -> Float[Array, "B T"]:
     """What `function` makes of `[B, T, …]` arrays, a chunk of time after the other."""
     rows, length = arrays[0].shape[:2]
-    size = min(_CHUNK, length, max(_LOGITS // (rows * vocabulary), 1))
+    logits = _LOGITS * max(jax.typeof(arrays[0]).sharding.mesh.size, 1)
+    size = min(_CHUNK, length, max(logits // (rows * vocabulary), 1))
     padding = -length % size
     padded = [jnp.pad(x, ((0, 0), (0, padding), *((0, 0),) * (x.ndim - 2))) for x in arrays]
 
