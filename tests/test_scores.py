@@ -5,8 +5,11 @@ import json
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy import stats
+from statsmodels.formula.api import ols
+from statsmodels.stats.anova import anova_lm
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
@@ -285,6 +288,27 @@ def pooled_coverage(studies, prompts, seeds, spread):
         low, high = scores.pooled_rate(verdicts, seed=i, resamples=400)["ci95"]
         hits += low <= 0.5 <= high
     return hits / studies
+
+
+@pytest.mark.parametrize("spread", [0.0, 2.0])
+def test_width_over_seeds_against_statsmodels(spread):
+    """The mean squares are those of a two-way analysis of variance, whatever the draws' width."""
+    rng = np.random.default_rng(2)
+    table = rng.normal(size=(4, 30)) + rng.normal(size=30) + spread * rng.normal(size=(4, 1))
+    table -= table.mean()
+    seed, prompt = np.indices(table.shape)
+    frame = pd.DataFrame({"y": table.ravel(), "seed": seed.ravel(), "prompt": prompt.ravel()})
+    squares = anova_lm(ols("y ~ C(seed) + C(prompt)", frame).fit())["mean_sq"]
+    of_seeds = max(squares["C(seed)"] - squares["Residual"], 0)
+    assert (of_seeds > 1) == (spread > 0)
+    half = (
+        stats.t.isf(0.025, 29) ** 2 * squares["C(prompt)"] + stats.t.isf(0.025, 3) ** 2 * of_seeds
+    )
+    half = math.sqrt(half / table.size)
+    draws = 0.5 + 0.3 * stats.norm.ppf((np.arange(20_000) + 0.5) / 20_000)
+    low, high = scores._two_way(draws, 0.5, table, (-9, 9))
+    assert [low, high] == pytest.approx([0.5 - half, 0.5 + half], rel=1e-3)
+    assert scores._two_way(draws, 0.5, table, (0.45, 0.6)) == [max(low, 0.45), min(high, 0.6)]
 
 
 def test_intervals_cover_in_a_small_simulation():
