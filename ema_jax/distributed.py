@@ -15,6 +15,7 @@ The environment says who takes part:
 
 import os
 import re
+import signal
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -32,8 +33,8 @@ class _Processes:
     index = 0
     count = 1
     barriers = 0
-    polls = 0
     alone = False
+    asked = False  # SIGTERM came to this one
 
 
 def initialise(heartbeat_seconds: int, environment: Mapping[str, str] | None = None) -> None:
@@ -51,6 +52,9 @@ def initialise(heartbeat_seconds: int, environment: Mapping[str, str] | None = N
         return
     import jax
 
+    # JAX's own service agrees on a count of calls. Orbax asks it too, with step numbers: between
+    # the two counts a request is answered hundreds of steps late, or never. See stop_requested.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
             **arguments,
@@ -64,6 +68,7 @@ def initialise(heartbeat_seconds: int, environment: Mapping[str, str] | None = N
             f"distributed: the other processes cannot be reached ({reason}); see that all of them "
             "run, with one EMA_JAX_COORDINATOR that they can connect to"
         ) from None
+    signal.signal(signal.SIGTERM, _note_sigterm)
     _Processes.index, _Processes.count = jax.process_index(), jax.process_count()
     if _Processes.index:
         logging.set_verbosity(logging.WARNING)  # one voice is enough
@@ -136,10 +141,14 @@ def stop_requested() -> bool:
     """
     if not several() or _Processes.alone:
         return False
+    import numpy as np
     from jax.experimental import multihost_utils
 
-    _Processes.polls += 1
-    return multihost_utils.reached_preemption_sync_point(_Processes.polls)
+    return bool(np.any(multihost_utils.process_allgather(np.array(_Processes.asked))))
+
+
+def _note_sigterm(*_: object) -> None:
+    _Processes.asked = True
 
 
 def first_only(function: Callable[[], None], what: str) -> None:
