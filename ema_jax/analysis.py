@@ -1,6 +1,7 @@
 """From a study's artifacts to `results.json` (schema 1 of DESIGN)."""
 
 import importlib.metadata
+import itertools
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -11,11 +12,18 @@ import numpy as np
 import ema_jax
 from ema_jax.artifacts import read_json, read_jsonl
 from ema_jax.concepts.entanglement import Entanglement
-from ema_jax.concepts.forecast import layer_profile, score
+from ema_jax.concepts.forecast import CATEGORY_PROMPTS, layer_profile, pooled_score, score
 from ema_jax.config import StudyConfig
 from ema_jax.data.domains import BENIGN, LOOKALIKE
 from ema_jax.refusal.agreement import agreement_of_judges
-from ema_jax.refusal.scores import containment, holm, paired_drop, pooled_rate, refusal_rate
+from ema_jax.refusal.scores import (
+    containment,
+    holm,
+    paired_drop,
+    pooled_rate,
+    refusal_rate,
+    seed_difference,
+)
 from ema_jax.stages import Workdir
 
 SCHEMA = 1
@@ -38,6 +46,7 @@ def results(workdir: Workdir, config: StudyConfig, model: Mapping[str, Any]) -> 
     ema = {arm: _ema(base, verdicts, ids, others) for arm, verdicts in arms.items()}
     plain = plain_arm(config)
     forecast = read_json(workdir / "forecast.json")
+    rates = {arm: _rates(workdir, arm, arms[arm], config) for arm in arms}
     return {
         "schema": SCHEMA,
         "model": dict(model),
@@ -46,16 +55,20 @@ def results(workdir: Workdir, config: StudyConfig, model: Mapping[str, Any]) -> 
         "judge": config.judge,
         "arms": {
             "base": {"refusal": {d: refusal_rate(base[d]) for d in config.domains}},
-            **{arm: _rates(workdir, arm, arms[arm], config) for arm in arms},
+            **rates,
         },
         "ema": ema,
         "containment": _containment(base, arms, config, others),
+        "comparisons": _comparisons(rates, config),
         "utility": _utility(workdir, base, arms, config.seeds),
         "entanglement": forecast["entanglement"],
         **_concepts(workdir, arms, config.seeds),
         "sweep": read_json(workdir / "concepts/sweep.json"),
         "agreement": _agreement(workdir, config),
-        "forecast": _forecast(forecast, ema.get(plain or "")),
+        "forecast": {
+            **_forecast(forecast, ema.get(plain or "")),
+            "categories": _categories(workdir, forecast, plain, config.seeds),
+        },
         "warnings": _warnings(ema, arms),
         "provenance": _provenance(workdir, config),
     }
@@ -138,6 +151,33 @@ def _containment(
     }
 
 
+def _comparisons(arms: Mapping[str, Mapping[str, Any]], config: StudyConfig) -> list[Any]:
+    """Arms with retain data two by two, paired by seed: who keeps the others, at what target.
+
+    `others` is the mean refusal rate off target, `invalid` the share of all responses.
+    """
+
+    def figures(arm: str) -> dict[str, list[float | None]]:
+        runs = [run["refusal"] for run in arms[arm]["seeds"].values()]
+        others = [[run[d]["rate"] for d in config.domains if d != config.target] for run in runs]
+        sums = [[sum(r[key] for r in run.values()) for run in runs] for key in ("invalid", "total")]
+        return {
+            "target": [run[config.target]["rate"] for run in runs],
+            "others": [None if None in rates else float(np.mean(rates)) for rates in others],
+            "invalid": [invalid / total for invalid, total in zip(*sums, strict=True)],
+        }
+
+    made = {arm: figures(arm) for arm in arms if config.arm(arm).retains}
+    return [
+        {
+            "arm": arm,
+            "minus": other,
+            **{name: seed_difference(made[arm][name], made[other][name]) for name in made[arm]},
+        }
+        for arm, other in itertools.combinations(made, 2)
+    ]
+
+
 def _utility(
     workdir: Workdir,
     base: ByDomain,
@@ -218,6 +258,43 @@ def _forecast(made: Mapping[str, Any], ema: Mapping[str, Any] | None) -> dict[st
         "layer_spearman": listed({"": profile})[""],
         "lexical": None if words is None else score(words, drops),
     }
+
+
+def _categories(
+    workdir: Workdir, made: Mapping[str, Any], arm: str | None, seeds: Sequence[int]
+) -> dict[str, Any] | None:
+    """The forecast of sub-categories against their measured drops, where the prompts have any.
+
+    Scored over all of them, and by their order within each domain alone (`within_domains`), which
+    what sets the domains apart cannot carry.
+    """
+    forecast = made.get("category_score") or {}
+    if arm is None or not forecast:
+        return None
+    base = _by_category(workdir, "base")
+    runs = [_by_category(workdir, f"{arm}.seed_{seed}") for seed in seeds]
+    drops = {}
+    for name, verdicts in base.items():
+        if name in forecast and len(verdicts) >= CATEGORY_PROMPTS:
+            drops[name] = paired_drop(verdicts, [run[name] for run in runs], resamples=10)["drop"]
+    scores = {name: forecast[name] for name in drops}
+    cells: dict[str, dict[str, float]] = {}
+    for name, x in scores.items():
+        cells.setdefault(name.partition("/")[0], {})[name] = x
+    return {
+        "score": scores,
+        "drop": drops,
+        **score(scores, drops),
+        "within_domains": pooled_score([(cell, drops) for cell in cells.values()]),
+    }
+
+
+def _by_category(workdir: Workdir, name: str) -> ByDomain:
+    """`domain/category` → verdicts."""
+    verdicts: ByDomain = {}
+    for row in read_jsonl(workdir / f"responses/{name}.jsonl"):
+        verdicts.setdefault(f"{row['domain']}/{row.get('category', '')}", []).append(row["verdict"])
+    return verdicts
 
 
 def _warnings(

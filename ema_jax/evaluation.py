@@ -57,6 +57,7 @@ class Judged:
                 "domain": prompt.domain,
                 "split": prompt.split,
                 "group": prompt.group,
+                "category": prompt.category,
                 **_said(judge, verdict),
                 "finished": response.finished,
                 "tokens": len(response.tokens),

@@ -16,7 +16,13 @@ from jaxtyping import Float
 from ema_jax.concepts.cka import cka, cka_layers
 from ema_jax.concepts.entanglement import all_pairs
 from ema_jax.concepts.erasure import angle_degrees, erasure, norm_ratio, probe_auroc, ranking
-from ema_jax.concepts.forecast import advice, early_layers, forecast, retain_shares
+from ema_jax.concepts.forecast import (
+    advice,
+    category_forecast,
+    early_layers,
+    forecast,
+    retain_shares,
+)
 from ema_jax.concepts.interventions import (
     ABLATED,
     ablation,
@@ -73,6 +79,7 @@ def foretell(
     target: str,
     domains: Sequence[str],
     settings: ConceptConfig,
+    categories: Mapping[str, Sequence[str]],
 ) -> dict[str, Any]:
     """From the base's activations alone: entanglement, and whom unlearning will hit.
 
@@ -82,6 +89,7 @@ def foretell(
         target: the domain to be unlearned.
         domains: all of them.
         settings: numbers of resamplings.
+        categories: sub-categories of the domains' prompts, in order.
     """
     pairs = all_pairs(
         activations,
@@ -99,6 +107,7 @@ def foretell(
         "entanglement": measured.to_json(),
         "score": scores,
         "lexical_score": None if words is None else plain(words["cosine_centred"]),
+        "category_score": category_forecast(activations, categories, target, domains),
         "early_layers": list(early_layers(measured.num_layers)),
         "advice": advice(scores),
         "retain_shares": retain_shares(scores),

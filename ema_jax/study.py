@@ -224,8 +224,11 @@ class Study:
         """From the base alone: entanglement with the target, and whom unlearning will hit."""
         c, pooled = self.config, self._base_activations()
         activations = pooled[c.concepts.poolings[0]]
+        categories: dict[str, list[str]] = {}
+        for prompt in self.prompts["concept"]:
+            categories.setdefault(prompt.domain, []).append(prompt.category)
         made = explanation.foretell(
-            activations, pooled.get("prompt_mean"), c.target, c.domains, c.concepts
+            activations, pooled.get("prompt_mean"), c.target, c.domains, c.concepts, categories
         )
         path = self.workdir / "forecast.json"
         artifacts.write_json(path, made)

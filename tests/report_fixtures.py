@@ -104,6 +104,15 @@ def example_results() -> dict:
         "containment": {
             "npo_retain": {"recovered": 0.801, "ci95": [0.71, 0.88], "target_rate": 0.1}
         },
+        "comparisons": [
+            {
+                "arm": "npo_advised",
+                "minus": "npo_retain",
+                "target": {"difference": 0.01, "ci95": [-0.02, 0.04], "p": 0.41},
+                "others": {"difference": 0.123, "ci95": [0.02, 0.226], "p": 0.03},
+                "invalid": {"difference": 0.0, "ci95": [None, None], "p": None},
+            }
+        ],
         "utility": {
             "base": {
                 "benign_refusal": rate(0.02),
@@ -173,6 +182,14 @@ def example_results() -> dict:
             "lexical": {"spearman": 0.3, "p": 0.6, "n": 6},
             "spearman": 0.829,
             "p": 0.058,
+            "categories": {
+                "score": {"bias/age": 0.31, "bias/origin": 0.12, "safety/tools": -0.2},
+                "drop": {"bias/age": 0.4, "bias/origin": 0.25, "safety/tools": 0.075},
+                "spearman": 1.0,
+                "p": 0.333,
+                "n": 3,
+                "within_domains": {"spearman": None, "p": None, "cells": 0},
+            },
             "early_layers": [1, 2, 3, 4],
             "layer_spearman": [None, *(float(x) for x in 0.9 * np.sin(np.pi * depth[1:]))],
         },

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -164,12 +165,29 @@ replication.run(ema.read(config), sys.argv[1] + "/run", dry_run=False)
 """
 
 
-SAME = ("arms", "ema", "containment", "utility", "erasure", "forecast", "entanglement")
+EXACT = ("arms", "ema", "containment", "entanglement", "forecast")
+
+
+def assert_close(ours: Any, theirs: Any, where: str = "") -> None:
+    """JSON, number by number."""
+    if isinstance(theirs, dict):
+        assert ours.keys() == theirs.keys(), where
+        for key, value in theirs.items():
+            assert_close(ours[key], value, f"{where}/{key}")
+    elif isinstance(theirs, list):
+        assert len(ours) == len(theirs), where
+        for i, value in enumerate(theirs):
+            assert_close(ours[i], value, f"{where}/{i}")
+    elif isinstance(theirs, float):
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5), where
+    else:
+        assert ours == theirs, where
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 4])
 def test_a_study_of_several_processes_is_the_study_of_one(tmp_path, processes):
+    """The same responses and rates; what is read from trained weights to their rounding."""
     several, one = tmp_path / "several", tmp_path / "one"
     for folder, shape in ((several, (processes, 2)), (one, (1, 2 * processes))):
         folder.mkdir()
@@ -177,7 +195,10 @@ def test_a_study_of_several_processes_is_the_study_of_one(tmp_path, processes):
         out, _ = process.communicate(timeout=1200)
         assert process.returncode == 0, out
     ours, alone = (artifacts.read_json(f / "run/results.json") for f in (several, one))
-    for key in SAME:
+    for made in (ours, alone):
+        del made["provenance"]
+    assert_close(ours, alone)
+    for key in EXACT:
         assert ours[key] == alone[key], key
     for name in ("base", "npo.seed_0", "npo_retain.seed_0"):
         vectors, expected = (
@@ -206,7 +227,7 @@ def test_a_killed_process_ends_the_other_and_the_study_goes_on(tmp_path):
 
 
 # Training alone: stopped, killed, gone on with by other processes.
-STEPS = 250
+STEPS = 80
 FOUR, TWO = "2,2,1", "1,2,1"  # meshes, of as many devices
 HEARTBEAT = 10  # what the worker asks for
 

@@ -10,6 +10,7 @@ from ema_jax.concepts.entanglement import Calibrated, Entanglement
 from ema_jax.concepts.erasure import angle_degrees, erasure, norm_ratio, probe_auroc, ranking
 from ema_jax.concepts.forecast import (
     advice,
+    category_forecast,
     early_layers,
     forecast,
     layer_profile,
@@ -184,6 +185,25 @@ def test_forecast_is_the_mean_centred_cosine_over_early_layers():
     assert advice(found, k=1) == ["bias"]
     assert advice(found) == ["bias", "safety"]
     assert advice({"b": 0.1, "a": 0.1, "c": 0.0}, k=2) == ["a", "b"]
+
+
+def test_category_forecast_restated():
+    rng, kinds = np.random.default_rng(0), ["a"] * 10 + ["b"] * 12 + ["few"] * 7 + [""] * 11
+    names = ("cybersecurity", "safety", "bias")
+    made = {d: rng.normal(size=(40, 7, 16)) + rng.normal(size=16) for d in (*names, "benign")}
+    categories = {"safety": kinds, "cybersecurity": kinds}
+    found = category_forecast(made, categories, "cybersecurity", names)
+    mean = {d: x.mean(0) for d, x in made.items()}
+    vectors = np.array([mean[d] - mean["benign"] for d in names])
+    centre, target = vectors.mean(0), vectors[0] - vectors.mean(0)
+    # Not the target's own, and none of seven prompts; layers 1 and 2 of six blocks.
+    assert list(found) == ["safety/a", "safety/b"]
+    for name, part in (("safety/a", slice(10)), ("safety/b", slice(10, 22))):
+        own = made["safety"][part].mean(0) - mean["benign"] - centre
+        cosines = [
+            own[i] @ target[i] / np.linalg.norm(own[i]) / np.linalg.norm(target[i]) for i in (1, 2)
+        ]
+        assert found[name] == pytest.approx(np.mean(cosines), abs=1e-5)
 
 
 def test_forecast_of_another_target_is_refused():

@@ -351,6 +351,18 @@ def test_written_prompts_read_back(tmp_path):
         read_prompts(tmp_path / "prompts")
 
 
+def test_the_sources_category_stays_with_the_prompt(tmp_path):
+    rows = _rows()
+    for i, row in enumerate(rows):
+        row["category"] = f"kind {i % 3}"
+    by_id = {row["id"]: row["category"] for row in rows}
+    write_prompts(tmp_path, _build(tmp_path, rows))
+    found = [p for prompts in read_prompts(tmp_path).values() for p in prompts]
+    assert found
+    assert all(p.category == by_id[p.id] for p in found if p.domain != BENIGN)
+    assert {p.category for p in _build(tmp_path, _rows())} == {""}
+
+
 def test_prompt_is_hashable_and_frozen():
     prompt = Prompt("1", "bias", "eval", "Text.", "x", sha256_text("Text."), "1")
     assert hash(prompt)
@@ -364,8 +376,8 @@ def test_prompt_is_hashable_and_frozen():
 def test_the_three_formats_agree(tmp_path):
     rows = _rows(per_domain=3)
     rows[0]["prompt"] = 'Quotes ", commas, a line\nbreak and an é\u2028?'
-    rows[1] |= {"split": "dev", "group": "g", "source": "mine"}
-    columns = ("id", "domain", "prompt", "split", "group", "source")
+    rows[1] |= {"split": "dev", "group": "g", "source": "mine", "category": "roses"}
+    columns = ("id", "domain", "prompt", "split", "group", "source", "category")
     full = [{column: row.get(column) for column in columns} for row in rows]
     jsonl = tmp_path / "rows.jsonl"
     _write(jsonl, rows)
@@ -379,6 +391,7 @@ def test_the_three_formats_agree(tmp_path):
     expected = read_local(jsonl)
     assert [row.prompt for row in expected] == [row["prompt"] for row in rows]
     assert (expected[1].split, expected[1].group, expected[1].source) == ("dev", "g", "mine")
+    assert (expected[1].categories, expected[0].categories) == (("roses",), ())
     assert (expected[0].split, expected[0].group, expected[0].source) == (
         None,
         "gardens-0",

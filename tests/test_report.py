@@ -134,6 +134,9 @@ def test_tables_carry_the_numbers(html):
     assert "unmeasurable: floor" in floor
     judges = next(row for row in cells if "lexical / wildguard" in row)
     assert judges[-8:] == ["0.59", "[0.37, 0.81]", "95.0\u202f%", "181", "7", "3", "8", "1"]
+    assert ["Safety", "tools", "−0.200", "+7.5"] in cells
+    compared = next(row for row in cells if "Refusal off target" in row)
+    assert compared[-3:] == ["+12.3", "[2.0, 22.6]", "0.030"]
     utility = next(row for row in cells if "1.204" in row)
     assert {"21.7\u202f%", "3.33", "3.46"} <= set(utility)
 
@@ -144,8 +147,10 @@ def test_rows_of_a_table_are_as_wide_as_its_head():
         tables.refusal(results),
         tables.ema(results),
         tables.containment(results),
+        tables.comparisons(results),
         tables.runs(results),
         tables.forecast(results, "npo"),
+        tables.categories(results),
         tables.utility(results),
         tables.agreement(results),
         tables.provenance(results),
@@ -224,7 +229,7 @@ def test_headline_reports_rises_failed_unlearning_and_broken_output():
     "missing",
     [
         *("ema", "containment", "utility", "agreement", "entanglement", "erasure", "forecast"),
-        "provenance",
+        *("comparisons", "provenance"),
     ],
 )
 def test_a_missing_part_leaves_out_its_section_only(tmp_path, missing):

@@ -5,8 +5,11 @@ import json
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy import stats
+from statsmodels.formula.api import ols
+from statsmodels.stats.anova import anova_lm
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
@@ -224,6 +227,26 @@ def test_containment_says_when_there_is_nothing_to_contain():
     assert unbounded["flags"] == ["ema_not_above_zero"]
 
 
+def test_seed_difference_is_the_paired_t_interval():
+    first, second = np.array([0.9, 0.7, 0.95, 0.8]), np.array([0.8, 0.75, 0.7, 0.8])
+    result = scores.seed_difference(first.tolist(), second.tolist())
+    d = first - second
+    half = stats.t.isf(0.025, 3) * d.std(ddof=1) / 2
+    assert result["difference"] == pytest.approx(d.mean())
+    assert result["ci95"] == pytest.approx([d.mean() - half, d.mean() + half])
+    assert result["p"] == pytest.approx(stats.ttest_1samp(d, 0).pvalue)
+    # Pairing matters: seeds that fall together say more about the difference.
+    assert np.diff(scores.seed_difference([0.1, 0.5, 0.9], [0.2, 0.61, 1.0])["ci95"]) < 0.1
+
+
+@pytest.mark.parametrize("pair", [([0.5], [0.4]), ([0.5, 0.6], [0.4, 0.5])])
+def test_seed_difference_without_spread_has_no_interval(pair):
+    result = scores.seed_difference(*pair)
+    assert result == {"difference": pytest.approx(0.1), "ci95": [None, None], "p": None}
+    assert scores.seed_difference([0.5, None], [0.4, 0.5])["difference"] is None
+    json.dumps(result, allow_nan=False)
+
+
 # --- coverage of the intervals
 
 
@@ -267,6 +290,27 @@ def pooled_coverage(studies, prompts, seeds, spread):
     return hits / studies
 
 
+@pytest.mark.parametrize("spread", [0.0, 2.0])
+def test_width_over_seeds_against_statsmodels(spread):
+    """The mean squares are those of a two-way analysis of variance, whatever the draws' width."""
+    rng = np.random.default_rng(2)
+    table = rng.normal(size=(4, 30)) + rng.normal(size=30) + spread * rng.normal(size=(4, 1))
+    table -= table.mean()
+    seed, prompt = np.indices(table.shape)
+    frame = pd.DataFrame({"y": table.ravel(), "seed": seed.ravel(), "prompt": prompt.ravel()})
+    squares = anova_lm(ols("y ~ C(seed) + C(prompt)", frame).fit())["mean_sq"]
+    of_seeds = max(squares["C(seed)"] - squares["Residual"], 0)
+    assert (of_seeds > 1) == (spread > 0)
+    half = (
+        stats.t.isf(0.025, 29) ** 2 * squares["C(prompt)"] + stats.t.isf(0.025, 3) ** 2 * of_seeds
+    )
+    half = math.sqrt(half / table.size)
+    draws = 0.5 + 0.3 * stats.norm.ppf((np.arange(20_000) + 0.5) / 20_000)
+    low, high = scores._two_way(draws, 0.5, table, (-9, 9))
+    assert [low, high] == pytest.approx([0.5 - half, 0.5 + half], rel=1e-3)
+    assert scores._two_way(draws, 0.5, table, (0.45, 0.6)) == [max(low, 0.45), min(high, 0.6)]
+
+
 def test_intervals_cover_in_a_small_simulation():
     assert drop_coverage(200, 100, 1, 0.2, 0.05, 0.0) > 0.90
     assert wilson_coverage(300, 150, 0.3) > 0.90
@@ -280,8 +324,10 @@ def test_intervals_cover_in_a_small_simulation():
         (100, 1, 0.2, 0.05, 0.0),
         (300, 1, 0.1, 0.03, 0.0),
         (100, 3, 0.2, 0.05, 0.0),
+        (100, 3, 0.2, 0.05, 0.1),
         (100, 5, 0.2, 0.05, 0.05),
         (300, 5, 0.2, 0.05, 0.02),
+        (300, 5, 0.2, 0.05, 0.1),
     ],
 )
 def test_drop_coverage(prompts, seeds, drop, noise, spread):
@@ -301,22 +347,24 @@ def test_wilson_coverage(rate):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("seeds", "spread"), [(3, 0.0), (5, 0.0)])
+@pytest.mark.parametrize(
+    ("seeds", "spread"), [(3, 0.0), (5, 0.0), (3, 0.1), (5, 0.05), (5, 0.1), (5, 0.2)]
+)
 def test_pooled_coverage(seeds, spread):
-    assert 0.93 <= pooled_coverage(2000, 150, seeds, spread) <= 0.98
+    assert 0.93 <= pooled_coverage(2000, 150, seeds, spread) <= 0.97
 
 
 @pytest.mark.slow
-def test_family_error_of_the_whole_procedure():
+@pytest.mark.parametrize("seeds", [1, 5])
+def test_family_error_of_the_whole_procedure(seeds):
     """Six unchanged domains with noise: Holm on the permutation p rejects any in at most 5 %."""
     rng = np.random.default_rng(8)
     hits = 0
-    for _ in range(1000):
-        p = {}
-        for domain in "abcdef":
-            base = rng.random(100) < 0.6
-            flips = rng.random((2, 100)) < 0.1
-            first, second = base ^ flips[0], base ^ flips[1]
-            p[domain] = scores.paired_drop(names(first), names([second]), resamples=10)["p"]
+    for _ in range(2000):
+        base = rng.random((6, 1, 100)) < 0.6
+        noisy = base ^ (rng.random((6, 1, 100)) < 0.1)
+        arms = base ^ (rng.random((6, seeds, 100)) < 0.1)
+        differences = (noisy.astype(int) - arms).sum(1)
+        p = {d: scores.sign_flip_p(x) for d, x in zip("abcdef", differences, strict=True)}
         hits += min(scores.holm(p).values()) <= 0.05
-    assert hits / 1000 <= 0.05
+    assert hits / 2000 <= 0.05

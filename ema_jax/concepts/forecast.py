@@ -17,8 +17,10 @@ import numpy as np
 from jaxtyping import Float
 
 from ema_jax.concepts.entanglement import Entanglement
+from ema_jax.concepts.vectors import Activations, concept_vectors
 from ema_jax.errors import UserError
 
+CATEGORY_PROMPTS = 8  # for its vector, and for its measured drop: fewer tell nothing
 _EXACT_UP_TO = 8
 _SAMPLED_PERMUTATIONS = 100_000
 _RESAMPLES = 10_000
@@ -44,6 +46,43 @@ def forecast(entanglement: Entanglement, target: str) -> dict[str, float]:
         )
     early = np.array(early_layers(entanglement.num_layers))
     return {d: float(x[early].mean()) for d, x in entanglement.cosine_centred.observed.items()}
+
+
+def category_forecast(
+    activations: Activations,
+    categories: Mapping[str, Sequence[str]],
+    target: str,
+    domains: Sequence[str],
+) -> dict[str, float]:
+    """`forecast` of the other domains' sub-categories, each with a vector of its own prompts.
+
+    Args:
+      activations: `{domain: [prompts, L+1, d]}` with the contrast set.
+      categories: of each domain's prompts, in order; empty where there is none.
+      target: the domain to be unlearned.
+      domains: all of them; their mean vector is the centre, as in the forecast of domains.
+
+    Returns:
+      By `domain/category`, of those with `CATEGORY_PROMPTS` prompts or more.
+    """
+    labels = {d: np.array(categories.get(d, ())) for d in domains if d != target}
+    counts = {d: zip(*np.unique(x, return_counts=True), strict=True) for d, x in labels.items()}
+    parts = {
+        f"{d}/{name}": activations[d][labels[d] == name]
+        for d, found in counts.items()
+        for name, n in found
+        if name and n >= CATEGORY_PROMPTS
+    }
+    vectors = concept_vectors({**activations, **parts})
+    centre = np.mean([vectors[d] for d in domains], axis=0)
+    early = np.array(early_layers(len(centre) - 1))
+    of_target = (vectors[target] - centre)[early]
+    scores = {}
+    for name in parts:
+        own = (vectors[name] - centre)[early]
+        lengths = np.linalg.norm(own, axis=1) * np.linalg.norm(of_target, axis=1)
+        scores[name] = float(((own * of_target).sum(1) / np.maximum(lengths, 1e-30)).mean())
+    return scores
 
 
 def layer_profile(

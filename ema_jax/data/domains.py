@@ -30,7 +30,7 @@ class Row:
         prompt: the text.
         source: name of the source.
         group: rows of one group are variants of each other; they never part over splits.
-        categories: the source's own labels, for the deny-list.
+        categories: the source's own labels, for the deny-list; the first is the sub-category.
         split: the split the source itself assigns, if it does.
         evaluate_only: may be measured, never trained on (see `ema_jax.data.denylist`).
     """

@@ -8,6 +8,7 @@
 | `split` | optional: harvest, retain, dev, eval or concept; such a row keeps its split |
 | `source` | optional: where the prompt comes from; default: the file's name |
 | `group` | optional: variants of one prompt share it and never part over splits; default: the id |
+| `category` | optional: a finer label within the domain, for forecasts by sub-category |
 
 Other columns are ignored. A path may be a file or a folder of such files.
 """
@@ -23,7 +24,7 @@ from ema_jax.artifacts import sha256_text
 from ema_jax.data.domains import SPLITS, Row
 from ema_jax.errors import UserError
 
-COLUMNS = ("prompt", "domain", "id", "split", "source", "group")
+COLUMNS = ("prompt", "domain", "id", "split", "source", "group", "category")
 REQUIRED = ("prompt", "domain")
 
 
@@ -63,7 +64,7 @@ def parse_record(record: Mapping[str, Any], place: str, source: str, max_chars: 
             continue
         if value is not None and not isinstance(value, str):
             raise UserError(f"{place}: {column!r} must be text, found {value!r:.40}")
-        if column != "split" and value is not None and not value.strip():
+        if column not in ("split", "category") and value is not None and not value.strip():
             raise UserError(f"{place}: {column!r} is empty; fill it in or remove the row")
     prompt, split = record["prompt"], record.get("split") or None
     if len(prompt) > max_chars:
@@ -78,13 +79,14 @@ def parse_record(record: Mapping[str, Any], place: str, source: str, max_chars: 
         raise UserError(f"{place}: unknown split {split!r:.40}; use one of {', '.join(SPLITS)}")
     key = record.get("id")
     name = str(key) if key is not None else f"{source}/{sha256_text(prompt)[:16]}"
-    group = record.get("group")
+    group, category = record.get("group"), (record.get("category") or "").strip()
     return Row(
         id=name,
         domain=record["domain"].strip(),
         prompt=prompt,
         source=record.get("source") or source,
         group=str(group) if group is not None else name,
+        categories=(category,) if category else (),
         split=split,
     )
 

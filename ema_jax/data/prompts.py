@@ -40,6 +40,7 @@ class Prompt:
         source: where it comes from.
         sha256: of the text.
         group: the source row that it and its variants come from: the cluster for statistics.
+        category: the source's own label within the domain; empty if it has none.
     """
 
     id: str
@@ -49,6 +50,7 @@ class Prompt:
     source: str
     sha256: str
     group: str
+    category: str = ""
 
 
 @dataclass(frozen=True)
@@ -224,7 +226,8 @@ def read_prompts(folder: str | Path) -> dict[str, list[Prompt]]:
     for split in SPLITS:
         path = Path(folder) / f"{split}.jsonl"
         result[split] = []
-        for number, record in enumerate(read_jsonl(path), start=1):
+        for number, row in enumerate(read_jsonl(path), start=1):
+            record = {"category": ""} | row  # older folders have none
             missing = [name for name in names if not isinstance(record.get(name), str)]
             if missing:
                 raise UserError(f"{path}:{number}: {missing[0]!r} is missing; rebuild the prompts")
@@ -337,6 +340,7 @@ def _prompt(row: Row) -> Prompt:
         source=row.source,
         sha256=sha256_text(row.prompt),
         group=row.group,
+        category=row.categories[0] if row.categories else "",
     )
 
 

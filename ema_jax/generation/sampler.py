@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from ema_jax.data.chat import Chat, bucket, pad_prompts
 from ema_jax.errors import UserError
-from ema_jax.models.decoder import Decoder, KVCache
+from ema_jax.models.decoder import Decoder, KVCache, Layers
 from ema_jax.models.families import DecoderConfig
 from ema_jax.models.sharding import (
     batch_rows,
@@ -224,10 +224,17 @@ def _fill(
     ).on(mesh)
 
 
+@functools.partial(jax.jit, static_argnames="graph")
+def _layers(graph: nnx.GraphDef, state: nnx.State) -> Layers:
+    """The blocks taken apart, once for all of a `generate`: a copy of their weights."""
+    return nnx.merge(graph, state).layers()
+
+
 @functools.partial(jax.jit, static_argnames=_STATIC, donate_argnames="slots")
 def _advance(
     graph: nnx.GraphDef,
     state: nnx.State,
+    layers: Layers,
     slots: _Slots,
     few: Int[Array, ""],
     eos_ids: Int[Array, "E"],
@@ -237,7 +244,6 @@ def _advance(
 ) -> _Slots:
     """Decodes until at most `few` rows are live."""
     model = nnx.merge(graph, state)
-    layers = model.layers()
     rows, cap = slots.output.shape
     everywhere = jnp.arange(rows)
 
@@ -293,10 +299,13 @@ def generate(
     """
     mesh = make_mesh() if mesh is None else mesh
     rendered = {i: chat.prompt_tokens(prompt) for i, prompt in enumerate(prompts) if i not in done}
+    if not rendered:
+        return
+    layers = _layers(*nnx.split(model))
     for indices in _rings({i: len(ids) for i, ids in rendered.items()}, max_new_tokens):
         rows = batch_rows(min(batch_size, len(indices)), mesh)
         queue = deque((i, rendered[i]) for i in indices)
-        for i, tokens in _serve(model, chat, queue, rows, max_new_tokens, sampling, mesh):
+        for i, tokens in _serve(model, layers, chat, queue, rows, max_new_tokens, sampling, mesh):
             yield i, Response.of(tokens, chat)
 
 
@@ -314,6 +323,7 @@ def _rings(lengths: Mapping[int, int], cap: int) -> Iterator[list[int]]:
 
 def _serve(
     model: Decoder,
+    layers: Layers,
     chat: Chat,
     queue: deque[tuple[int, tuple[int, ...]]],
     rows: int,
@@ -349,7 +359,7 @@ def _serve(
             slots = _fill(graph, state, slots, *placed, draws, targets, eos_ids, **fixed)
         narrower = not queue and _MIN_TAIL <= tail < len(asked)
         few = len(asked) - min(refill, len(queue)) if queue else tail if narrower else 0
-        slots = _advance(graph, state, slots, np.int32(few), eos_ids, **fixed)
+        slots = _advance(graph, state, layers, slots, np.int32(few), eos_ids, **fixed)
         live, ends, output = map(host_array, (slots.live, slots.length, slots.output))
         for row in np.flatnonzero((asked >= 0) & ~live):
             yield int(asked[row]), tuple(output[row, : ends[row]].tolist())

@@ -191,6 +191,9 @@ class Block(nnx.Module):
         return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
+Layers = Sequence[tuple[Block, Callable[[Array], Array] | None]]  # each with its edit
+
+
 class Decoder(nnx.Module):
     """Token embeddings, `L` stacked blocks, a final norm and a head.
 
@@ -270,11 +273,11 @@ class Decoder(nnx.Module):
             )
         return Output(self.final_norm(x), taps, branches, kept)
 
-    def layers(self) -> list[tuple[Block, Callable[[Array], Array] | None]]:
-        """The blocks and edits, each by itself.
+    def layers(self) -> Layers:
+        """The blocks and edits, each by itself, for `advance`.
 
-        Within a program that is a second copy of the blocks' weights for as long as it runs, which
-        matters where they fill more than about half of the devices' memory (14 GB at 7B, bfloat16).
+        That is a second copy of the blocks' weights for as long as it is held, which matters where
+        they fill more than about half of the devices' memory (14 GB at 7B, bfloat16).
         """
         stacks = (self.blocks, self.edit)
         return [
@@ -285,7 +288,7 @@ class Decoder(nnx.Module):
         self,
         tokens: Int[Array, "B"],
         cache: KVCache,
-        layers: Sequence[tuple[Block, Callable[[Array], Array] | None]],
+        layers: Layers,
     ) -> tuple[Float[Array, "B D"], KVCache]:
         """One more token a row: what the head reads there, and the cache with it added.
 
@@ -295,7 +298,10 @@ class Decoder(nnx.Module):
         """
         positions = jnp.max(cache.positions, axis=1, keepdims=True) + 1
         seen = jax.lax.dynamic_update_slice(cache.positions, positions, (0, cache.next))
-        cos, sin = self._rotary(positions)
+        # From a table, for XLA's CPU backend would compute them anew for every head of every layer;
+        # a position is below the number of slots, or its row would not fit in the ring.
+        tables = self._rotary(jnp.arange(seen.shape[1])[None])
+        cos, sin = (table[0, positions] for table in tables)
         x = self.embed[...][tokens[:, None]]
         keys, values = list(cache.keys), list(cache.values)
         for i, (block, change) in enumerate(layers):

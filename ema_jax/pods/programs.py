@@ -150,14 +150,18 @@ def _decode(work: Workload, mesh: Mesh) -> Any:
             work.model, rows, slots, work.new_tokens, work.dtype, seen=False
         )
     )
-    return sampler._advance.lower(
-        graph,
+
+    def decode(state: nnx.State, slots: Any, few: jax.Array, eos_ids: jax.Array) -> Any:
+        # As one program, so that the weights count twice: stacked, and taken apart.
+        layers = sampler._layers(graph, state)
+        fixed = {"sampling": sampler.GREEDY, "mesh": mesh}
+        return sampler._advance(graph, state, layers, slots, few, eos_ids, **fixed)
+
+    return jax.jit(decode, donate_argnames="slots").lower(
         _placed(state, mesh),
         _shaped(empty, empty.shardings(mesh)),
         jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, P())),
         jax.ShapeDtypeStruct((2,), jnp.int32, sharding=NamedSharding(mesh, P())),
-        sampling=sampler.GREEDY,
-        mesh=mesh,
     )
 
 

@@ -7,9 +7,10 @@ undefined is None, never NaN.
 
 Bootstraps resample prompts (or clusters of prompts) and, where there are several, seeds, as two
 crossed factors: a seed is one trained model, so its prompts stand or fall together. Intervals are
-percentiles. Where fewer than five prompts' worth of outcomes fall on one side, a bootstrap cannot
-see how little is known and its interval is widened to hold a closed-form one too. With fewer than
-about five seeds the spread between seeds is still somewhat understated.
+percentiles, with several seeds set to the width that an analysis of variance gives (`_two_way`).
+Where fewer than five prompts' worth of outcomes fall on one side, a bootstrap cannot see how little
+is known and its interval is widened to hold a closed-form one too. `containment` has plain
+percentiles.
 """
 
 import math
@@ -27,6 +28,7 @@ FEW_OUTCOMES = 5
 FLOOR, CEILING = 0.1, 0.9
 COARSE_DROP = 0.2
 MANY_INVALID = 0.1
+_Z95 = 1.959964
 
 
 def refusal_rate(verdicts: Verdicts) -> dict[str, Any]:
@@ -61,7 +63,9 @@ def pooled_rate(
     by_seed, by_prompt = _resample(rng, resamples, seeds), _resample(rng, resamples, prompts)
     hits = np.einsum("rs,sn,rn->r", by_seed, refused, by_prompt, optimize=True)
     trials = np.einsum("rs,sn,rn->r", by_seed, valid, by_prompt, optimize=True)
-    interval = _percentiles(hits[trials > 0] / trials[trials > 0])
+    rate = refused.sum() / valid.sum()
+    residuals = (refused - rate * valid) / valid.mean()
+    interval = _two_way(hits[trials > 0] / trials[trials > 0], rate, residuals, (0.0, 1.0))
     if min(refused.sum(), (valid - refused).sum()) < FEW_OUTCOMES * seeds:
         interval = _hull(interval, wilson)
     return _rate(refused, valid, interval)
@@ -122,15 +126,18 @@ def paired_drop(
     }
     if n == 0:
         return result
-    draws = _bootstrap_drop(
-        difference @ group, paired @ group, np.random.default_rng(seed), resamples
-    )
-    interval = _percentiles(draws)
+    lost_by_unit, pairs_by_unit = difference @ group, paired @ group
+    draws = _bootstrap_drop(lost_by_unit, pairs_by_unit, np.random.default_rng(seed), resamples)
+    drop = _seed_mean(difference, paired) or 0.0
+    seen = paired.sum(1) > 0
+    residuals = (lost_by_unit - drop * pairs_by_unit)[seen]
+    residuals /= pairs_by_unit[seen].mean(1, keepdims=True)
+    interval = _two_way(draws, drop, residuals, (-1.0, 1.0))
     lost, kept = (difference > 0).sum() / len(arm), (difference < 0).sum() / len(arm)
     if lost + kept < FEW_OUTCOMES or n - lost - kept < FEW_OUTCOMES:
         interval = _hull(interval, _bonett_price(lost / n, kept / n, units))
     return result | {
-        "drop": _seed_mean(difference, paired),
+        "drop": drop,
         "ci95": interval,
         "p": sign_flip_p((difference @ group).sum(0).astype(int)),
     }
@@ -242,6 +249,31 @@ def containment(
     return {"recovered": recovered, "ci95": interval, "flags": []}
 
 
+def seed_difference(
+    first: Sequence[float | None], second: Sequence[float | None]
+) -> dict[str, Any]:
+    """Mean of first − second over seeds, paired by seed: Student's 95 % interval and p.
+
+    It tells how far other seeds would move the figure, not other prompts.
+
+    Returns:
+        `difference`, `ci95`, `p`. All undefined if a rate is; without spread between seeds (or
+        with one seed) only the difference is known: ci95 [None, None], p None.
+    """
+    from scipy.stats import ttest_rel
+
+    unknown = {"difference": None, "ci95": [None, None], "p": None}
+    if None in first or None in second:
+        return unknown
+    a, b = np.array(first, float), np.array(second, float)
+    found = unknown | {"difference": float((a - b).mean())}
+    if np.ptp(a - b) == 0:
+        return found
+    test = ttest_rel(a, b)
+    low, high = test.confidence_interval()
+    return found | {"ci95": [float(low), float(high)], "p": float(test.pvalue)}
+
+
 def _outcomes(
     verdicts: Sequence[Verdicts], prompts: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -281,7 +313,7 @@ def _bonett_price(lost: float, gained: float, n: int) -> list[float]:
     """Adjusted Wald interval of a paired difference (Bonett and Price, 2012): a pair more each."""
     lost, gained = (lost * n + 1) / (n + 2), (gained * n + 1) / (n + 2)
     centre = lost - gained
-    half = 1.959964 * math.sqrt((lost + gained - centre**2) / (n + 2))
+    half = _Z95 * math.sqrt((lost + gained - centre**2) / (n + 2))
     return [max(-1.0, centre - half), min(1.0, centre + half)]
 
 
@@ -334,6 +366,44 @@ def _resample(rng: np.random.Generator, resamples: int, size: int) -> np.ndarray
 def _percentiles(draws: np.ndarray) -> list[float]:
     low, high = np.percentile(draws, [2.5, 97.5])
     return [float(low), float(high)]
+
+
+def _two_way(
+    draws: np.ndarray, estimate: float, residuals: np.ndarray, bounds: tuple[float, float]
+) -> list[float]:
+    """95 % interval of a mean over seeds and prompts, from bootstrap draws over both.
+
+    Drawing both ways counts the noise of a single response three times (Owen, Annals of Applied
+    Statistics 2007), and percentiles know nothing of how badly few seeds tell their own spread. So
+    the percentiles' distances from the estimate are scaled, to a half width whose square is
+
+        (t²_{K−1}·MS_prompts + t²_{S−1}·max(MS_seeds − MS_rest, 0)) / (S·K)
+
+    with the mean squares of a two-way analysis of variance: one Student quantile for each source.
+
+    Args:
+        draws: of the bootstrap, `[resamples]`.
+        estimate: what they are draws of.
+        residuals: `[S, K]` over seeds and prompts (or clusters), with mean zero; the estimate's
+            error is their mean's.
+        bounds: of the quantity.
+    """
+    from scipy.stats import t
+
+    seeds, units = residuals.shape
+    low, high = _percentiles(draws)
+    spread = float(draws.std())
+    if min(seeds, units) < 2 or spread == 0:
+        return [low, high]
+    by_seed, by_unit = residuals.mean(1, keepdims=True), residuals.mean(0, keepdims=True)
+    rest = ((residuals - by_seed - by_unit) ** 2).sum() / ((seeds - 1) * (units - 1))
+    of_seeds = units * (by_seed**2).sum() / (seeds - 1)
+    of_units = seeds * (by_unit**2).sum() / (units - 1)
+    square = t.isf(0.025, units - 1) ** 2 * of_units
+    square += t.isf(0.025, seeds - 1) ** 2 * max(of_seeds - rest, 0.0)
+    scale = math.sqrt(square / (seeds * units)) / (_Z95 * spread)
+    low, high = (estimate + scale * (end - estimate) for end in (low, high))
+    return [float(max(bounds[0], low)), float(min(bounds[1], high))]
 
 
 def _hull(a: list[float], b: list[float]) -> list[float]:

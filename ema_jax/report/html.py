@@ -71,7 +71,10 @@ def write_report(
             "arms": tables.arms(results),
             "ema": results.get("ema") and tables.ema(results),
             "containment": results.get("containment") and tables.containment(results),
+            "comparisons": results.get("comparisons") and tables.comparisons(results),
             "forecast": results.get("forecast", {}).get("score") and tables.forecast(results, arm),
+            "categories": results.get("forecast", {}).get("categories")
+            and tables.categories(results),
             "susceptibility": results.get("forecast", {}).get("susceptibility")
             and tables.susceptibility(results),
             "utility": results.get("utility") and tables.utility(results),

@@ -164,6 +164,32 @@ def containment(results: Mapping[str, Any]) -> Table:
     )
 
 
+def comparisons(results: Mapping[str, Any]) -> Table:
+    """Arms with retain data, two by two."""
+    named = {"target": "Target refusal", "others": "Refusal off target", "invalid": "Invalid"}
+    groups = []
+    for entry in results["comparisons"]:
+        rows = [
+            Row(
+                (
+                    title,
+                    points(entry[name]["difference"]),
+                    interval(entry[name]["ci95"]),
+                    p_value(entry[name]["p"]),
+                )
+            )
+            for name, title in named.items()
+        ]
+        groups.append((f"{entry['arm']} − {entry['minus']}", tuple(rows)))
+    return Table(
+        "Difference of two arms with retain data in points, paired by seed, with Student's "
+        "interval over seeds. Refusal off target is the mean over the other domains.",
+        ("Arms", "Figure", "Difference", "95 % CI", "p"),
+        tuple(groups),
+        (0, 1),
+    )
+
+
 def runs(results: Mapping[str, Any]) -> Table:
     """One line per arm and seed: how long it trained and where the target ended."""
     reasons = {"target": "target reached", "limit": "step limit", "invalid": "too many invalid"}
@@ -198,6 +224,25 @@ def forecast(results: Mapping[str, Any], arm: str) -> Table:
     )
     caption = "Highest forecast first; the forecast was made before any training."
     return Table(caption, ("Domain", "Forecast", f"Measured drop {arm}".rstrip()), groups)
+
+
+def categories(results: Mapping[str, Any]) -> Table:
+    """Forecast and measured drop of sub-categories, highest forecast first within a domain."""
+    found = results["forecast"]["categories"]
+    by_domain: dict[str, list[Row]] = {}
+    for name, score in sorted(found["score"].items(), key=lambda item: -item[1]):
+        domain, _, category = name.partition("/")
+        cells = (category, number(score), points(found["drop"][name]))
+        by_domain.setdefault(label(domain), []).append(Row(cells))
+    within = found["within_domains"]
+    return Table(
+        f"Sub-categories: Spearman {number(found['spearman'], 2)} over all {found['n']} "
+        f"(permutation p {p_value(found['p'])}); within domains {number(within['spearman'], 2)} "
+        f"(one-sided p {p_value(within['p'])}).",
+        ("Domain", "Sub-category", "Forecast", "Measured drop"),
+        tuple((domain, tuple(rows)) for domain, rows in by_domain.items()),
+        (0, 1),
+    )
 
 
 def susceptibility(results: Mapping[str, Any]) -> Table:
