@@ -1,43 +1,58 @@
-"""Is retain data better spent where the forecast says? The embedded Qwen2 model, five seeds.
+"""Is retain data better spent where the forecast says? The embedded models, five seeds.
 
 Three arms: no retain data; 48 refusals of the six other domains dealt out evenly; as many by
 `forecast.retain_counts`. Both of the latter have the same benign answers beside and take the same
 number of steps, so that what differs is where the refusals come from.
 
-python -m ema_jax.main --config=configs/tiny_advisor.py --workdir=runs/tiny_advisor
+python -m ema_jax.main --config=configs/tiny_advisor.py:qwen2 --workdir=runs/tiny_advisor
+python -m ema_jax.main --config=configs/tiny_advisor.py:mistral --workdir=runs/mistral_advisor
 """
 
 from ema_jax import config as ema
 from ema_jax.concepts.forecast import retain_counts
+from ema_jax.organism import CHECKPOINTS
 
 BUDGET = 48
 BENIGN_ANSWERS = 24
-# `forecast.score` that configs/tiny.py writes into results.json, from the untouched model alone.
-FORECAST = {
-    "safety": -0.084,
-    "toxicity": -0.549,
-    "bias": -0.501,
-    "sensitive_content": -0.122,
-    "medical_legal": 0.291,
-    "privacy": -0.424,
+# `forecast.score` of configs/tiny_replication.py's Cybersecurity cells, from the untouched models
+# alone.
+FORECASTS = {
+    "qwen2": {
+        "safety": -0.084,
+        "toxicity": -0.549,
+        "bias": -0.501,
+        "sensitive_content": -0.122,
+        "medical_legal": 0.291,
+        "privacy": -0.424,
+    },
+    "mistral": {
+        "safety": 0.112,
+        "toxicity": 0.038,
+        "bias": -0.094,
+        "sensitive_content": -0.195,
+        "medical_legal": -0.471,
+        "privacy": -0.746,
+    },
 }
 
 
-def get_config():
+def get_config(family="qwen2"):
     config = ema.beside(__file__, "tiny")
+    config.model.source = str(CHECKPOINTS / family)
+    forecast = FORECASTS[family]
     config.prompts.counts = {"harvest": 320, "retain": 32, "dev": 20, "eval": 60, "concept": 64}
     # No early stop: arms that may choose their number of steps would not be at equal effort.
     retain = {"retain_weight": 4.0, "learning_rate": 5e-4}
     retain |= {"min_steps": 100, "max_steps": 100, "eval_every": 100}
 
-    def arm(forecast):
-        counts = {**retain_counts(forecast, BUDGET), "benign": BENIGN_ANSWERS}
+    def arm(scores):
+        counts = {**retain_counts(scores, BUDGET), "benign": BENIGN_ANSWERS}
         return {**retain, "retain_counts": counts}
 
     config.arms = {
         "npo": {},
-        "npo_even": arm(dict.fromkeys(FORECAST, 0.0)),
-        "npo_advised": arm(FORECAST),
+        "npo_even": arm(dict.fromkeys(forecast, 0.0)),
+        "npo_advised": arm(forecast),
     }
     config.concepts.sweep_prompts = 0
     config.seeds = (0, 1, 2, 3, 4)

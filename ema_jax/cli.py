@@ -72,7 +72,8 @@ def read_config() -> "StudyConfig":
     """
     from ema_jax.config import read
 
-    path = config_flags.get_config_filename(flags.FLAGS["config"])
+    # What follows a colon is handed to get_config: --config=configs/tiny_advisor.py:mistral.
+    path = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")[0]
     if not Path(path).is_file():
         raise UserError(f"--config: {path}: no such file; see configs/ for the ones there are")
     return read(flags.FLAGS.config)

@@ -92,6 +92,14 @@ def test_dry_run_prints_the_plan_without_a_device(tmp_path):
     assert not any(tmp_path.iterdir())
 
 
+def test_a_config_may_take_a_word(tmp_path):
+    done = command("--config=configs/tiny_advisor.py:mistral", f"--workdir={tmp_path}", "--dry_run")
+    assert done.returncode == 0, done.stderr
+    assert "npo_advised/seed_4" in done.stdout
+    bad = command("--config=configs/nothing.py:mistral", f"--workdir={tmp_path}", "--dry_run")
+    assert_refused(bad, "configs/nothing.py: no such file")
+
+
 _DRY_RUNS = """
 import runpy, sys
 from ema_jax import config, replication
