@@ -121,7 +121,7 @@ def compilations():
         jax.monitoring.unregister_event_duration_listener(count)
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)])
+@pytest.mark.parametrize("shape", [pytest.param((1, 1, 1), marks=pytest.mark.slow), (2, 2, 2)])
 def test_a_program_for_each_pair_of_lengths(folder, shape, monkeypatch):
     """In the loop itself: what a step gives back lies as what it took, so it is not compiled anew.
 
