@@ -117,7 +117,8 @@ def product(
     """
     results = math.prod(x.shape[:-1]) * kernel.shape[-1]
     if x.size + 2 * results < kernel.size:
-        return jnp.matmul(_rows_over(x, None), kernel, preferred_element_type=dtype)
+        y = jnp.matmul(_rows_over(x, None), kernel, preferred_element_type=dtype)
+        return _rows_over(y, None)
     y = jnp.matmul(_rows_over(x, BATCH[0]), kernel, preferred_element_type=dtype)
     return _rows_over(y, BATCH[0])
 
