@@ -113,6 +113,23 @@ def test_a_product_sends_the_smaller_side(rows, kernel_is_gathered):
     assert ("64,128" in gathered) == kernel_is_gathered, gathered
 
 
+def test_a_product_of_few_rows_never_gathers_its_kernel():
+    """Nor for the sake of a sum with rows that are split, as in every block of a decode step."""
+    mesh = make_mesh((1, 8, 1))
+    rng = np.random.default_rng(0)
+    x, kernel, stream = (rng.normal(size=size) for size in ((8, 64), (64, 128), (8, 128)))
+    placed = (
+        jax.device_put(x.astype(np.float32), batch_sharding(mesh)),
+        jax.device_put(kernel.astype(np.float32), NamedSharding(mesh, P(None, "fsdp"))),
+        jax.device_put(stream.astype(np.float32), batch_sharding(mesh)),
+    )
+    program = jax.jit(lambda x, k, y: y + product(x, k), out_shardings=batch_sharding(mesh))
+    program = program.lower(*placed).compile()
+    np.testing.assert_allclose(program(*placed), stream + x @ kernel, rtol=1e-4, atol=1e-4)
+    gathered = re.findall(r"= f32\[([\d,]*)\]\S* all-gather", program.as_text())
+    assert "64,128" not in gathered, gathered
+
+
 @pytest.mark.parametrize("shape", [(1, 8, 1), (2, 2, 2)])
 def test_logits_are_split_by_words_and_never_sent(shape):
     mesh = make_mesh(shape)

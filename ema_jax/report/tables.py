@@ -264,7 +264,7 @@ def susceptibility(results: Mapping[str, Any]) -> Table:
     caption += "centred cosine over the early layers of the base. Higher = more at risk."
     if advised:
         caption += f" Advised shares of retain data for this study's target: {advised}. "
-        caption += "On the embedded models they did no better than even shares."
+        caption += "On the embedded models (Cybersecurity) they did no better than even shares."
     return Table(caption, ("Target", *(label(d) for d in domains)), groups)
 
 

@@ -215,7 +215,8 @@ def train_step(
         graph, program, numbers, trainable, whole, frozen, moments, forget, retain, draw
     )
     if mesh.size > 1:
-        # As they came in: else they are not donated, and the second step is compiled again.
+        # As they came in, whatever XLA would choose: then they are donated, and the next call is
+        # of the same program.
         shardings = parameter_shardings(trained, mesh)
         trained = jax.lax.with_sharding_constraint(trained, shardings)
     return *trained, metrics
