@@ -239,7 +239,9 @@ def test_seed_difference_is_the_paired_t_interval():
     assert np.diff(scores.seed_difference([0.1, 0.5, 0.9], [0.2, 0.61, 1.0])["ci95"]) < 0.1
 
 
-@pytest.mark.parametrize("pair", [([0.5], [0.4]), ([0.5, 0.6], [0.4, 0.5])])
+@pytest.mark.parametrize(
+    "pair", [([0.5], [0.4]), ([0.5, 0.6], [0.4, 0.5]), ([0.3, 0.2], [0.2, 0.1])]
+)
 def test_seed_difference_without_spread_has_no_interval(pair):
     result = scores.seed_difference(*pair)
     assert result == {"difference": pytest.approx(0.1), "ci95": [None, None], "p": None}
