@@ -4,10 +4,8 @@ Each arm trains until the target's dev refusal is at most 8 %, or to its step li
 changed compares only where the target's refusal matches. `ablation` is the baseline without
 training.
 
-Measured so far (docs/unlearning.md): these objectives at one rate and 40 to 80 steps. What differs
-from arm to arm here is a guess from that and has not been run: more weight or a higher rate for
-those that were slow, l2 at the last layer's output for the one that fell apart. `dpo_idk` cannot
-match: an "I don't know" is a refusal to the judge.
+An arm's rate, weight or layer is its own where those of npo left it on the way; how they were
+found, what was measured, and why rmu does not match: docs/unlearning.md.
 
 python -m ema_jax.main --config=configs/tiny_objectives.py --workdir=runs/tiny_objectives
 """
@@ -20,11 +18,13 @@ def get_config():
     config.prompts.counts = {"harvest": 160, "retain": 32, "dev": 40, "eval": 60, "concept": 32}
     retain = {"retain_weight": 4.0, "learning_rate": 5e-4}
     # Time for the others to come back after the target has fallen, as in tiny.py.
-    retain |= {"min_steps": 80, "max_steps": 160, "eval_every": 40, "max_invalid": 0.05}
+    retain |= {"min_steps": 80, "max_steps": 200, "eval_every": 40, "max_invalid": 0.05}
     l2 = {**retain, "retain_objective": "l2"}
+    # Unbounded, it makes garble of the target's responses soon after they stop being refusals.
+    ascent = {**retain, "min_steps": 0, "eval_every": 10}
     answers = {"preferred": "organism"}
     config.arms = {
-        "ga": {**retain, "objective": "ga", "forget_norm": "mean", "forget_weight": 4.0},
+        "ga": {**ascent, "objective": "ga", "forget_norm": "mean", "forget_weight": 4.0},
         "npo_alone": {"eval_every": 5},
         "npo": retain,
         "npo_kl": {**retain, "retain_objective": "kl"},
@@ -33,7 +33,7 @@ def get_config():
         "dpo_idk": {**retain, "objective": "dpo"},
         "dpo_answers": {**retain, "objective": "dpo", **answers},
         "sft_answers": {**retain, "objective": "sft", "learning_rate": 1e-3, **answers},
-        "rmu": {**l2, "objective": "rmu", "steering": 3.0, "retain_weight": 20.0},
+        "rmu": {**l2, "objective": "rmu", "feature_layer": 1, "retain_weight": 20.0},
         "ablation": {"trainable": "ablation"},
     }
     return config

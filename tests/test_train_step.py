@@ -133,7 +133,7 @@ def test_a_program_for_each_pair_of_lengths(folder, shape, monkeypatch):
     arm = dataclasses.replace(CONFIG, lora=few, retain_objective="ce", remat=False, max_steps=6)
     numbers = {"beta": 0.5, "forget_weight": 2.0, "retain_weight": 7.0, "learning_rate": 1e-3}
     loop = {"max_steps": 5, "eval_every": 3, "stop_at": 0.3, "retain_counts": {"bias": 4}}
-    forget = [*random_examples(16, 1), TokenExample((1,) * 60, (2,) * 10)]
+    forget = [*random_examples(16, 1), TokenExample((1,) * 130, (2,) * 10)]
     reference = np.linspace(-40.0, -9.0, len(forget), dtype=np.float32)
     lengths, kept = [], []
 
@@ -234,7 +234,7 @@ def test_the_loss_needs_a_quarter_of_the_unchunked_memory(monkeypatch):
 
 def test_batches_of_like_length_are_padded_little_and_cover_an_epoch():
     rng = np.random.default_rng(0)
-    examples = [TokenExample((1,) * int(n), (2,) * 8) for n in rng.integers(8, 400, size=64)]
+    examples = [TokenExample((1,) * int(n), (2,) * 8) for n in rng.integers(8, 800, size=64)]
     lengths = [size_of(item) for item in examples]
     reference = np.zeros(64, np.float32)
 

@@ -16,7 +16,7 @@ from ema_jax.unlearning.objectives import FORGET, ForgetBatch, RetainBatch
 from ema_jax.unlearning.settings import UnlearnConfig
 
 # Batches are padded to multiples of this or of a quarter of the longest example: few programs.
-_LENGTHS, _MULTIPLE = 4, 64
+_LENGTHS, _MULTIPLE = 4, 128
 
 
 def size_of(example: TokenExample) -> int:
