@@ -122,7 +122,7 @@ def compilations():
 
 
 @pytest.mark.parametrize("shape", [pytest.param((1, 1, 1), marks=pytest.mark.slow), (2, 2, 2)])
-def test_a_program_for_each_pair_of_lengths(folder, shape, monkeypatch):
+def test_a_program_for_each_length(folder, shape, monkeypatch):
     """In the loop itself: what a step gives back lies as what it took, so it is not compiled anew.
 
     Nor is it for an arm with other numbers, which has the loss that NumPy gives for its own.
@@ -133,14 +133,15 @@ def test_a_program_for_each_pair_of_lengths(folder, shape, monkeypatch):
     arm = dataclasses.replace(CONFIG, lora=few, retain_objective="ce", remat=False, max_steps=6)
     numbers = {"beta": 0.5, "forget_weight": 2.0, "retain_weight": 7.0, "learning_rate": 1e-3}
     loop = {"max_steps": 5, "eval_every": 3, "stop_at": 0.3, "retain_counts": {"bias": 4}}
-    forget = [*random_examples(16, 1), TokenExample((1,) * 130, (2,) * 10)]
+    forget = [*random_examples(16, 1), TokenExample((1,) * 60, (2,) * 10)]
     reference = np.linspace(-40.0, -9.0, len(forget), dtype=np.float32)
     lengths, kept = [], []
 
     def watched(*args):
         given = jax.tree.leaves((args[4], args[7]))
         out = steps.train_step(*args)
-        lengths.append((args[8].batch.tokens.shape, args[9].batch.tokens.shape))
+        assert args[8].batch.tokens.shape[1] == args[9].batch.tokens.shape[1]
+        lengths.append(args[8].batch.tokens.shape[1])
         kept.extend(x.shape for x in given if not x.is_deleted())
         return out
 
@@ -234,7 +235,7 @@ def test_the_loss_needs_a_quarter_of_the_unchunked_memory(monkeypatch):
 
 def test_batches_of_like_length_are_padded_little_and_cover_an_epoch():
     rng = np.random.default_rng(0)
-    examples = [TokenExample((1,) * int(n), (2,) * 8) for n in rng.integers(8, 800, size=64)]
+    examples = [TokenExample((1,) * int(n), (2,) * 8) for n in rng.integers(8, 400, size=64)]
     lengths = [size_of(item) for item in examples]
     reference = np.zeros(64, np.float32)
 

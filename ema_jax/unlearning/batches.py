@@ -4,7 +4,7 @@ A batch is the same whatever the number of devices or processes, and wherever a 
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from jax.sharding import Mesh
@@ -16,7 +16,7 @@ from ema_jax.unlearning.objectives import FORGET, ForgetBatch, RetainBatch
 from ema_jax.unlearning.settings import UnlearnConfig
 
 # Batches are padded to multiples of this or of a quarter of the longest example: few programs.
-_LENGTHS, _MULTIPLE = 4, 128
+_LENGTHS, _MULTIPLE = 4, 64
 
 
 def size_of(example: TokenExample) -> int:
@@ -101,14 +101,18 @@ class Data:
     def host_batch(
         self, config: UnlearnConfig, seed: int, step: int
     ) -> tuple[ForgetBatch, RetainBatch | None]:
-        """The batch of a step, in NumPy."""
+        """The batch of a step, in NumPy: all of its parts of one length."""
         forget, retain = self.indices(config, seed, step)
-        batch = ForgetBatch(_padded(self.forget, forget), self.reference[forget])
+        parts = {"forget": (self.forget, forget)}
         if FORGET[config.objective].preferred:
-            batch = batch._replace(preferred=_padded(self.preferred, forget))
-            if self.preferred_reference is not None:
-                batch = batch._replace(preferred_reference=self.preferred_reference[forget])
-        return batch, RetainBatch(_padded(self.retain, retain)) if len(retain) else None
+            parts["preferred"] = self.preferred, forget
+        if len(retain):
+            parts["retain"] = self.retain, retain
+        padded = _padded(parts)
+        batch = ForgetBatch(padded["forget"], self.reference[forget], padded.get("preferred"))
+        if self.preferred_reference is not None and batch.preferred is not None:
+            batch = batch._replace(preferred_reference=self.preferred_reference[forget])
+        return batch, RetainBatch(padded["retain"]) if len(retain) else None
 
     def batch(
         self, config: UnlearnConfig, seed: int, step: int, mesh: Mesh
@@ -117,9 +121,11 @@ class Data:
         return place_batch(self.host_batch(config, seed, step), mesh)
 
 
-def _padded(examples: Sequence[TokenExample], chosen: np.ndarray) -> Batch:
-    rows = [examples[i] for i in chosen]
-    most = padded_length(examples)
+def _padded(parts: Mapping[str, tuple[Sequence[TokenExample], np.ndarray]]) -> dict[str, Batch]:
+    """The chosen examples of each part, padded to a length that all of them share."""
+    rows = {name: [examples[i] for i in chosen] for name, (examples, chosen) in parts.items()}
+    most = max(padded_length(examples) for examples, _ in parts.values())
     multiple = max(_MULTIPLE, bucket(-(-most // _LENGTHS)))
-    length = min(bucket(max(map(size_of, rows)), multiple), most)
-    return pad_examples(rows, length, len(rows), 0)
+    longest = max(size_of(example) for part in rows.values() for example in part)
+    length = min(bucket(longest, multiple), most)
+    return {name: pad_examples(part, length, len(part), 0) for name, part in rows.items()}
