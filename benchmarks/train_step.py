@@ -7,7 +7,10 @@ python benchmarks/train_step.py --part=together  # 8 adapters at once on the emb
 import argparse
 import json
 import os
+import resource
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -66,30 +69,6 @@ def examples(seed: int) -> list[TokenExample]:
     rng = np.random.default_rng(seed)
     draw = rng.integers(32_000, size=(ROWS, LENGTH))
     return [TokenExample(tuple(row[:32].tolist()), tuple(row[32:].tolist())) for row in draw]
-
-
-def in_turns(runs: dict[str, Callable[[], float]], number: int) -> dict[str, dict[str, float]]:
-    """Steps of all runs in turn, so that whatever else the machine does slows them alike."""
-    found: dict[str, dict[str, float]] = {}
-    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
-    for turn in range(number + 1):
-        for name, step in runs.items():
-            start = time.perf_counter(), time.process_time()
-            loss = step()
-            one = time.perf_counter() - start[0], time.process_time() - start[1]
-            if turn == 0:
-                found[name] = {"first_loss": round(loss, 5), "first_step_seconds": round(one[0], 2)}
-            else:
-                taken[name].append(one)
-    for name, times in taken.items():
-        clock, processor = (statistics.median(x) for x in zip(*times, strict=True))
-        found[name] |= {
-            "seconds_a_step": round(clock, 3),
-            "fastest": round(min(times)[0], 3),
-            "processor_seconds_a_step": round(processor, 3),
-            "tokens_per_second": round(2 * ROWS * LENGTH / clock),
-        }
-    return found
 
 
 def ours(folder: Path, config: UnlearnConfig) -> Callable[[], float]:
@@ -157,17 +136,68 @@ def theirs(folder: Path, *, live_reference: bool) -> Callable[[], float]:
     return step
 
 
-def step_part(number: int) -> dict[str, Any]:
+PROGRAMS: dict[str, Callable[[Path], Callable[[], float]]] = {
+    "ema_jax, NPO + retain CE": lambda folder: ours(folder, NPO),
+    "ema_jax, SFT on the same tokens": lambda folder: ours(folder, SFT),
+    "PEFT, reference as numbers": lambda folder: theirs(folder, live_reference=False),
+    "PEFT, reference by a forward pass": lambda folder: theirs(folder, live_reference=True),
+}
+
+
+def timed(step: Callable[[], float], number: int) -> dict[str, Any]:
+    """Seconds of each step after two, and processor seconds and page faults a step."""
+    first = step()
+    step()
+    seconds, before = [], resource.getrusage(resource.RUSAGE_SELF)
+    for _ in range(number):
+        start = time.perf_counter()
+        step()
+        seconds.append(time.perf_counter() - start)
+    after = resource.getrusage(resource.RUSAGE_SELF)
+    return {
+        "first_loss": first,
+        "seconds": seconds,
+        "user": (after.ru_utime - before.ru_utime) / number,
+        "system": (after.ru_stime - before.ru_stime) / number,
+        "page_faults": (after.ru_minflt - before.ru_minflt) / number,
+    }
+
+
+def step_part(number: int, rounds: int) -> dict[str, Any]:
+    """Every program in a process of its own, in turn, some rounds of it.
+
+    In one process they slow each other: memory that one frees is not the next one's.
+    """
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in PROGRAMS}
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        write_model(folder)
-        runs = {
-            "ema_jax, NPO + retain CE": ours(folder, NPO),
-            "ema_jax, SFT on the same tokens": ours(folder, SFT),
-            "PEFT, reference as numbers": theirs(folder, live_reference=False),
-            "PEFT, reference by a forward pass": theirs(folder, live_reference=True),
-        }
-        return in_turns(runs, number)
+        write_model(Path(scratch))
+        environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": f"{scratch}/programs"}
+        for turn in range(rounds):
+            for name in PROGRAMS:
+                print(f"round {turn + 1} of {rounds}: {name}", file=sys.stderr)
+                command = [sys.executable, __file__, f"--program={name}", f"--folder={scratch}"]
+                command.append(f"--steps={number}")
+                out = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE)
+                found[name].append(json.loads(out.stdout))
+    return {
+        name: summary(runs, found["PEFT, reference as numbers"]) for name, runs in found.items()
+    }
+
+
+def summary(runs: list[dict[str, Any]], beside: list[dict[str, Any]]) -> dict[str, Any]:
+    """Quartiles over all steps, and how many times as fast as `beside` in each round."""
+    medians = [statistics.median(run["seconds"]) for run in runs]
+    others = [statistics.median(run["seconds"]) for run in beside]
+    seconds = np.quantile([x for run in runs for x in run["seconds"]], (0.25, 0.5, 0.75))
+    means = {key: statistics.mean(r[key] for r in runs) for key in ("user", "system")}
+    return {
+        "first_loss": round(runs[0]["first_loss"], 5),
+        "seconds_a_step": [round(x, 2) for x in seconds.tolist()],
+        "tokens_per_second": round(2 * ROWS * LENGTH / float(seconds[1])),
+        "times_as_fast": [round(b / a, 2) for a, b in zip(medians, others, strict=True)],
+        "page_faults": round(statistics.mean(run["page_faults"] for run in runs)),
+        **{key: round(value, 2) for key, value in means.items()},
+    }
 
 
 def together_part(number: int, runs: int = 8) -> dict[str, Any]:
@@ -219,11 +249,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--part", choices=("step", "together"), default="step")
     parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--program", choices=PROGRAMS, help="one program alone, for --part=step")
+    parser.add_argument("--folder", type=Path, help="the model of --program")
     arguments = parser.parse_args()
     torch.set_num_threads(os.cpu_count() or 1)
-    part = step_part if arguments.part == "step" else together_part
+    if arguments.program:
+        step = PROGRAMS[arguments.program](arguments.folder)
+        print(json.dumps(timed(step, arguments.steps)))
+        return
+    if arguments.part == "step":
+        result = step_part(arguments.steps, arguments.rounds)
+    else:
+        result = together_part(arguments.steps)
     versions = {m.__name__: m.__version__ for m in (jax, torch, transformers, peft)}
-    print(json.dumps({"cores": os.cpu_count(), **versions, **part(arguments.steps)}, indent=2))
+    print(json.dumps({"cores": os.cpu_count(), **versions, **result}, indent=2))
 
 
 if __name__ == "__main__":
