@@ -14,7 +14,7 @@ from report_fixtures import (
 )
 
 from ema_jax.errors import UserError
-from ema_jax.report import tables, write_replication_report, write_report
+from ema_jax.report import drawing, tables, write_replication_report, write_report
 from ema_jax.report.headline import headline, plain_arms
 
 FIGURES = {
@@ -328,3 +328,8 @@ def test_forecast_table_is_sorted_and_leaves_out_the_target():
 )
 def test_number_forms(form, value, expected):
     assert form(value) == expected
+
+
+def test_arms_that_share_a_colour_differ_in_their_marker():
+    looks = drawing.looks(f"arm {i}" for i in range(36))
+    assert len(set(looks.values())) == 36

@@ -1,7 +1,7 @@
 """How every chart looks: theme, panels, the parts that charts share, and how one is written."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -178,6 +178,12 @@ def heat_map(panels: Mapping[str, Mapping[str, Sequence[float]]], quantity: str)
     return figure
 
 
+def looks(names: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """Name to `(colour, marker)`, no two alike among the first 36."""
+    size = len(COLOURS)
+    return {n: (COLOURS[i % size], MARKERS[(i + i // size) % size]) for i, n in enumerate(names)}
+
+
 def legend(figure: "Figure", look: Mapping[str, tuple[str, str]]) -> None:
     """Names with their colours and markers, above the panels."""
     from matplotlib.lines import Line2D
@@ -186,4 +192,5 @@ def legend(figure: "Figure", look: Mapping[str, tuple[str, str]]) -> None:
         Line2D([], [], color=colour, marker=marker, markersize=6, linewidth=1.6, label=name)
         for name, (colour, marker) in look.items()
     ]
-    figure.legend(handles=handles, loc="outside upper left", ncols=len(handles))
+    lines = -(-len(handles) // 6)
+    figure.legend(handles=handles, loc="outside upper left", ncols=-(-len(handles) // lines))

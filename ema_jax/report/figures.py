@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ema_jax.report import drawing
-from ema_jax.report.drawing import COLOURS, INK, MARKERS, PAGE, SHADE, label
+from ema_jax.report.drawing import COLOURS, INK, PAGE, SHADE, label
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,11 +31,8 @@ def ordered_domains(results: Mapping[str, Any]) -> list[str]:
 
 def arm_look(results: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
     """Arm to `(colour, marker)`: the untouched model in ink, the others in palette order."""
-    others = [arm for arm in results["arms"] if arm != "base"]
     look = {"base": (INK, "o")} if "base" in results["arms"] else {}
-    return look | {
-        arm: (COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]) for i, arm in enumerate(others)
-    }
+    return look | drawing.looks(arm for arm in results["arms"] if arm != "base")
 
 
 def refusal(results: Mapping[str, Any]) -> "Figure | None":
@@ -252,7 +249,7 @@ def replication(report: Mapping[str, Any]) -> "Figure | None":
     families = list(dict.fromkeys(r["family"] for r in rows))
     targets = list(dict.fromkeys(r["target"] for r in rows))
     arms = list(dict.fromkeys(r["arm"] for r in rows))
-    look = {t: (COLOURS[i % 6], MARKERS[i % 6]) for i, t in enumerate(targets)}
+    look = drawing.looks(targets)
     figure, grid = drawing.panels(
         len(families), columns=2, height_inches=0.3 * len(arms) * len(targets) + 0.7
     )
