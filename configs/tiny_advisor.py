@@ -10,6 +10,7 @@ python -m ema_jax.main --config=configs/tiny_advisor.py:mistral --workdir=runs/m
 
 from ema_jax import config as ema
 from ema_jax.concepts.forecast import retain_counts
+from ema_jax.errors import UserError
 from ema_jax.organism import CHECKPOINTS
 
 BUDGET = 48
@@ -37,6 +38,8 @@ FORECASTS = {
 
 
 def get_config(family="qwen2"):
+    if family not in FORECASTS:
+        raise UserError(f"tiny_advisor.py:{family}: no such model; use {' or '.join(FORECASTS)}")
     config = ema.beside(__file__, "tiny")
     config.model.source = str(CHECKPOINTS / family)
     forecast = FORECASTS[family]

@@ -98,6 +98,8 @@ def test_a_config_may_take_a_word(tmp_path):
     assert "npo_advised/seed_4" in done.stdout
     bad = command("--config=configs/nothing.py:mistral", f"--workdir={tmp_path}", "--dry_run")
     assert_refused(bad, "configs/nothing.py: no such file")
+    bad = command("--config=configs/tiny_advisor.py:bert", f"--workdir={tmp_path}", "--dry_run")
+    assert_refused(bad, "tiny_advisor.py:bert: no such model; use qwen2 or mistral")
 
 
 _DRY_RUNS = """
