@@ -166,7 +166,7 @@ def timed(step: Callable[[], float], number: int) -> dict[str, Any]:
 def step_part(number: int, rounds: int) -> dict[str, Any]:
     """Every program in a process of its own, in turn, some rounds of it.
 
-    In one process they slow each other: memory that one frees is not the next one's.
+    In one process they slow each other.
     """
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in PROGRAMS}
     with tempfile.TemporaryDirectory() as scratch:
@@ -189,13 +189,14 @@ def summary(runs: list[dict[str, Any]], beside: list[dict[str, Any]]) -> dict[st
     medians = [statistics.median(run["seconds"]) for run in runs]
     others = [statistics.median(run["seconds"]) for run in beside]
     seconds = np.quantile([x for run in runs for x in run["seconds"]], (0.25, 0.5, 0.75))
-    means = {key: statistics.mean(r[key] for r in runs) for key in ("user", "system")}
+    means = {
+        key: statistics.mean(r[key] for r in runs) for key in ("user", "system", "page_faults")
+    }
     return {
         "first_loss": round(runs[0]["first_loss"], 5),
         "seconds_a_step": [round(x, 2) for x in seconds.tolist()],
         "tokens_per_second": round(2 * ROWS * LENGTH / float(seconds[1])),
         "times_as_fast": [round(b / a, 2) for a, b in zip(medians, others, strict=True)],
-        "page_faults": round(statistics.mean(run["page_faults"] for run in runs)),
         **{key: round(value, 2) for key, value in means.items()},
     }
 

@@ -330,6 +330,20 @@ def test_number_forms(form, value, expected):
     assert form(value) == expected
 
 
+def test_many_first_sentences_are_a_list(tmp_path):
+    results = example_results()
+    write_report(tmp_path / "few", results, [])
+    first = next(arm for arm in results["containment"])
+    for i in range(6):
+        results["arms"][f"arm {i}"] = results["arms"][first]
+        results["containment"][f"arm {i}"] = results["containment"][first]
+    write_report(tmp_path / "many", results, [])
+    few, many = ((tmp_path / x / "report/index.html").read_text() for x in ("few", "many"))
+    assert '<p class="lead">' in few
+    assert few.count("took back") < many.count("took back")
+    assert many.count("<li>With retain data, arm ") == 6
+
+
 def test_arms_that_share_a_colour_differ_in_their_marker():
     looks = drawing.looks(f"arm {i}" for i in range(36))
     assert len(set(looks.values())) == 36
