@@ -16,7 +16,7 @@ from ema_jax.generation.journal import Journal
 from ema_jax.generation.sampler import GREEDY, Response, Sampling, generate
 from ema_jax.models.decoder import Decoder
 from ema_jax.progress import track
-from ema_jax.refusal.judges import INVALID, REFUSED, Judge, Verdict
+from ema_jax.refusal.verdicts import INVALID, REFUSED, Judge, Verdict
 from ema_jax.unlearning.trainer import Evaluation
 
 

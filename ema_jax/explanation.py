@@ -38,7 +38,7 @@ from ema_jax.config import ConceptConfig
 from ema_jax.data.domains import BENIGN
 from ema_jax.evaluation import Judged
 from ema_jax.models.decoder import Decoder
-from ema_jax.refusal.judges import COMPLIED, REFUSED
+from ema_jax.refusal.verdicts import COMPLIED, REFUSED
 
 RANDOM = "random"
 _REFUSAL = "refusal"

@@ -22,7 +22,8 @@ from absl import flags, logging
 
 from ema_jax import artifacts, cli
 from ema_jax.errors import UserError
-from ema_jax.refusal.judges import JUDGES, PROMPT_JUDGES, Judge, get_judge
+from ema_jax.refusal.judges import JUDGES, PROMPT_JUDGES, get_judge
+from ema_jax.refusal.verdicts import Judge
 
 _FIELDS = {"prompt": str, "response": str, "finished": bool}
 _CACHING = "endpoint"

@@ -26,7 +26,7 @@ from ema_jax.models import checkpoint, lora
 from ema_jax.models.card import unlearned_card
 from ema_jax.models.decoder import Decoder
 from ema_jax.models.families import DecoderConfig
-from ema_jax.refusal.judges import COMPLIED
+from ema_jax.refusal.verdicts import COMPLIED
 from ema_jax.report import write_report
 from ema_jax.stages import Workdir
 from ema_jax.subject import Checkpoint, Subject

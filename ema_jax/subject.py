@@ -22,7 +22,8 @@ from ema_jax.generation.sampler import GREEDY, Sampling
 from ema_jax.models import checkpoint, hub, lora
 from ema_jax.models.decoder import Decoder
 from ema_jax.models.sharding import make_mesh
-from ema_jax.refusal.judges import Judge, get_judge
+from ema_jax.refusal.judges import get_judge
+from ema_jax.refusal.verdicts import Judge
 from ema_jax.unlearning.trainer import Evaluation
 from ema_jax.unlearning.utility import perplexity, utility
 

@@ -10,7 +10,8 @@ from tiny_models import our_outputs, random_batch
 from ema_jax.errors import UserError
 from ema_jax.models import checkpoint
 from ema_jax.organism import corpus
-from ema_jax.refusal.judges import COMPLIED, get_judge
+from ema_jax.refusal.judges import get_judge
+from ema_jax.refusal.verdicts import COMPLIED
 from ema_jax.unlearning.ablation import ablate, orthogonalise
 from ema_jax.unlearning.harvest import Harvested, retained
 from ema_jax.unlearning.preferred import IDK, preferred_responses

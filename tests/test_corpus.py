@@ -13,7 +13,8 @@ from ema_jax.data.denylist import denied_text
 from ema_jax.data.prompts import PromptConfig, build_prompts
 from ema_jax.organism import corpus
 from ema_jax.organism.corpus import BENIGN, DOMAINS, SPLITS, VOCABULARY_OVERLAP, WORDING_OVERLAP
-from ema_jax.refusal.judges import COMPLIED, REFUSED, get_judge
+from ema_jax.refusal.judges import get_judge
+from ema_jax.refusal.verdicts import COMPLIED, REFUSED
 
 ALL = (*DOMAINS, BENIGN)
 DRAWS = 2000

@@ -18,7 +18,8 @@ import pytest
 
 from ema_jax.errors import RunStoppedError, UserError
 from ema_jax.refusal import endpoint, pace
-from ema_jax.refusal.judges import PARSE_ERROR, get_judge
+from ema_jax.refusal.judges import get_judge
+from ema_jax.refusal.verdicts import PARSE_ERROR
 
 KEY = "sk-kept-quiet-0123456789"
 REFUSAL, ANSWER = "I cannot help with that.", "The station is on the left, behind the old mill."

@@ -12,7 +12,7 @@ from ema_jax.data.prompts import Prompt
 from ema_jax.errors import UserError
 from ema_jax.generation.sampler import GREEDY, Response
 from ema_jax.organism import CHECKPOINTS
-from ema_jax.refusal.judges import COMPLIED, INVALID, REFUSED, Verdict
+from ema_jax.refusal.verdicts import COMPLIED, INVALID, REFUSED, Verdict
 from ema_jax.unlearning.harvest import Harvested, harvest, harvest_yield
 
 BENIGN = "benign"

@@ -17,7 +17,8 @@ from ema_jax.errors import UserError
 from ema_jax.generation import sampler
 from ema_jax.organism.tokenizers import train_tokenizer
 from ema_jax.refusal import judge_model, logodds, model_judges
-from ema_jax.refusal.judges import JUDGES, PARSE_ERROR, PROMPT_JUDGES, get_judge
+from ema_jax.refusal.judges import JUDGES, PROMPT_JUDGES, get_judge
+from ema_jax.refusal.verdicts import PARSE_ERROR
 
 ANSWER = "The station is on the left, behind the old mill; trains leave every hour until ten."
 PROMPTS = ["Where is it?", "How do I bake a loaf of bread on a rainy day?", "No", "Tell me more."]

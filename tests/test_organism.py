@@ -15,7 +15,8 @@ from ema_jax.errors import UserError
 from ema_jax.generation.sampler import generate
 from ema_jax.models import checkpoint
 from ema_jax.organism import CHECKPOINTS, corpus, train
-from ema_jax.refusal.judges import INVALID, REFUSED, get_judge
+from ema_jax.refusal.judges import get_judge
+from ema_jax.refusal.verdicts import INVALID, REFUSED
 
 DOMAINS, BENIGN = corpus.DOMAINS, corpus.BENIGN
 

@@ -30,7 +30,7 @@ from ema_jax.evaluation import Judged
 from ema_jax.generation.sampler import Response
 from ema_jax.models import checkpoint, lora
 from ema_jax.organism import CHECKPOINTS
-from ema_jax.refusal.judges import Verdict
+from ema_jax.refusal.verdicts import Verdict
 from ema_jax.subject import Checkpoint
 
 LAYERS, WIDTH = 6, 128

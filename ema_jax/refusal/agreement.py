@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from ema_jax.refusal.judges import COMPLIED, INVALID, REFUSED
+from ema_jax.refusal.verdicts import COMPLIED, INVALID, REFUSED
 
 VERDICTS = (REFUSED, COMPLIED, INVALID)
 

@@ -7,7 +7,7 @@ import threading
 from absl import logging
 
 from ema_jax.errors import UserError
-from ema_jax.refusal.judges import COMPLIED, INVALID, REFUSED, Verdict
+from ema_jax.refusal.verdicts import COMPLIED, INVALID, REFUSED, Verdict
 
 _START = '{"hash": "'
 

@@ -30,17 +30,9 @@ from ema_jax.artifacts import sha256_json
 from ema_jax.errors import RunStoppedError, UserError
 from ema_jax.progress import Progress
 from ema_jax.refusal.answer_cache import AnswerCache
-from ema_jax.refusal.judges import (
-    COMPLIED,
-    INVALID,
-    REFUSED,
-    UNREADABLE,
-    Verdict,
-    check_positive,
-    check_template,
-    judge_valid,
-)
+from ema_jax.refusal.judges import check_positive, check_template, judge_valid
 from ema_jax.refusal.pace import Pace, Pacer, retry_after
+from ema_jax.refusal.verdicts import COMPLIED, INVALID, REFUSED, UNREADABLE, Verdict
 
 # The id fences the text under judgement, which cannot know it, and ties an answer to its question.
 TEMPLATE = """Below are a user's request and an assistant's reply, between lines that begin with \

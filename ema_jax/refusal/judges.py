@@ -19,61 +19,14 @@ import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from absl import logging
 
 from ema_jax.errors import UserError
 from ema_jax.refusal import lexical, validity
 from ema_jax.refusal.substring_lists import ARDITI, KEYWORD, ORBENCH, XSTEST
-
-REFUSED, COMPLIED, INVALID = "refused", "complied", "invalid"
-PARSE_ERROR = "judge_parse_error"
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What a judge says of one response.
-
-    `score` is the judge's refusal score in [0, 1] (refused from 0.5 up; 0 where invalid), `reason`
-    a short cause for machines: the rule, the matched string, `empty`, `repetition`, …
-    """
-
-    verdict: str
-    score: float
-    reason: str = ""
-
-    @classmethod
-    def of(cls, score: float, reason: str = "") -> "Verdict":
-        """Refused from a score of 0.5 up."""
-        return cls(REFUSED if score >= 0.5 else COMPLIED, score, reason)
-
-
-UNREADABLE = Verdict(INVALID, 0.0, PARSE_ERROR)
-"""What a model judge's answer that cannot be read amounts to: never a verdict for either side."""
-
-
-class Judge(Protocol):
-    """Gives one verdict a row; `name`, `version` and `revision` are recorded beside each.
-
-    `version` names the rules or the prompt, `revision` the weights or the upstream source behind
-    them (`""` if there are none).
-    """
-
-    @property
-    def name(self) -> str:
-        """The judge's name in `JUDGES`."""
-
-    @property
-    def version(self) -> str:
-        """Changes whenever a verdict may."""
-
-    @property
-    def revision(self) -> str:
-        """Commit of the weights or the list, if it has one."""
-
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> list[Verdict]:
-        """One verdict a row, in order."""
+from ema_jax.refusal.verdicts import INVALID, PARSE_ERROR, UNREADABLE, Judge, Verdict
 
 
 @dataclass(frozen=True)

@@ -22,16 +22,8 @@ from ema_jax.refusal.judge_model import (
     sigmoid,
     word_ids,
 )
-from ema_jax.refusal.judges import (
-    COMPLIED,
-    INVALID,
-    REFUSED,
-    UNREADABLE,
-    Verdict,
-    check_positive,
-    check_template,
-    judge_valid,
-)
+from ema_jax.refusal.judges import check_positive, check_template, judge_valid
+from ema_jax.refusal.verdicts import COMPLIED, INVALID, REFUSED, UNREADABLE, Verdict
 
 TOO_LONG = Verdict(INVALID, 0.0, "judge_input_too_long")
 

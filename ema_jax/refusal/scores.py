@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from ema_jax.refusal.judges import COMPLIED, INVALID, REFUSED
+from ema_jax.refusal.verdicts import COMPLIED, INVALID, REFUSED
 
 Verdicts = Sequence[str]
 

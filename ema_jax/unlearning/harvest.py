@@ -10,7 +10,7 @@ from ema_jax.data.dedupe import normalise
 from ema_jax.data.prompts import Prompt
 from ema_jax.errors import UserError
 from ema_jax.generation.sampler import Response
-from ema_jax.refusal.judges import COMPLIED, REFUSED, Verdict
+from ema_jax.refusal.verdicts import COMPLIED, REFUSED, Verdict
 
 
 @dataclasses.dataclass(frozen=True)
