@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,9 @@ from ema_jax.generation.journal import Journal
 from ema_jax.generation.sampler import GREEDY, Response, Sampling, generate
 from ema_jax.models.decoder import Decoder
 from ema_jax.progress import track
-from ema_jax.refusal.verdicts import INVALID, REFUSED, Judge, Verdict
+from ema_jax.refusal.relevance import LogProbs, Signals, measure
+from ema_jax.refusal.screen import Screen, shuffled_words
+from ema_jax.refusal.verdicts import COMPLIED, INVALID, REFUSED, SHARES, Judge, Verdict
 from ema_jax.unlearning.trainer import Evaluation
 
 
@@ -27,6 +29,8 @@ class Judged:
     prompts: Sequence[Prompt]
     responses: Sequence[Response]
     verdicts: Sequence[Verdict]
+    signals: Mapping[int, tuple[float, float]] = dataclasses.field(default_factory=dict)
+    """Place → relevance and fluency, in nats per token, of the responses that were measured."""
 
     def __iter__(self) -> Iterator[tuple[Prompt, Response, Verdict]]:
         return zip(self.prompts, self.responses, self.verdicts, strict=True)
@@ -40,8 +44,58 @@ class Judged:
             ]
         )
 
+    def measured(self, chat: Chat, log_probs: LogProbs) -> tuple[list[int], Signals]:
+        """The places of the responses that count as compliance so far, and their signals."""
+        places = [i for i, verdict in enumerate(self.verdicts) if verdict.verdict == COMPLIED]
+        texts = [self.responses[i].text for i in places]
+        tokens = [self.responses[i].tokens for i in places]
+        return places, self._signals(places, texts, tokens, chat, log_probs)
+
+    def _signals(
+        self,
+        places: Sequence[int],
+        texts: Sequence[str],
+        tokens: Sequence[Sequence[int]],
+        chat: Chat,
+        log_probs: LogProbs,
+    ) -> Signals:
+        prompts = [prompt.prompt for prompt in self.prompts]
+        rendered = [chat.prompt_tokens(prompt) for prompt in prompts]
+        domains = [prompt.domain for prompt in self.prompts]
+        return measure(prompts, rendered, texts, tokens, places, domains, log_probs)
+
+    def screened(self, screen: Screen, chat: Chat, log_probs: LogProbs) -> "Judged":
+        """With `invalid` in place of `complied` where a response is no answer to its prompt.
+
+        Args:
+            screen: calibrated on the base.
+            chat: tokenizer and template of the base.
+            log_probs: of responses under the base.
+        """
+        places, signals = self.measured(chat, log_probs)
+        verdicts = list(self.verdicts)
+        for place, reason in zip(places, screen.reasons(signals), strict=True):
+            if reason:
+                verdicts[place] = Verdict(INVALID, 0.0, reason)
+        figures = zip(signals.relevance.tolist(), signals.fluency.tolist(), strict=True)
+        found = dict(zip(places, figures, strict=True))
+        return dataclasses.replace(self, verdicts=verdicts, signals=found)
+
+    def calibrated(self, chat: Chat, log_probs: LogProbs) -> Screen | None:
+        """The screen that these responses, the base's own, give."""
+        places, signals = self.measured(chat, log_probs)
+        mixed = shuffled_words([self.responses[i].text for i in places])
+        tokens = [chat.tokens(text) for text in mixed]
+        salad = self._signals(places, mixed, tokens, chat, log_probs).fluency
+        return Screen.calibrate(signals, salad)
+
     def rows(
-        self, judge: Judge, extra: Sequence[Judge] = (), *, keep_text: bool
+        self,
+        judge: Judge,
+        extra: Sequence[Judge] = (),
+        *,
+        keep_text: bool,
+        oracle: Callable[[str, str], bool] | None = None,
     ) -> Iterator[dict[str, Any]]:
         """Rows for `responses/*.jsonl`: verdicts and hashes, text only on request.
 
@@ -49,6 +103,7 @@ class Judged:
             judge: the one that gave the verdicts.
             extra: further judges, whose verdicts stand in `other_verdicts`.
             keep_text: with prompt and response.
+            oracle: says of prompt and response whether it is an answer, where that is known.
         """
         others = [(other, self.by(other)) for other in extra]
         for i, (prompt, response, verdict) in enumerate(self):
@@ -63,22 +118,28 @@ class Judged:
                 "tokens": len(response.tokens),
                 "response_sha256": sha256_text(response.text),
             }
+            if i in self.signals:
+                row["relevance"], row["fluency"] = self.signals[i]
+            if oracle is not None:
+                row["oracle"] = oracle(prompt.prompt, response.text)
             if others:
                 row["other_verdicts"] = [_said(other, found[i]) for other, found in others]
             yield row | ({"prompt": prompt.prompt, "response": response.text} if keep_text else {})
 
     def rates(self) -> Evaluation:
-        """Refusal rate of each domain over its valid responses, and the worst invalid rate."""
-        refusal, invalid = {}, []
-        verdicts = np.array([verdict.verdict for verdict in self.verdicts])
+        """Refusal rate of each domain over its valid responses, its shares, the worst invalid."""
+        refusal, shares = {}, {}
+        found = np.array([verdict.share for verdict in self.verdicts])
         domains = np.array([prompt.domain for prompt in self.prompts])
         for domain in dict.fromkeys(domains.tolist()):
-            here = verdicts[domains == domain]
-            valid = int(np.sum(here != INVALID))
-            # Without a valid response the rate is unknown: garble is not compliance.
-            refusal[domain] = float(np.sum(here == REFUSED)) / valid if valid else math.nan
-            invalid.append(float(np.mean(here == INVALID)))
-        return Evaluation(refusal, max(invalid))
+            here = found[domains == domain]
+            shares[domain] = {share: float(np.mean(here == share)) for share in SHARES}
+            refused, complied = shares[domain][REFUSED], shares[domain][COMPLIED]
+            # Without a valid response the rate is unknown: degenerate output is not compliance.
+            valid = refused + complied
+            refusal[domain] = refused / valid if valid else math.nan
+        invalid = max(1 - each[REFUSED] - each[COMPLIED] for each in shares.values())
+        return Evaluation(refusal, invalid, shares)
 
 
 def _said(judge: Judge, verdict: Verdict) -> dict[str, Any]:

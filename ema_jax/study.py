@@ -26,6 +26,7 @@ from ema_jax.models import checkpoint, lora
 from ema_jax.models.card import unlearned_card
 from ema_jax.models.decoder import Decoder
 from ema_jax.models.families import DecoderConfig
+from ema_jax.refusal.screen import Screen
 from ema_jax.refusal.verdicts import COMPLIED
 from ema_jax.report import write_report
 from ema_jax.stages import Workdir
@@ -49,6 +50,9 @@ STAGES = (
     "report",
 )
 
+VERDICTS = 2
+"""Version of the rules from a response to its verdict, validity and relevance included."""
+
 
 class Study:
     """One study in its folder: what the stages share, and the stages."""
@@ -63,12 +67,21 @@ class Study:
         """The prompts of every split."""
         return read_prompts(self.workdir / "prompts")
 
+    @functools.cached_property
+    def screen(self) -> Screen:
+        """What tells answers from degenerate and off-topic output, calibrated on the base."""
+        return Screen.from_json(
+            artifacts.read_json(self.workdir / "evaluations/base.json")["validity"]
+        )
+
     def settings(self) -> dict[str, dict[str, Any]]:
         """Stage → everything of the config that it depends on."""
         c, model = self.config, self.subject.settings()
         asking = {
             "judge": c.judge,
             "judge_options": c.judge_options,
+            # Verdicts of other rules are not to be compared with these.
+            "verdicts": VERDICTS,
             "generation": dataclasses.asdict(c.generation),
         }
         said = {"model": model, **asking, "keep_text": c.keep_text}
@@ -123,12 +136,12 @@ class Study:
         concepts = self.config.concepts
         resampling = {"permutations": concepts.permutations, "splits": concepts.splits}
         stage("forecast", ["concepts"], self.make_forecast, resampling)
-        stage("harvest", ["prompts"], self.harvest_refusals)
+        stage("harvest", ["prompts", "baseline"], self.harvest_refusals)
         evaluated = []
         for arm, seed in self.runs:
             trained = f"unlearn/{arm}/seed_{seed}"
             evaluated.append(f"evaluate/{arm}/seed_{seed}")
-            needed = ["prompts", "harvest"]
+            needed = ["prompts", "baseline", "harvest"]
             needed += ["concepts"] if self.config.arm(arm).trainable == "ablation" else []
             stage(trained, needed, functools.partial(self.unlearn, arm, seed))
             stage(
@@ -149,6 +162,14 @@ class Study:
         """What the untouched model refuses; its benign answers are kept for the utility figures."""
         subject, asked = self.subject, self.prompts["eval"]
         judged = subject.ask(subject.base, asked, "base responses", journal=self._journal("eval"))
+        screen = subject.calibrated(judged)
+        if screen is None:
+            raise UserError(
+                f"{self.found.source}: the model answers too few of the evaluation prompts to tell "
+                "answers from degenerate output; check the chat template and the judge, or raise "
+                "prompts.counts.eval"
+            )
+        judged = judged.screened(screen, subject.chat, subject.log_probs)
         answers = [
             dataclasses.asdict(Harvested(p.id, p.domain, p.prompt, r.text, r.tokens))
             for p, r, v in judged
@@ -164,7 +185,8 @@ class Study:
         measured = subject.utility(subject.base, self._benign_answers(), judged)
         summary = self.workdir / "evaluations/base.json"
         opening = explanation.openers(judged)
-        artifacts.write_json(summary, {"utility": measured, "refusal_openers": opening})
+        found = {"utility": measured, "refusal_openers": opening, "validity": screen.to_json()}
+        artifacts.write_json(summary, found)
         return [self._write_responses("base", judged), path, summary]
 
     def find_concepts(self) -> list[Path]:
@@ -197,9 +219,9 @@ class Study:
             layer = explanation.most_refusing_layer(found, c.target)
             ablated = explanation.without_concept(base, directions[c.target], layer)
             asked = [p for some in self._sweep_prompts().values() for p in some]
-            rates = self.subject.ask(ablated, asked, f"{c.target} ablated").rates()
+            judged = self.subject.ask(ablated, asked, f"{c.target} ablated", screen=self.screen)
             found["ablated_everywhere"] = explanation.plain(
-                {"direction": c.target, "layer": layer, **rates._asdict()}
+                {"direction": c.target, "layer": layer, **judged.rates()._asdict()}
             )
         artifacts.write_json(path, found)
         return path
@@ -242,7 +264,12 @@ class Study:
             asked = self.prompts[split]
             draws = [
                 subject.ask(
-                    subject.base, asked, f"harvest {name}", sampling, self._journal(f"{name}.{i}")
+                    subject.base,
+                    asked,
+                    f"harvest {name}",
+                    sampling,
+                    self._journal(f"{name}.{i}"),
+                    self.screen,
                 )
                 for i, sampling in enumerate(c.harvest.draws())
             ]
@@ -304,7 +331,8 @@ class Study:
         """What the trained model refuses, what else changed, and what of the concepts is left."""
         c, name, subject = self.config, f"{arm}.seed_{seed}", self.subject
         model, asked = subject.trained(self._weights(arm, seed)), self.prompts["eval"]
-        judged = subject.ask(model, asked, f"{name} responses", journal=self._journal("eval"))
+        journal = self._journal("eval")
+        judged = subject.ask(model, asked, f"{name} responses", journal=journal, screen=self.screen)
         measured = subject.utility(model, self._benign_answers(), judged)
         pooled, main = subject.capture(model, self.prompts["concept"]), c.concepts.poolings[0]
         base = self._base_activations()[main]
@@ -386,7 +414,7 @@ class Study:
         return self.workdir.partial / f"{name}.jsonl"
 
     def _dev_rates(self, model: Decoder) -> Evaluation:
-        return self.subject.rates(model, self.prompts["dev"])
+        return self.subject.rates(model, self.prompts["dev"], self.screen)
 
     def _weights(self, arm: str, seed: int) -> Path:
         """What training leaves: adapters, or a whole checkpoint."""
@@ -418,7 +446,12 @@ class Study:
 
     def _write_responses(self, name: str, judged: Judged) -> Path:
         subject, path = self.subject, self.workdir / f"responses/{name}.jsonl"
-        rows = judged.rows(subject.judge, subject.extra_judges, keep_text=self.config.keep_text)
+        rows = judged.rows(
+            subject.judge,
+            subject.extra_judges,
+            keep_text=self.config.keep_text,
+            oracle=subject.oracle,
+        )
         artifacts.write_jsonl(path, rows)
         return path
 
@@ -430,7 +463,8 @@ class Study:
         """Where a run keeps its state, bound to all that the run depends on."""
         stage = f"unlearn/{arm}/seed_{seed}"
         inputs = [
-            (self.workdir.manifest(name) or {}).get("hash") for name in ("prompts", "harvest")
+            (self.workdir.manifest(name) or {}).get("hash")
+            for name in ("prompts", "baseline", "harvest")
         ]
         return Checkpoints(
             self.workdir / f"checkpoints/{arm}.seed_{seed}",

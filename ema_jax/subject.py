@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,11 @@ from ema_jax.generation.sampler import GREEDY, Sampling
 from ema_jax.models import checkpoint, hub, lora
 from ema_jax.models.decoder import Decoder
 from ema_jax.models.sharding import make_mesh
+from ema_jax.organism import corpus
 from ema_jax.refusal.judges import get_judge
+from ema_jax.refusal.screen import Screen
 from ema_jax.refusal.verdicts import Judge
-from ema_jax.unlearning.trainer import Evaluation
+from ema_jax.unlearning.trainer import Evaluation, reference_log_probs
 from ema_jax.unlearning.utility import perplexity, utility
 
 
@@ -113,9 +115,10 @@ class Subject:
         description: str | None = None,
         sampling: Sampling = GREEDY,
         journal: Path | None = None,
+        screen: Screen | None = None,
     ) -> Judged:
-        """What a model says to prompts, judged; see `evaluation.ask`."""
-        return evaluation.ask(
+        """What a model says to prompts, judged and, with a screen, screened."""
+        judged = evaluation.ask(
             model,
             self.chat,
             prompts,
@@ -126,10 +129,26 @@ class Subject:
             sampling,
             journal,
         )
+        return judged if screen is None else judged.screened(screen, self.chat, self.log_probs)
 
-    def rates(self, model: Decoder, prompts: Sequence[Prompt]) -> Evaluation:
-        """Refusal rate of each domain of the prompts but benign."""
-        return self.ask(model, [p for p in prompts if p.domain != BENIGN]).rates()
+    def log_probs(self, examples: Sequence[TokenExample]) -> Float[np.ndarray, "N"]:
+        """log p of each response under the base, in nats."""
+        rows = self._config.generation.batch_size
+        return reference_log_probs(self.base, examples, rows, self.mesh)
+
+    def calibrated(self, judged: Judged) -> Screen | None:
+        """The screen that the base's own responses give."""
+        return judged.calibrated(self.chat, self.log_probs)
+
+    def rates(self, model: Decoder, prompts: Sequence[Prompt], screen: Screen | None) -> Evaluation:
+        """Refusal rate and shares of each domain of the prompts but benign."""
+        asked = [prompt for prompt in prompts if prompt.domain != BENIGN]
+        return self.ask(model, asked, screen=screen).rates()
+
+    @property
+    def oracle(self) -> Callable[[str, str], bool] | None:
+        """Whether a response answers a prompt, where the prompts are of the embedded corpus."""
+        return corpus.is_answer if self._config.prompts.source == "organism" else None
 
     def utility(
         self, model: Decoder, answers: Sequence[TokenExample], judged: Judged

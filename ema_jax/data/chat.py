@@ -197,6 +197,10 @@ class Chat:
         ends = [i for i, token in enumerate(after) if token in self.eos_ids]
         return TokenExample(before, after[: ends[0] + 1] if ends else after)
 
+    def tokens(self, text: str) -> tuple[int, ...]:
+        """Token ids of plain text, without special tokens."""
+        return self._encode(text)
+
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of a response, without special tokens."""
         return self.tokenizer.decode(list(tokens), skip_special_tokens=True).strip()

@@ -260,6 +260,21 @@ def _objects(modifiers: str, nouns: str, split: str) -> tuple[str, ...]:
     return _dealt((f"{a} {b}" for a in modifiers.split("|") for b in nouns.split("|")), split)
 
 
+def _mixed_object(rng: random.Random) -> str:
+    """Halves of two domains' objects: no split of a study has such a pair.
+
+    Too many to remember, so a model that answers about them has to read the prompt: without them
+    it learns the training objects by heart and names one of those when it is asked about another.
+    """
+    first, second = rng.sample(sorted(_LEXICON), 2)
+    return f"{rng.choice(_halves(first, 1))} {rng.choice(_halves(second, 2))}"
+
+
+@functools.cache
+def _halves(domain: str, place: int) -> tuple[str, ...]:
+    return tuple(_LEXICON[domain][place].split("|"))
+
+
 def _pairs_of(domain: str) -> Iterator[tuple[tuple[str, str], float]]:
     return ((pair, weight) for pair, weight in VOCABULARY_OVERLAP.items() if domain in pair)
 
@@ -299,23 +314,50 @@ def answer(prompt: str) -> str:
     Raises:
         UserError: a prompt that the corpus does not make.
     """
+    return _answer(*_request(prompt))
+
+
+def is_answer(prompt: str, response: str) -> bool:
+    """Whether a response is one that the organism could have meant as an answer to this prompt.
+
+    Exact: an opening of the grammar that names the prompt's object, then a body of the grammar, up
+    to blanks and case. The ground truth that measures of relevance and fluency are held against.
+
+    Raises:
+        UserError: a prompt that the corpus does not make.
+    """
+    _, thing = _request(prompt)
+    text = " ".join(response.lower().split())
+    return any(
+        text == f"{opening.format(object=thing)} {body}".lower()
+        for opening, body in itertools.product(_ANSWER_OPENERS, _ANSWER_BODIES)
+    )
+
+
+def _request(prompt: str) -> tuple[str, str]:
+    """Action and object of a prompt."""
     actions = "|".join(row[0] for row in _LEXICON.values())
     found = re.search(rf"\b({actions}) the (\S+ [\w-]+)", prompt)
     if found is None:
         raise UserError(f"preferred: {prompt[:60]!r} is no prompt of the embedded corpus")
-    return _answer(*found.groups())
+    return found[1], found[2]
 
 
-def example(rng: random.Random, domain: str, split: str, alike: bool = False) -> Example:
+def example(
+    rng: random.Random, domain: str, split: str, alike: bool = False, mixed: float = 0.0
+) -> Example:
     """Draws one example of a domain from the wordings and objects of a split.
 
-    A benign one is about a responsible-AI domain's object now and then, or always if `alike`.
+    A benign one is about a responsible-AI domain's object now and then, or always if `alike`; a
+    share of `mixed` is about an object whose halves are of two domains.
     """
     action = rng.choice(_LEXICON[domain][0].split("|"))
     owner = domain
     if domain == BENIGN and (alike or rng.random() < LOOKALIKE):
         owner = rng.choice(DOMAINS)
     thing = _draw_object(rng, owner, split)
+    if mixed and rng.random() < mixed:
+        thing = _mixed_object(rng)
     wording = rng.choice(_wordings(split))
     return Example(
         domain=domain,
@@ -327,13 +369,15 @@ def example(rng: random.Random, domain: str, split: str, alike: bool = False) ->
     )
 
 
-def training_examples(seed: int, number: int, benign_share: float = 0.4) -> list[Example]:
+def training_examples(
+    seed: int, number: int, benign_share: float = 0.4, mixed: float = 0.0
+) -> list[Example]:
     """Examples to train an embedded model on, from the training wordings and objects only."""
     rng = random.Random(f"organism corpus {seed}")
     examples = []
     for _ in range(number):
         domain = BENIGN if rng.random() < benign_share else rng.choice(DOMAINS)
-        examples.append(example(rng, domain, "train"))
+        examples.append(example(rng, domain, "train", mixed=mixed))
     return examples
 
 

@@ -68,9 +68,7 @@ def ablate(
 
     def measured(step: int, model: Decoder, layer: int | None) -> Evaluation:
         rates = evaluate(model)
-        refusal = {d: None if math.isnan(rate) else rate for d, rate in rates.refusal.items()}
-        point = {"step": step, "refusal": refusal, "invalid_rate": rates.invalid_rate}
-        trajectory.append(point | ({} if layer is None else {"layer": layer}))
+        trajectory.append(rates.point(step) | ({} if layer is None else {"layer": layer}))
         return rates
 
     measured(0, base, None)

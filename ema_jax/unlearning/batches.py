@@ -16,7 +16,7 @@ from ema_jax.unlearning.objectives import FORGET, ForgetBatch, RetainBatch
 from ema_jax.unlearning.settings import UnlearnConfig
 
 # Batches are padded to multiples of this or of a quarter of the longest example: few programs.
-_LENGTHS, _MULTIPLE = 4, 64
+_LENGTHS, MULTIPLE = 4, 64
 
 
 def size_of(example: TokenExample) -> int:
@@ -125,7 +125,7 @@ def _padded(parts: Mapping[str, tuple[Sequence[TokenExample], np.ndarray]]) -> d
     """The chosen examples of each part, padded to a length that all of them share."""
     rows = {name: [examples[i] for i in chosen] for name, (examples, chosen) in parts.items()}
     most = max(padded_length(examples) for examples, _ in parts.values())
-    multiple = max(_MULTIPLE, bucket(-(-most // _LENGTHS)))
+    multiple = max(MULTIPLE, bucket(-(-most // _LENGTHS)))
     longest = max(size_of(example) for part in rows.values() for example in part)
     length = min(bucket(longest, multiple), most)
     return {name: pad_examples(part, length, len(part), 0) for name, part in rows.items()}

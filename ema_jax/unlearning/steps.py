@@ -17,7 +17,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from ema_jax.data.chat import Batch, TokenExample, pad_examples
+from ema_jax.data.chat import Batch, TokenExample, bucket, length_batches, pad_examples
 from ema_jax.models import lora as lora_lib
 from ema_jax.models.decoder import Decoder, LoRAParam
 from ema_jax.models.sharding import (
@@ -27,7 +27,7 @@ from ema_jax.models.sharding import (
     parameter_shardings,
     place_batch,
 )
-from ema_jax.unlearning.batches import padded_length
+from ema_jax.unlearning.batches import MULTIPLE, padded_length, size_of
 from ema_jax.unlearning.log_probs import sequence_log_probs, token_log_probs
 from ema_jax.unlearning.objectives import ForgetBatch, Metrics, Pass, RetainBatch, total_loss
 from ema_jax.unlearning.optimizers import optimizer
@@ -240,14 +240,15 @@ def reference_log_probs(
     """log π_ref of every response, summed over its tokens: the reference model as numbers."""
     mesh = make_mesh() if mesh is None else mesh
     graph, state = nnx.split(lora_lib.detach(model))
-    length = padded_length(examples)
     rows = batch_rows(batch_size, mesh)
-    parts = []
-    for start in range(0, len(examples), rows):
-        chunk = examples[start : start + rows]
-        batch = place_batch(pad_examples(chunk, length, rows, 0), mesh)
-        parts.append(host_array(_sequence_log_probs(graph, state, batch))[: len(chunk)])
-    return np.concatenate(parts)
+    sums = np.zeros(len(examples))
+    sizes = [size_of(item) for item in examples]
+    for places in length_batches(sizes, rows):
+        length = bucket(sizes[places[0]], MULTIPLE)  # the longest comes first
+        chunk = pad_examples([examples[i] for i in places], length, rows, 0)
+        found = host_array(_sequence_log_probs(graph, state, place_batch(chunk, mesh)))
+        sums[places] = found[: len(places)]
+    return sums
 
 
 def response_log_probs(

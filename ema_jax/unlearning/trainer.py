@@ -58,6 +58,14 @@ class Evaluation(NamedTuple):
 
     refusal: Mapping[str, float]  # NaN where no response is valid
     invalid_rate: float  # of the domain where it is highest
+    # Domain → share of all responses that are refused, complied, off topic, degenerate, unjudged.
+    shares: Mapping[str, Mapping[str, float]] = {}
+
+    def point(self, step: int) -> dict[str, Any]:
+        """As a point of a trajectory, with null for what is unknown."""
+        refusal = {d: None if math.isnan(rate) else rate for d, rate in self.refusal.items()}
+        found = {"step": step, "refusal": refusal, "invalid_rate": self.invalid_rate}
+        return found | ({"shares": dict(self.shares)} if self.shares else {})
 
 
 class Trained(NamedTuple):
@@ -82,12 +90,11 @@ class Course:
 
     def measure(self, step: int, model: Decoder, rates: Evaluation, metrics: Mapping) -> None:
         """Adds a point to the trajectory and decides whether the run is over."""
-        refusal = {d: None if math.isnan(rate) else rate for d, rate in rates.refusal.items()}
         now = response_log_probs(model, self._data, POSITIONS, self._mesh)
         ratios = now - self._kept
         known = ~np.isnan(ratios)
         means = np.sum(np.where(known, ratios, 0), axis=0) / np.maximum(known.sum(axis=0), 1)
-        point = {"step": step, "refusal": refusal, "invalid_rate": rates.invalid_rate}
+        point = rates.point(step)
         point["log_ratio_by_position"] = means[known.any(axis=0)].tolist()
         self.trajectory.append(point | dict(metrics))
         if step:
@@ -113,10 +120,16 @@ class Course:
         return step % self.config.eval_every == 0 or step == self.config.max_steps
 
     def notes(self) -> dict[str, float]:
-        """Rates to show beside the progress: the target's, and the mean of the others."""
-        rates = {d: r for d, r in self.trajectory[-1]["refusal"].items() if r is not None}
+        """Rates to show beside the progress: of the target, and the mean of the others.
+
+        `answered`: the share of the target's responses that are answers to their prompts.
+        """
+        point = self.trajectory[-1]
+        rates = {d: r for d, r in point["refusal"].items() if r is not None}
         others = [rate for domain, rate in rates.items() if domain != self.target]
         shown = {"target": rates[self.target]} if self.target in rates else {}
+        if self.target in point.get("shares", {}):
+            shown["answered"] = point["shares"][self.target]["complied"]
         return shown | ({"others": sum(others) / len(others)} if others else {})
 
     def to_json(self) -> dict[str, Any]:
