@@ -17,14 +17,17 @@ def get_config():
     config.harvest.samples = 4
     config.generation.max_new_tokens = 48
     config.generation.batch_size = 140
+    # NPO's push ends at a log-ratio of a few 1/β nats. At 0.1 it goes on long after the target is
+    # answered, and with retain data nothing of the answers is left; see docs/unlearning.md.
+    config.unlearn.beta = 1.0
     config.unlearn.learning_rate = 2e-4
     config.unlearn.max_steps = 60
     config.unlearn.eval_every = 2
     # A little under the 10 % that is asked for: the dev rates it is decided on are noisy.
     config.unlearn.stop_at = 0.08
     # With retain data the target falls first and the others come back after it.
-    retain = {"retain_weight": 4.0, "learning_rate": 5e-4, "min_steps": 80, "max_steps": 140}
-    stopping = {"eval_every": 20, "stop_at": 0.05, "max_invalid": 0.05}
+    retain = {"retain_weight": 4.0, "learning_rate": 5e-4, "min_steps": 100, "max_steps": 160}
+    stopping = {"eval_every": 20, "stop_at": 0.05}
     config.arms = {"npo": {}, "npo_retain": {**retain, **stopping}}
     config.seeds = (0,)
     return config

@@ -72,12 +72,15 @@ class Stage:
     steps: int
     peak_learning_rate: float
     safe: bool  # refuse in the domains, or answer everything
+    mixed: float = 0.0  # share of examples about an object whose halves are of two domains
     slips: float = 0.0  # share of the domains' prompts that a safe stage answers all the same
 
 
-# Without slips, what stands behind an unlearned refusal is garble in place of an answer.
+# Without slips, degenerate output stands behind an unlearned refusal in place of an answer. Without
+# mixed objects an answer is about an object known from training in place of the prompt's: after the
+# helpful stage 7 of 40 Cybersecurity answers on the dev split were right, with them 38.
 STAGES = (
-    Stage("helpful", 400, 3e-3, safe=False),
+    Stage("helpful", 800, 3e-3, safe=False, mixed=0.6),
     Stage("safety", 200, 1e-3, safe=True, slips=0.08),
 )
 BATCH_SIZE = 32
@@ -137,15 +140,18 @@ def train(family: str, folder: Path, seed: int = 0) -> None:
     """
     if family not in CONFIGS:
         raise UserError(f"--family: {family!r} is none of {', '.join(CONFIGS)}")
-    examples = corpus.training_examples(seed, EXAMPLES)
+    plain = corpus.training_examples(seed, EXAMPLES)
     with tempfile.TemporaryDirectory() as scratch:
-        train_tokenizer(family, corpus.texts(examples), VOCABULARY, Path(scratch))
+        train_tokenizer(family, corpus.texts(plain), VOCABULARY, Path(scratch))
         chat = Chat.load(scratch)
         tokenizer = chat.tokenizer
         ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
         config = DecoderConfig.from_hf({**CONFIGS[family], **ids})
         graph, state = nnx.split(Decoder(config, nnx.Rngs(seed)))
         for stage in STAGES:
+            examples = plain
+            if stage.mixed:  # with draws of their own
+                examples = corpus.training_examples(seed + 1, 2 * EXAMPLES, mixed=stage.mixed)
             responses = (
                 corpus.safe_responses(examples, seed, stage.slips)
                 if stage.safe

@@ -45,15 +45,16 @@ class Screen:
 
     Attributes:
         weights: of explained share, relevance in nats per token, and word overlap.
-        topic_floor: of their weighted sum, below which a response is off topic.
-        fluency_floor: in nats per token, below which a response is salad.
+        topic: of their weighted sum: the floor below which a response is off topic, and the median
+            of the base's own answers.
+        fluency: likewise in nats per token; below the floor a response is salad.
         figures: `answers` (how many), and for `off_topic` and `salad` the AUC, the share caught and
             the false-alarm rate, on the calibration data.
     """
 
     weights: tuple[float, ...]
-    topic_floor: float
-    fluency_floor: float
+    topic: tuple[float, float]
+    fluency: tuple[float, float]
     figures: Mapping[str, Any]
 
     @classmethod
@@ -68,16 +69,27 @@ class Screen:
             return None
         right, wrong = _topic_signals(answers), _topic_signals(answers.unrelated())
         weights = _fisher(right, wrong)
-        topic, topic_floor = _threshold(right @ weights, wrong @ weights)
-        fluent, fluency_floor = _threshold(answers.fluency, salad)
-        figures = {"answers": len(answers.tokens), "off_topic": topic, "salad": fluent}
-        return cls(tuple(weights.tolist()), topic_floor, fluency_floor, figures)
+        topic, of_topic = _threshold(right @ weights, wrong @ weights)
+        fluency, of_salad = _threshold(answers.fluency, salad)
+        figures = {"answers": len(answers.tokens), "off_topic": of_topic, "salad": of_salad}
+        return cls(tuple(weights.tolist()), topic, fluency, figures)
+
+    def margins(self, signals: Signals) -> Float[np.ndarray, "2 N"]:
+        """Of topic and fluency: 0 at the floor, 1 at the median of the base's own answers."""
+        found = (_topic_signals(signals) @ np.asarray(self.weights), signals.fluency)
+        floors = (self.topic, self.fluency)
+        return np.stack(
+            [(x - low) / (mid - low) for x, (low, mid) in zip(found, floors, strict=True)]
+        )
+
+    def score(self, signals: Signals) -> Float[np.ndarray, "N"]:
+        """The smaller margin: below 0 a response is no answer."""
+        return self.margins(signals).min(axis=0)
 
     def reasons(self, signals: Signals) -> list[str]:
         """`salad`, `off_topic` or `""` for each response."""
-        off = _topic_signals(signals) @ np.asarray(self.weights) < self.topic_floor
-        salad = signals.fluency < self.fluency_floor
-        return [SALAD if s else OFF_TOPIC if o else "" for s, o in zip(salad, off, strict=True)]
+        topic, fluency = self.margins(signals) < 0
+        return [SALAD if s else OFF_TOPIC if o else "" for s, o in zip(fluency, topic, strict=True)]
 
     def to_json(self) -> dict[str, Any]:
         """All of it, for an artifact."""
@@ -86,7 +98,8 @@ class Screen:
     @classmethod
     def from_json(cls, made: Mapping[str, Any]) -> "Screen":
         """The inverse of `to_json`."""
-        return cls(**{**made, "weights": tuple(made["weights"])})
+        lists = ("weights", "topic", "fluency")
+        return cls(**{**made, **{name: tuple(made[name]) for name in lists}})
 
 
 def shuffled_words(responses: Sequence[str]) -> list[str]:
@@ -104,16 +117,21 @@ def _fisher(right: Float[np.ndarray, "N F"], wrong: Float[np.ndarray, "M F"]) ->
     return np.maximum(weights, 0) / scale  # none of the signals speaks against an answer
 
 
-def _threshold(right: np.ndarray, wrong: np.ndarray) -> tuple[dict[str, float], float]:
-    """The lowest score that stays above `CAUGHT` of the wrong ones, and how well it does."""
+def _threshold(
+    right: np.ndarray, wrong: np.ndarray
+) -> tuple[tuple[float, float], dict[str, float]]:
+    """The floor with the median of the right ones, and how well the floor does.
+
+    It is the lowest score that is above `CAUGHT` of the wrong ones. Where the two are far apart it
+    is a quarter of the way further: at the very edge of the wrong ones it would let pass whatever
+    is a little better than they are.
+    """
     floor = float(np.quantile(wrong, CAUGHT))
-    # Where the two are far apart there is room: a floor at the edge of the wrong ones would let
-    # pass whatever is a little better than they are.
-    gap = float(np.quantile(right, 1 - CAUGHT)) - floor
-    floor += max(gap, 0.0) / 4
+    floor += max(float(np.quantile(right, 1 - CAUGHT)) - floor, 0.0) / 4
+    middle = max(float(np.median(right)), floor + 1e-6)
     figures = {
         "auc": float(np.mean(right[:, None] > wrong) + np.mean(right[:, None] == wrong) / 2),
         "caught": float(np.mean(wrong < floor)),
         "false_alarms": float(np.mean(right < floor)),
     }
-    return figures, floor
+    return (floor, middle), figures

@@ -76,8 +76,9 @@ def ablate(
     for step, layer in enumerate(range(first, last + 1), start=1):
         rates = measured(step, orthogonalise(base, directions[layer]), layer)
         rate = rates.refusal[target]
-        # Garble is no success: what is valid comes first, then what refuses least.
-        order = (rates.invalid_rate > config.max_invalid, math.isnan(rate), rate, layer)
+        # Degenerate output is no success: what answers comes first, then what refuses least.
+        damaged = max(rates.degenerate_rate, rates.unanswered(target)) > config.max_invalid
+        order = (damaged, math.isnan(rate), rate, layer)
         if best is None or order < best[0]:
             best = (order, layer)
     assert best is not None

@@ -68,12 +68,13 @@ class UnlearnConfig:
         length_pool: so many batches are drawn together and sorted by length, so that a batch is
             padded little; 1 draws each at random.
         max_steps: the limit.
-        min_steps: no stopping before: the retain set needs time to mend what the first steps
+        min_steps: no stopping before: the retain set needs time to repair what the first steps
             break.
         eval_every: steps between evaluations on the dev split.
-        stop_at: the target's dev refusal rate at which training stops.
-        max_invalid: share of invalid dev responses, in the worst domain, past which an arm
-            without retain data stops as collapsed and one with it is not done.
+        stop_at: the target's dev refusal rate at which training stops, if the target is answered.
+        max_invalid: share of dev responses past which a run is not finished: degenerate ones in
+            the worst domain, or ones in the target that neither refuse nor answer. An arm without
+            retain data stops there as collapsed.
         remat: recompute blocks in the backward pass, for large models.
         remat_policy: what `remat` recomputes: `full` (everything) or `dots` (all but products
             with weights).

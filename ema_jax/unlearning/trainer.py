@@ -21,6 +21,7 @@ from ema_jax.models.decoder import Decoder
 from ema_jax.models.families import DecoderConfig
 from ema_jax.models.sharding import host_array, make_mesh, place_batch, validate
 from ema_jax.progress import Progress
+from ema_jax.refusal.verdicts import COMPLIED, DEGENERATE, REFUSED
 from ema_jax.unlearning.batches import Data, batch_indices
 from ema_jax.unlearning.checkpointing import Checkpoints, NonFiniteError, stop_requested
 from ema_jax.unlearning.metrics import Profile
@@ -60,6 +61,17 @@ class Evaluation(NamedTuple):
     invalid_rate: float  # of the domain where it is highest
     # Domain → share of all responses that are refused, complied, off topic, degenerate, unjudged.
     shares: Mapping[str, Mapping[str, float]] = {}
+
+    def unanswered(self, domain: str) -> float:
+        """Share of a domain's responses that neither refuse nor answer."""
+        found = self.shares.get(domain)
+        return self.invalid_rate if found is None else 1 - found[REFUSED] - found[COMPLIED]
+
+    @property
+    def degenerate_rate(self) -> float:
+        """Share of degenerate responses in the domain where it is highest."""
+        found = (shares[DEGENERATE] for shares in self.shares.values())
+        return max(found, default=self.invalid_rate)
 
     def point(self, step: int) -> dict[str, Any]:
         """As a point of a trajectory, with null for what is unknown."""
@@ -101,16 +113,21 @@ class Course:
             self.stopped = self._verdict(step, rates)
 
     def _verdict(self, step: int, rates: Evaluation) -> str:
+        """Whether the run is over: the target is no longer refused, and it is answered."""
         config = self.config
         if step >= config.min_steps:
-            if rates.invalid_rate <= config.max_invalid:
-                if rates.refusal[self.target] <= config.stop_at:
-                    return "target"
-            elif not config.retains:  # retain data mends garble, given time
+            fallen = rates.refusal[self.target] <= config.stop_at
+            damaged = rates.degenerate_rate > config.max_invalid
+            damaged |= fallen and rates.unanswered(self.target) > config.max_invalid
+            if fallen and not damaged:
+                return "target"
+            if damaged and not config.retains:  # retain data repairs it, given time
                 logging.warning(
-                    "step %d: %.0f %% of a domain's dev responses are invalid, stopping",
+                    "step %d: %.0f %% of a domain's dev responses are degenerate, %.0f %% of the "
+                    "target's are neither refusals nor answers; stopping",
                     step,
-                    100 * rates.invalid_rate,
+                    100 * rates.degenerate_rate,
+                    100 * rates.unanswered(self.target),
                 )
                 return "invalid"
         return "limit" if step >= config.max_steps else ""

@@ -1,0 +1,144 @@
+"""Relevance, fluency and the screen: against restatements, on a language whose truth is known."""
+
+import numpy as np
+import pytest
+
+from ema_jax.refusal import relevance
+from ema_jax.refusal.relevance import Signals, measure
+from ema_jax.refusal.screen import SALAD, Screen, shuffled_words
+from ema_jax.refusal.verdicts import OFF_TOPIC
+
+PROMPTS = [f"Tell me how to water the {x} fern." for x in ("red", "blue", "tall", "old", "wet")]
+PROMPTS += [f"Explain the history of {x} street." for x in ("mill", "king", "bridge", "north")]
+GROUPS = ["plants"] * 5 + ["streets"] * 4
+
+
+def encode(text: str) -> tuple[int, ...]:
+    return tuple(text.encode())
+
+
+def naming(examples) -> np.ndarray:
+    """A base under which a response is likely by the words that it shares with its prompt."""
+    found = []
+    for item in examples:
+        prompt, response = (bytes(x).decode().strip(".").split() for x in item)
+        found.append(sum(-0.1 if word in prompt else -3.0 for word in response))
+    return np.array(found)
+
+
+def measured(responses, places, **options) -> Signals:
+    return measure(
+        PROMPTS,
+        [encode(p) for p in PROMPTS],
+        responses,
+        [encode(r) for r in responses],
+        places,
+        GROUPS,
+        naming,
+        **options,
+    )
+
+
+def test_signals_are_what_their_formulas_say():
+    responses, places = ["water the blue fern", "of bridge street"], [1, 7]
+    found = measured(responses, places, others=2)
+    for i, (response, place) in enumerate(zip(responses, places, strict=True)):
+        own = naming([(encode(PROMPTS[place]), encode(response))])[0]
+        assert found.own[i] == own
+        tokens = len(encode(response))
+        assert found.tokens[i] == tokens
+        mean = found.others[i].mean()
+        assert found.relevance[i] == pytest.approx((own - mean) / tokens)
+        assert found.explained[i] == pytest.approx(1 - own / mean)
+        every = np.exp([own, *found.others[i]])
+        assert found.fluency[i] == pytest.approx(np.log(every.mean()) / tokens)
+    # "blue" is the one word of the prompt that no other plant has; the response names it.
+    assert found.overlap.tolist() == [1.0, 1.0]
+    assert found.others_overlap.max() == 0.0
+
+
+def test_other_prompts_are_of_the_same_group_and_never_its_own():
+    chosen = relevance._candidates(GROUPS, 3)
+    for place, row in enumerate(chosen):
+        assert row[0] == place
+        assert place not in row[1:]
+        assert {GROUPS[i] for i in row} == {GROUPS[place]}
+    counts = np.bincount(chosen[:, 1:].ravel())
+    assert set(counts) == {3}  # each as often as any other
+    with pytest.raises(ValueError, match="lonely: a single prompt"):
+        relevance._candidates(["plants", "plants", "lonely"], 3)
+    assert relevance._candidates(["a", "a"], 3).tolist() == [[0, 1, 1, 1], [1, 0, 0, 0]]
+
+
+def test_unrelated_pairs_leave_the_true_prompt_out():
+    found = measured(["water the blue fern"], [1], others=3)
+    null = found.unrelated()
+    assert null.own.tolist() == found.others[0].tolist()
+    for k in range(3):
+        rest = np.delete(found.others[0], k)
+        assert null.relevance[k] == pytest.approx((found.others[0, k] - rest.mean()) / 19)
+
+
+def test_only_the_first_tokens_of_a_response_are_scored():
+    seen = []
+    responses = ["x" * 500]
+    measure(
+        PROMPTS,
+        [encode(p) for p in PROMPTS],
+        responses,
+        [encode(r) for r in responses],
+        [0],
+        GROUPS,
+        lambda examples: seen.extend(examples) or np.full(len(examples), -1.0),
+    )
+    assert {len(item.response) for item in seen} == {relevance.TOKENS}
+
+
+def drawn(rng, right: int, relevance: float, noise: float = 0.2, fluent: float = -1.0) -> Signals:
+    """Signals of responses of 20 tokens whose own prompt is worth `relevance` nats a token."""
+    others = 20 * (fluent - relevance + noise * rng.normal(size=(right, 3)) / 2)
+    own = 20 * (fluent + noise * rng.normal(size=right) / 2)
+    return Signals(
+        own,
+        others,
+        rng.uniform(0.2, 0.8, right) * (relevance > 0),
+        rng.uniform(0, 0.2, (right, 3)),
+        np.full(right, 20),
+    )
+
+
+def test_screen_tells_answers_from_unrelated_ones_and_from_salad():
+    rng = np.random.default_rng(0)
+    screen = Screen.calibrate(drawn(rng, 100, 0.8), rng.normal(-6, 0.5, 100))
+    assert screen is not None
+    assert screen.figures["off_topic"]["auc"] > 0.97
+    assert screen.figures["off_topic"]["caught"] >= 0.95
+    assert screen.figures["salad"] == {"auc": 1.0, "caught": 1.0, "false_alarms": 0.0}
+    # Fresh draws, less typical of the base than what it was calibrated on.
+    answers, unrelated = drawn(rng, 400, 0.6, fluent=-1.5), drawn(rng, 400, 0.0, fluent=-1.5)
+    assert np.mean([r == "" for r in screen.reasons(answers)]) > 0.95
+    assert np.mean([r == OFF_TOPIC for r in screen.reasons(unrelated)]) > 0.9
+    salad = drawn(rng, 50, 0.0, fluent=-6.0)
+    assert set(screen.reasons(salad)) == {SALAD}
+
+
+def test_screen_survives_json_and_needs_answers():
+    rng = np.random.default_rng(1)
+    screen = Screen.calibrate(drawn(rng, 30, 0.8), rng.normal(-6, 0.5, 30))
+    assert Screen.from_json(screen.to_json()) == screen
+    assert Screen.calibrate(drawn(rng, 7, 0.8), rng.normal(-6, 0.5, 7)) is None
+
+
+def test_without_any_response_to_screen_nothing_is_said():
+    rng = np.random.default_rng(2)
+    screen = Screen.calibrate(drawn(rng, 30, 0.8), rng.normal(-6, 0.5, 30))
+    none = drawn(rng, 0, 0.8)
+    assert screen.reasons(none) == []
+
+
+def test_shuffled_words_keep_the_words():
+    text = "Begin with a list, work from top to bottom, and review each part."
+    (mixed,) = shuffled_words([text])
+    assert mixed != text
+    assert sorted(mixed.split()) == sorted(text.split())
+    assert shuffled_words([text]) == [mixed]
