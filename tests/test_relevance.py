@@ -65,8 +65,11 @@ def test_other_prompts_are_of_the_same_group_and_never_its_own():
         assert {GROUPS[i] for i in row} == {GROUPS[place]}
     counts = np.bincount(chosen[:, 1:].ravel())
     assert set(counts) == {3}  # each as often as any other
-    with pytest.raises(ValueError, match="lonely: a single prompt"):
-        relevance._candidates(["plants", "plants", "lonely"], 3)
+    lonely = relevance._candidates(["plants", "plants", "lonely"], 2)[2]
+    assert sorted(lonely) == [0, 1, 2]
+    assert lonely[0] == 2
+    with pytest.raises(ValueError, match="single prompt"):
+        relevance._candidates(["plants"], 3)
     assert relevance._candidates(["a", "a"], 3).tolist() == [[0, 1, 1, 1], [1, 0, 0, 0]]
 
 

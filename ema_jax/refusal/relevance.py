@@ -114,7 +114,7 @@ def measure(
         others: how many other prompts.
 
     Raises:
-        ValueError: a domain with fewer than two prompts.
+        ValueError: a single prompt.
     """
     candidates = _candidates(groups, others)[np.asarray(places, int)]  # [N, 1 + K]
     kept = [tuple(tokens[:TOKENS]) for tokens in response_tokens]
@@ -143,18 +143,22 @@ def measure(
 def _candidates(groups: Sequence[str], others: int) -> Int[np.ndarray, "P K1"]:
     """Each prompt's place, and those of the next `others` of its group in a random circle.
 
-    In a circle every prompt is compared with as often as any other; the draw is always the same.
+    In a circle every prompt is compared with as often as any other; the draw is always the same. A
+    prompt that is alone in its group is compared with all prompts.
     """
     names = np.asarray(groups)
-    chosen = np.zeros((len(names), 1 + others), int)
     rng = np.random.default_rng(0)
+    everyone = rng.permutation(len(names))
+    chosen = np.zeros((len(names), 1 + others), int)
     for name in dict.fromkeys(groups):
-        circle = rng.permutation(np.flatnonzero(names == name))
+        members = np.flatnonzero(names == name)
+        circle = rng.permutation(members) if len(members) > 1 else everyone
         if len(circle) < 2:
-            raise ValueError(f"{name}: a single prompt, and nothing to compare its response with")
+            raise ValueError("a single prompt, and nothing to compare its response with")
+        steps = np.arange(others) % (len(circle) - 1)
         for i, place in enumerate(circle):
-            steps = np.arange(others) % (len(circle) - 1)
-            chosen[place] = [place, *circle[(i + 1 + steps) % len(circle)]]
+            if names[place] == name:
+                chosen[place] = [place, *circle[(i + 1 + steps) % len(circle)]]
     return chosen
 
 

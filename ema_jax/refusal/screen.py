@@ -34,9 +34,9 @@ _RIDGE = 0.1  # on the within-class covariance of standardised signals
 
 
 def _topic_signals(signals: Signals) -> Float[np.ndarray, "N F"]:
-    # The share explained hardly depends on how typical of the base an answer is; the nats per token
-    # tell more where responses are long and little of them can be explained at all.
-    return np.stack([signals.explained, signals.relevance, signals.overlap], axis=1)
+    # Not the relevance itself: nats per token are fewer where an answer is less typical of the base
+    # than those it is calibrated on. The share explained is the same there; see docs/verdicts.md.
+    return np.stack([signals.explained, signals.overlap], axis=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Screen:
     """Weights and thresholds, with what they were found to do.
 
     Attributes:
-        weights: of explained share, relevance in nats per token, and word overlap.
+        weights: of the share of surprise explained and of word overlap.
         topic: of their weighted sum: the floor below which a response is off topic, and the median
             of the base's own answers.
         fluency: likewise in nats per token; below the floor a response is salad.
