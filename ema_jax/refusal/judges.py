@@ -103,7 +103,7 @@ def make_lexical(script: str | None = "LATIN") -> Judge:
     Args:
         script: the script that responses should be in; None accepts any.
     """
-    return TextJudge("lexical", "1", "", lexical.refusal_score, script)
+    return TextJudge("lexical", "2", "", lexical.refusal_score, script)
 
 
 def make_substring_arditi() -> Judge:
