@@ -103,7 +103,7 @@ def parse_json(text: str) -> Any:
     """Parses JSON, and nothing that could not be written as JSON again.
 
     Raises:
-        ValueError: no JSON, or NaN, infinity, a number beyond 1.8e308, half of a surrogate pair, or
+        ValueError: no JSON, or NaN, infinity, a number beyond 1.8e308, an unpaired surrogate, or
             nesting more than `MAX_DEPTH` deep.
     """
     try:
@@ -119,7 +119,7 @@ def parse_json(text: str) -> Any:
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError:
-            raise ValueError("half of a surrogate pair") from None
+            raise ValueError("an unpaired surrogate") from None
     return value
 
 

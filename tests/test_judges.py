@@ -166,8 +166,9 @@ def _with(field: str, *values: str) -> list[bytes]:
 
 # Ten of each kind that ends in one line; all stand in the second line of their file.
 UNWRITABLE = {
-    "half of a surrogate pair": [
-        *_with('"note"', r'"\ud800"', r'"\uDFFF"', r'"\udc00\ud800"', r'["\ud83d"]', r'{"k": "\udead"}'),
+    "an unpaired surrogate": [
+        *_with('"note"', r'"\ud800"', r'"\uDFFF"', r'"\udc00\ud800"', r'["\ud83d"]'),
+        *_with('"note"', r'{"k": "\udead"}'),
         *_with(r'"\ud800"', "1"),
         *_with(r'"x": {"\udbff": 1}, "y"', "1"),
         rb'{"prompt": "\ud83d", "response": "b"}',
@@ -175,7 +176,8 @@ UNWRITABLE = {
         rb'{"prompt": "\ud83d\ude00 \ud83d", "response": "b"}',
     ],
     "is no JSON": [
-        *_with('"score"', "NaN", "Infinity", "-Infinity", "[NaN]", '{"k": -Infinity}', "[[Infinity]]"),
+        *_with('"score"', "NaN", "Infinity", "-Infinity"),
+        *_with('"score"', "[NaN]", '{"k": -Infinity}', "[[Infinity]]"),
         b'{"prompt": NaN, "response": "b"}',
         b'{"prompt": "a", "response": Infinity}',
         b'{"finished": NaN, "prompt": "a", "response": "b"}',
@@ -206,8 +208,8 @@ UNWRITABLE = {
     ],
     "not UTF-8": [
         GOOD.replace(b"a", byte)
-        for byte in (b"\xff", b"\xfe", b"\x80", b"\xc3", b"\xe9", b"\xed\xa0\x80", b"\xf5\x80\x80\x80",
-                     b"\xc0\x80", b"\xf0\x9f\x98", b"caf\xe9")
+        for byte in (b"\xff", b"\xfe", b"\x80", b"\xc3", b"\xe9", b"\xed\xa0\x80", b"\xc0\x80",
+                     b"\xf5\x80\x80\x80", b"\xf0\x9f\x98", b"caf\xe9")
     ],
 }  # fmt: skip
 
@@ -257,7 +259,7 @@ def test_odd_files_come_back_whole(tmp_path, number):
 
 def test_the_command_says_it_in_one_line_and_writes_nothing(tmp_path):
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    for kind in ("half of a surrogate pair", "is no JSON", "a number too large"):
+    for kind in ("an unpaired surrogate", "is no JSON", "a number too large"):
         source.write_bytes(GOOD + b"\n" + UNWRITABLE[kind][0])
         done = _run(f"--input={source}", f"--output={target}")
         assert done.returncode == 2

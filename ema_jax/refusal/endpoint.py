@@ -30,7 +30,7 @@ from ema_jax.artifacts import sha256_json
 from ema_jax.errors import RunStoppedError, UserError
 from ema_jax.progress import Progress
 from ema_jax.refusal.answer_cache import AnswerCache
-from ema_jax.refusal.judges import check_positive, check_template, judge_valid
+from ema_jax.refusal.judging import check_positive, check_template, judge_valid
 from ema_jax.refusal.pace import Pace, Pacer, retry_after
 from ema_jax.refusal.verdicts import COMPLIED, INVALID, REFUSED, UNREADABLE, Verdict
 

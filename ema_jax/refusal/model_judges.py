@@ -9,8 +9,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from absl import logging
-
 from ema_jax.artifacts import sha256_json
 from ema_jax.data.chat import Chat
 from ema_jax.errors import UserError
@@ -22,7 +20,7 @@ from ema_jax.refusal.judge_model import (
     sigmoid,
     word_ids,
 )
-from ema_jax.refusal.judges import check_positive, check_template, judge_valid
+from ema_jax.refusal.judging import check_positive, check_template, judge_valid
 from ema_jax.refusal.verdicts import COMPLIED, INVALID, REFUSED, UNREADABLE, Verdict
 
 TOO_LONG = Verdict(INVALID, 0.0, "judge_input_too_long")
@@ -246,13 +244,6 @@ def _judge_short(
     """Judges texts that are short enough for the model; the others are `TOO_LONG`."""
     verdicts = [TOO_LONG] * len(texts)
     short = [i for i, text in enumerate(texts) if len(chat.prompt_tokens(text)) <= max_tokens]
-    if len(short) < len(texts):
-        logging.warning(
-            "%d rows are longer than the judge's %d tokens and invalid (%s)",
-            len(texts) - len(short),
-            max_tokens,
-            TOO_LONG.reason,
-        )
     if short:
         for index, verdict in answer([texts[i] for i in short]):
             verdicts[short[index]] = verdict
