@@ -179,8 +179,11 @@ def make_causal_lm(
 def make_endpoint(
     model: str,
     url: str = "https://api.openai.com/v1",
-    key_env: str = "OPENAI_API_KEY",
+    key_env: str | None = None,
+    api_version: str | None = None,
+    allow_http_host: str | None = None,
     cache: str | None = None,
+    rubric: str = "refusal",
     template: str | None = None,
     extra_body: dict | None = None,
     requests_per_minute: float = 300.0,
@@ -195,10 +198,14 @@ def make_endpoint(
     Args:
         model: the model's name there.
         url: its base, `https://…/v1`; plain `http` only on this machine.
-        key_env: the environment variable that holds the key, never the key itself.
+        key_env: the environment variable that holds the key, never the key itself; by default
+            `OPENAI_API_KEY`, and none over plain http to another machine.
+        api_version: Azure's `api-version`; the key then goes into the header `api-key`.
+        allow_http_host: a host of a private network that plain `http` may reach.
         cache: JSONL file that keeps every answer (verdicts and hashes, no text).
-        template: the question, with `{prompt}`, `{response}` and `{id}`; by default
-            `endpoint.TEMPLATE`.
+        rubric: what is asked: a name in `rubrics.RUBRICS`.
+        template: the question in other words, with `{prompt}`, `{response}` and `{id}`; the answer
+            has to be the rubric's.
         extra_body: fields to add to a request; null removes one of ours.
         requests_per_minute: at most so many.
         concurrency: at most so many at once.
@@ -211,10 +218,12 @@ def make_endpoint(
 
     return endpoint.Endpoint.make(
         model=model,
-        url=url,
+        address=endpoint.Address.checked(url, api_version, allow_http_host),
         key_env=key_env,
+        key_header="Authorization" if api_version is None else "api-key",
         cache=cache,
-        template=endpoint.TEMPLATE if template is None else template,
+        rubric=rubric,
+        template=template,
         extra_body=extra_body or {},
         pace=endpoint.Pace(requests_per_minute, concurrency, timeout, max_retries, backoff),
         script=script,
