@@ -81,7 +81,7 @@ class Chat:
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
         except Exception as error:  # the tokenizers library raises plain ones
             raise UserError(
-                f"{folder}: the tokenizer cannot be read ({_first_line(error)}); download it again"
+                f"{folder}: the tokenizer cannot be read ({first_line(error)}); download it again"
             ) from None
         if not tokenizer.chat_template:
             raise UserError(f"{folder}: the tokenizer has no chat template; use an instruct model")
@@ -122,10 +122,10 @@ class Chat:
         except Exception as error:  # Jinja's own kinds and whatever a template raises
             if self.system_prompt is None:
                 raise UserError(
-                    f"{folder}: the chat template fails ({_first_line(error)}); correct it"
+                    f"{folder}: the chat template fails ({first_line(error)}); correct it"
                 ) from None
             raise UserError(
-                f"{folder}: the chat template takes no system message ({_first_line(error)}); "
+                f"{folder}: the chat template takes no system message ({first_line(error)}); "
                 "leave system_prompt unset"
             ) from None
         if _PROBE not in text:
@@ -248,7 +248,8 @@ def _eos_ids(folder: Path, tokenizer: Any) -> tuple[int, ...]:
     return tuple(dict.fromkeys(ids))
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """The first line of what an error of another library says."""
     return str(error).strip().partition("\n")[0][:200] or type(error).__name__
 
 

@@ -1,5 +1,6 @@
 """Answers of an endpoint, kept in an append-only JSONL file so that nothing is paid for twice."""
 
+import dataclasses
 import json
 import os
 import threading
@@ -53,12 +54,9 @@ class AnswerCache:
 
     def add(self, key: str, verdict: Verdict) -> None:
         """Keeps an answer; safe to call from several threads."""
-        fields: dict[str, Any] = {
-            "verdict": verdict.verdict,
-            "score": verdict.score,
-            "reason": verdict.reason,
-        }
-        fields |= {"harm": verdict.harm} if verdict.harm else {}
+        fields = dataclasses.asdict(verdict)
+        if verdict.harm is None:
+            del fields["harm"]
         line = json.dumps({"hash": key, **fields}) + "\n"
         with self._lock:
             self._verdicts[key] = verdict

@@ -126,6 +126,32 @@ def make_logodds(
     )
 
 
+def make_qwen3guard(
+    model: str = "Qwen/Qwen3Guard-Gen-4B",
+    revision: str | None = None,
+    controversial: str | None = None,
+    max_tokens: int = 4096,
+    batch_size: int = 16,
+    script: str | None = "LATIN",
+) -> Judge:
+    """Qwen3Guard-Gen (Qwen Team, 2025) on our own decoder: the recommended model judge.
+
+    Args:
+        model: folder or hub id of its weights: 0.6B, 4B or 8B.
+        revision: branch, tag or commit of a hub id.
+        controversial: the harm of a compliance that it calls controversial: `harmful` (its authors'
+            strict mode), `harmless` (their loose mode), or null where it says neither.
+        max_tokens: rows that are longer once rendered are invalid (`judge_input_too_long`).
+        batch_size: rows at once.
+        script: the script that responses should be in; None accepts any.
+    """
+    from ema_jax.refusal import model_judges
+
+    return model_judges.Guard.qwen3guard(
+        model, revision, controversial, max_tokens, batch_size, script
+    )
+
+
 def make_wildguard(
     model: str = "allenai/wildguard",
     revision: str | None = None,
@@ -144,7 +170,7 @@ def make_wildguard(
     """
     from ema_jax.refusal import model_judges
 
-    return model_judges.WildGuard.make(model, revision, max_tokens, batch_size, script)
+    return model_judges.Guard.wildguard(model, revision, max_tokens, batch_size, script)
 
 
 def make_causal_lm(
@@ -242,6 +268,7 @@ TEXT_JUDGES: dict[str, Callable[..., Judge]] = {
 JUDGES: dict[str, Callable[..., Judge]] = {
     **TEXT_JUDGES,
     "logodds": make_logodds,
+    "qwen3guard": make_qwen3guard,
     "wildguard": make_wildguard,
     "causal_lm": make_causal_lm,
     "endpoint": make_endpoint,
