@@ -6,12 +6,13 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import socket
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -28,6 +29,12 @@ _SAFETENSORS |= {f"float{bits}": f"F{bits}" for bits in (16, 32, 64)}
 _SAFETENSORS |= {f"int{bits}": f"I{bits}" for bits in (8, 16, 32, 64)}
 _SAFETENSORS |= {f"uint{bits}": f"U{bits}" for bits in (8, 16, 32, 64)}
 
+MAX_DEPTH = 100
+"""How deep arrays and objects of a JSON file may be nested: far deeper than anything of ours."""
+
+_TOO_DEEP = f"nested more than {MAX_DEPTH} deep"
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]")
+
 
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
@@ -38,14 +45,13 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    writer = f"{_WRITER}.{threading.get_ident()}"
-    temporary = path.with_name(f".{path.name}.{writer}.tmp")
+    temporary = _beside(path, "tmp")
     try:
         yield temporary
         if not distributed.is_first():
             pass
         elif temporary.is_dir() and path.is_dir():
-            old = path.with_name(f".{path.name}.{writer}.old")
+            old = _beside(path, "old")
             path.rename(old)
             temporary.rename(path)
             shutil.rmtree(old)
@@ -59,6 +65,29 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def _beside(path: Path, ending: str) -> Path:
+    return path.with_name(f".{path.name}.{_WRITER}.{threading.get_ident()}.{ending}")
+
+
+def check_writable(path: str | os.PathLike) -> None:
+    """Refuses a file that `atomic_path` could not write, before the work whose result it holds.
+
+    Raises:
+        UserError: a folder stands there, or nothing can be made in the folder where it would go.
+    """
+    path = Path(path)
+    try:
+        if path.is_dir():
+            raise UserError(f"{path}: is a folder; name a file")
+        folder = next(parent for parent in path.absolute().parents if parent.exists())
+        trial = _beside(folder / path.name, "tmp")
+        trial.touch()
+        trial.unlink()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: cannot be written ({reason}); name another file") from None
+
+
 def write_text(path: str | os.PathLike, text: str) -> None:
     """Writes a UTF-8 text file atomically."""
     with atomic_path(path) as temporary:
@@ -70,14 +99,77 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
 
 
-def read_json(path: str | os.PathLike) -> Any:
-    """Reads a JSON file; a missing or malformed one is a `UserError` that names it."""
+def parse_json(text: str) -> Any:
+    """Parses JSON, and nothing that could not be written as JSON again.
+
+    Raises:
+        ValueError: no JSON, or NaN, infinity, a number beyond 1.8e308, an unpaired surrogate, or
+            nesting more than `MAX_DEPTH` deep.
+    """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(
+            text, parse_constant=_no_number, parse_float=_parse_float, parse_int=_parse_int
+        )
+    except RecursionError:
+        raise ValueError(_TOO_DEEP) from None
+    # Nearly all texts hold too few brackets and no escaped surrogate: they need no second look.
+    if text.count("[") + text.count("{") > MAX_DEPTH:
+        _check_depth(value)
+    if _SURROGATE.search(text):
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError("an unpaired surrogate") from None
+    return value
+
+
+def _no_number(text: str) -> None:
+    raise ValueError(f"{text} is no JSON")
+
+
+def _parse_float(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError("a number too large")
+    return value
+
+
+def _parse_int(text: str) -> int:
+    if len(text) > 308:  # from here on not even a float holds it
+        raise ValueError("a number too large")
+    return int(text)
+
+
+def _check_depth(value: Any) -> None:
+    level, depth = [value], 0
+    while level := [
+        item
+        for parent in level
+        if isinstance(parent, dict | list)
+        for item in (parent.values() if isinstance(parent, dict) else parent)
+    ]:
+        depth += 1
+        if depth > MAX_DEPTH:
+            raise ValueError(_TOO_DEEP)
+
+
+def read_json(path: str | os.PathLike) -> Any:
+    """Reads a JSON file (`parse_json`); a missing or malformed one is a `UserError` naming it."""
+    with _opened(path) as file:
+        data = file.read()
+    try:
+        return parse_json(data.decode("utf-8-sig"))
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from None
+
+
+def _opened(path: str | os.PathLike) -> BinaryIO:
+    try:
+        return open(path, "rb")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
 
 
 def write_jsonl(path: str | os.PathLike, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -87,24 +179,31 @@ def write_jsonl(path: str | os.PathLike, rows: Iterable[Mapping[str, Any]]) -> N
 
 
 def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """Reads JSON objects, one a line; a malformed line is a `UserError` with its number."""
-    rows = []
-    try:
-        with open(path, encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
-                if not line.strip():
-                    continue
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise UserError(f"{path}:{number}: expected a JSON object, found {line[:40]!r}")
-                rows.append(row)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{number}: not valid JSON ({error})") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 ({error})") from None
-    return rows
+    """Reads JSON objects, one a line; see `numbered_rows`."""
+    return [row for _, row in numbered_rows(path)]
+
+
+def numbered_rows(path: str | os.PathLike) -> Iterator[tuple[int, dict[str, Any]]]:
+    """JSON objects, one a line (`parse_json`), each with the number of its line.
+
+    Blank lines and byte order marks are passed over.
+
+    Raises:
+        UserError: naming file and line, for a missing file and a line that is anything else.
+    """
+    with _opened(path) as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                text = line.decode("utf-8").removeprefix("\ufeff")
+                row = parse_json(text) if text.strip() else None
+            except UnicodeDecodeError as error:
+                raise UserError(f"{path}:{number}: not UTF-8 ({error})") from None
+            except ValueError as error:
+                raise UserError(f"{path}:{number}: not valid JSON ({error})") from None
+            if isinstance(row, dict):
+                yield number, row
+            elif text.strip():
+                raise UserError(f"{path}:{number}: expected a JSON object, found {text[:40]!r}")
 
 
 def write_csv(path: str | os.PathLike, rows: list[Mapping[str, Any]]) -> None:

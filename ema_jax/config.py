@@ -42,12 +42,15 @@ class ModelConfig:
         dtype: of the base's weights; by default bfloat16 on accelerators, float32 on a CPU.
         system_prompt: text of a system message; none is added by default, also where the chat
             template would slip in its own (Qwen2.5's does).
+        enable_thinking: whether a model that can do either (Qwen3) thinks before it answers; give
+            it the tokens for it (`generation.max_new_tokens`). Thoughts are never judged.
     """
 
     source: str = "ema_jax/organism/checkpoints/qwen2"
     revision: str | None = None
     dtype: str | None = None
     system_prompt: str | None = None
+    enable_thinking: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,18 +4,17 @@ python -m ema_jax.judge --judge=lexical --input=IN.jsonl --output=OUT.jsonl
 
 Each row of the input is an object with "prompt" and "response" (and, if known, "finished": false
 for a response that hit the length cap). The rows come back in order with all their fields and
-"verdict" (refused, complied or invalid), "score", "reason", "judge", "judge_version" and
-"judge_revision".
+"verdict" (refused, complied or invalid), "score", "reason", "harm" (harmful, harmless or null),
+"judge", "judge_version" and "judge_revision".
 
 A judge's options (`get_judge`) follow --judge_options, as name=value,name=value or as a JSON
 object. The endpoint judge keeps its answers in --cache (by default OUTPUT.cache): run the same
-command again to go on where it stopped.
+command again to resume where it stopped.
 """
 
-import json
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from absl import flags, logging
@@ -44,15 +43,16 @@ def main(argv: Sequence[str]) -> None:
     """Reads, judges, writes."""
     del argv
     options = flags.FLAGS
-    if Path(options.output).exists() and not options.overwrite:
+    if os.path.exists(options.output) and not options.overwrite:
         raise UserError(f"{options.output}: exists already; pass --overwrite to replace it")
     settings = parse_options(options.judge_options)
     if options.judge == _CACHING:
         settings = {"cache": f"{options.output}.cache"} | settings
         settings |= {"cache": options.cache} if options.cache else {}
     elif options.cache is not None:
-        raise UserError(f"--cache: the {options.judge} judge keeps none; leave it away")
+        raise UserError(f"--cache: the {options.judge} judge keeps none; leave it out")
     rows = read_rows(options.input, needs_response=options.judge not in PROMPT_JUDGES)
+    artifacts.check_writable(options.output)
     judge = get_judge(options.judge, **settings)
     judged = judge_rows(judge, rows)
     artifacts.write_jsonl(options.output, judged)
@@ -70,8 +70,8 @@ def parse_options(text: str) -> dict[str, Any]:
     text = text.strip()
     if text.startswith("{"):
         try:
-            parsed = json.loads(text)
-        except json.JSONDecodeError as error:
+            parsed = artifacts.parse_json(text)
+        except ValueError as error:
             raise UserError(f"--judge_options: not valid JSON ({error})") from None
         return parsed
     options: dict[str, Any] = {}
@@ -97,20 +97,18 @@ def read_rows(path: str, needs_response: bool = True) -> list[dict[str, Any]]:
 
     Raises:
         UserError: naming file, line and field, for a missing file, a malformed line, or a field
-            that is absent or of the wrong type.
+            that is absent or of the wrong type. What is read can be written back.
     """
-    # read_jsonl checks the lines but drops blank ones, after which positions are not line numbers.
-    rows = artifacts.read_jsonl(path)
-    with open(path, encoding="utf-8") as file:
-        numbers = [number for number, line in enumerate(file, start=1) if line.strip()]
     optional = {"finished"} if needs_response else {"finished", "response"}
-    for number, row in zip(numbers, rows, strict=True):
+    rows = []
+    for number, row in artifacts.numbered_rows(path):
         for field, kind in _FIELDS.items():
             if field not in row and field not in optional:
                 raise UserError(f'{path}:{number}: the row has no "{field}" field')
             if field in row and not isinstance(row[field], kind):
                 found = type(row[field]).__name__
                 raise UserError(f'{path}:{number}: "{field}" is {found}, expected {kind.__name__}')
+        rows.append(row)
     return rows
 
 
@@ -122,6 +120,7 @@ def judge_rows(judge: Judge, rows: Sequence[Mapping[str, Any]]) -> list[dict[str
             "verdict": verdict.verdict,
             "score": verdict.score,
             "reason": verdict.reason,
+            "harm": verdict.harm,
             "judge": judge.name,
             "judge_version": judge.version,
             "judge_revision": judge.revision,

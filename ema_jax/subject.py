@@ -90,7 +90,8 @@ class Subject:
     @functools.cached_property
     def chat(self) -> Chat:
         """Its tokenizer and chat template."""
-        return Chat.load(self.found.folder, self._config.model.system_prompt)
+        config = self._config.model
+        return Chat.load(self.found.folder, config.system_prompt, config.enable_thinking)
 
     @functools.cached_property
     def judge(self) -> Judge:
@@ -191,4 +192,6 @@ class Subject:
             "fingerprint": self.found.fingerprint,
             "dtype": config.dtype,
             "system_prompt": config.system_prompt,
+            # Only where it is on: folders of before the field was there can still be resumed.
+            **({"enable_thinking": True} if config.enable_thinking else {}),
         }

@@ -224,6 +224,18 @@ def test_what_is_rendered_is_said(tmp_path, caplog):
     assert "its own system turn is left out: '<|im_start|>system\\nYou are a model" in caplog.text
 
 
+def test_thinking_is_off_unless_asked_for(tmp_path):
+    write_tokenizer(tmp_path, QWEN3)
+    thinking = Chat.load(tmp_path, enable_thinking=True)
+    assert Chat.load(tmp_path).template == QWEN_USER + "<think>\n\n</think>\n\n"
+    assert thinking.template == QWEN_USER
+    assert thinking.template_hash != Chat.load(tmp_path).template_hash
+    write_tokenizer(tmp_path, QWEN25)
+    assert Chat.load(tmp_path).template == QWEN_USER
+    with pytest.raises(UserError, match="the chat template has no enable_thinking; leave it"):
+        Chat.load(tmp_path, enable_thinking=True)
+
+
 def test_every_end_of_sequence_id_is_honoured(tmp_path):
     tokenizer = write_tokenizer(tmp_path, QWEN25)
     end, text = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
@@ -260,7 +272,7 @@ BROKEN = {
     ),
     "not json": (QWEN3, "<s>", None, _tokenizer_file("{"), "the tokenizer cannot be read"),
     "another json": (QWEN3, "<s>", None, _tokenizer_file("{}"), "the tokenizer cannot be read"),
-    "syntax": ("{% if %}", "<s>", None, None, r"the chat template fails \(.*\); mend it"),
+    "syntax": ("{% if %}", "<s>", None, None, r"the chat template fails \(.*\); correct it"),
     "raises": ("{{ raise_exception('no') }}", "<s>", None, None, r"template fails \(no\)"),
     "no prompt": ("{{ eos_token }}", "<s>", None, None, "drops the prompt"),
     "no system": (

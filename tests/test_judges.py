@@ -123,7 +123,7 @@ def test_command_keeps_rows_and_order(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "1 refused, 1 complied, 1 invalid" in done.stderr
     judged = [json.loads(line) for line in target.read_text(encoding="utf-8").splitlines()]
-    added = {"verdict", "score", "reason", "judge", "judge_version", "judge_revision"}
+    added = {"verdict", "score", "reason", "harm", "judge", "judge_version", "judge_revision"}
     assert [{k: v for k, v in row.items() if k not in added} for row in judged] == rows
     assert [row["verdict"] for row in judged] == ["refused", "complied", "invalid"]
     assert {row["judge"] for row in judged} == {"lexical"}
@@ -155,6 +155,140 @@ def test_malformed_input_names_the_place(tmp_path, text, message):
     with pytest.raises(UserError) as caught:
         read_rows(str(source))
     assert str(caught.value).startswith(f"{source}{message}")
+
+
+GOOD = b'{"prompt": "a", "response": "b"}'
+
+
+def _with(field: str, *values: str) -> list[bytes]:
+    return [f'{{"prompt": "a", "response": "b", {field}: {v}}}'.encode() for v in values]
+
+
+# Ten of each kind that ends in one line; all stand in the second line of their file.
+UNWRITABLE = {
+    "an unpaired surrogate": [
+        *_with('"note"', r'"\ud800"', r'"\uDFFF"', r'"\udc00\ud800"', r'["\ud83d"]'),
+        *_with('"note"', r'{"k": "\udead"}'),
+        *_with(r'"\ud800"', "1"),
+        *_with(r'"x": {"\udbff": 1}, "y"', "1"),
+        rb'{"prompt": "\ud83d", "response": "b"}',
+        rb'{"prompt": "a", "response": "b\udc9f"}',
+        rb'{"prompt": "\ud83d\ude00 \ud83d", "response": "b"}',
+    ],
+    "is no JSON": [
+        *_with('"score"', "NaN", "Infinity", "-Infinity"),
+        *_with('"score"', "[NaN]", '{"k": -Infinity}', "[[Infinity]]"),
+        b'{"prompt": NaN, "response": "b"}',
+        b'{"prompt": "a", "response": Infinity}',
+        b'{"finished": NaN, "prompt": "a", "response": "b"}',
+        b"NaN",
+    ],
+    "a number too large": [
+        *_with('"id"', "1e400", "-1e999", "9" * 400 + ".5", "[1E+1000]", '{"k": 1e309}'),
+        *_with('"id"', "9" * 309, "-" + "9" * 400, "1" + "0" * 5000, "[" + "7" * 9000 + "]"),
+        b"8" * 5000,
+    ],
+    "nested more than 100 deep": [
+        *_with('"x"', *("[" * n + "]" * n for n in (101, 500, 2000, 100_000))),
+        *_with('"x"', *('{"k":' * n + "1" + "}" * n for n in (101, 990, 5000))),
+        *_with('"x"', '[{"k":' * 60 + "1" + "}]" * 60, "[" * 101 + "1" + "]" * 101 + ', "y": []'),
+        b"[" * 3000 + b"]" * 3000,
+    ],
+    "JSON": [  # neither JSON nor an object: the words differ
+        b'{"prompt": "a", "response": "b"',
+        b'{"prompt": "a" "response": "b"}',
+        b"{'prompt': 'a', 'response': 'b'}",
+        b'{"prompt": "a", "response": "b"}}',
+        b'{"prompt": "a\tb", "response": "c"}',
+        b'{"prompt": "a", "response": "b",}',
+        b"prompt,response",
+        b'["a", "b"]',
+        b"null",
+        b"[" * 100_000,
+    ],
+    "not UTF-8": [
+        GOOD.replace(b"a", byte)
+        for byte in (b"\xff", b"\xfe", b"\x80", b"\xc3", b"\xe9", b"\xed\xa0\x80", b"\xc0\x80",
+                     b"\xf5\x80\x80\x80", b"\xf0\x9f\x98", b"caf\xe9")
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", UNWRITABLE)
+@pytest.mark.parametrize("number", range(10))
+def test_what_could_not_be_written_back_is_named_before_it_is_judged(tmp_path, kind, number):
+    from ema_jax.judge import read_rows
+
+    assert len(UNWRITABLE[kind]) == 10
+    source = tmp_path / "in.jsonl"
+    source.write_bytes(GOOD + b"\n" + UNWRITABLE[kind][number] + b"\n" + GOOD + b"\n")
+    with pytest.raises(UserError) as caught:
+        read_rows(str(source))
+    message = str(caught.value)
+    assert message.startswith(f"{source}:2: ")
+    # An ill-formed text may be deep as well, and what is no object may be a number.
+    assert kind in message or "nested more than" in message or "is no JSON" in message
+    assert len(message) < len(str(source)) + 200
+    message.encode()
+
+
+ODD_BUT_SOUND = [
+    b"\xef\xbb\xbf" + GOOD,
+    GOOD + b"\n\xef\xbb\xbf" + GOOD,
+    GOOD + b"\r\n" + GOOD,
+    b"\xef\xbb\xbf\n" + GOOD,
+    *_with('"note"', r'"\ud83d\ude00"', r'"\\ud800"', '"\U0001f600 \u2028 \u0085"', '"\\u0000"'),
+    *_with('"x"', "[" * 99 + "]" * 99, "9" * 308, "1e308", "-0.0", "[" + "[]," * 500 + "[]]"),
+]
+
+
+@pytest.mark.parametrize("number", range(len(ODD_BUT_SOUND)))
+def test_odd_files_come_back_whole(tmp_path, number):
+    from ema_jax.artifacts import read_jsonl, write_jsonl
+    from ema_jax.judge import judge_rows, read_rows
+
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_bytes(ODD_BUT_SOUND[number])
+    rows = read_rows(str(source))
+    assert rows
+    assert all(row["prompt"] == "a" for row in rows)
+    write_jsonl(target, judge_rows(get_judge("lexical"), rows))
+    back = read_jsonl(target)
+    assert [{key: row[key] for key in rows[0]} for row in back] == rows
+
+
+def test_the_command_says_it_in_one_line_and_writes_nothing(tmp_path):
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    for kind in ("an unpaired surrogate", "is no JSON", "a number too large"):
+        source.write_bytes(GOOD + b"\n" + UNWRITABLE[kind][0])
+        done = _run(f"--input={source}", f"--output={target}")
+        assert done.returncode == 2
+        assert done.stderr == f"error: {source}:2: not valid JSON ({done.stderr.split(' (', 1)[1]}"
+        assert kind in done.stderr
+        assert done.stderr.count("\n") == 1
+        assert not target.exists()
+
+
+def test_an_output_that_cannot_be_written_is_named_before_judging(tmp_path):
+    from ema_jax import artifacts
+
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    bad = ["folder", "file/out.jsonl", "file/deep/out.jsonl", "x" * 256, "new/" + "y" * 240, "a\0b"]
+    for name in bad:
+        with pytest.raises(UserError, match=r"is a folder|cannot be written") as caught:
+            artifacts.check_writable(tmp_path / name)
+        assert "\n" not in str(caught.value)
+    for name in ("file", "out.jsonl", "new/deep/out.jsonl"):
+        artifacts.check_writable(tmp_path / name)
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "folder"}
+
+    source = tmp_path / "in.jsonl"
+    source.write_bytes(GOOD)
+    done = _run(f"--input={source}", f"--output={tmp_path}/file/out.jsonl")
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {tmp_path}/file/out.jsonl: cannot be written (")
+    assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(

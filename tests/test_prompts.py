@@ -411,7 +411,7 @@ BAD_FILES = [
     ("x.jsonl", GOOD + b'{"prompt": "caf\xe9", "domain": "b"}\n', "x.jsonl:2: not UTF-8"),
     ("x.jsonl", GOOD + b'{"prompt": " ", "domain": "b"}\n', "x.jsonl:2: 'prompt' is empty"),
     ("x.jsonl", GOOD + b'{"prompt": 5, "domain": "b"}\n', "x.jsonl:2: 'prompt' must be text"),
-    ("x.jsonl", b'{"prompt": "\\ud800", "domain": "b"}\n', "x.jsonl:1: 'prompt' holds an unpair"),
+    ("x.jsonl", b'{"prompt": "\\ud800", "domain": "b"}\n', "x.jsonl:1: not valid JSON (an unpair"),
     ("x.jsonl", GOOD + GOOD, "x.jsonl:2: id '1' was used before, at"),
     (
         "x.jsonl",

@@ -240,6 +240,7 @@ CHANGES = [
     {"concepts": {"poolings": ("prompt_mean",)}},
     {"model": {"dtype": "bfloat16"}},
     {"model": {"system_prompt": "Be brief."}},
+    {"model": {"enable_thinking": True}},
     {"keep_text": True},
     {"export": True},
     {"fingerprint": "another model"},
@@ -253,6 +254,14 @@ def test_another_config_is_refused_and_nothing_written(tmp_path, change):
     with pytest.raises(UserError, match=r"holds another study: its stage .* choose another"):
         sketch(tmp_path, **change)
     assert contents(tmp_path) == before
+
+
+def test_a_folder_of_before_thinking_was_a_choice_is_resumed(tmp_path):
+    """Its settings, which a later version compares with its own, do not name the field."""
+    sketch(tmp_path)
+    assert "enable_thinking" not in "".join(
+        path.read_text() for path in (tmp_path / "stages").glob("*.json")
+    )
 
 
 def test_every_field_of_the_config_belongs_to_a_stage(tmp_path):

@@ -18,9 +18,9 @@ _TURNS = (
     ("<|im_start|>system", "<|im_start|>user"),
     ("<|start_header_id|>system", "<|start_header_id|>user"),
 )
-# What templates may ask for: Llama 3.1's writes a date (today's, where it can: a rendered prompt
-# would change overnight); Qwen3's opens a train of thought that no response cap could hold.
-_VARIABLES = {"date_string": "26 Jul 2024", "enable_thinking": False}
+# Llama 3.1's template writes a date: today's, where it can, and a rendered prompt would change
+# overnight.
+_DATE = "26 Jul 2024"
 _PROBE, _SYSTEM_PROBE = "PROMPT", "SYSTEM"
 
 
@@ -49,20 +49,26 @@ class Chat:
         system_prompt: text of a system message; None adds none, also where the template would
             slip in one of its own (Qwen2.5's does).
         left_out: the system turn of its own that the template renders and that is left out.
+        enable_thinking: the variable of that name in templates such as Qwen3's: whether the model
+            may think before it answers.
     """
 
     tokenizer: Any
     eos_ids: tuple[int, ...]
     system_prompt: str | None = None
     left_out: str = ""
+    enable_thinking: bool = False
 
     @classmethod
-    def load(cls, folder: str | Path, system_prompt: str | None = None) -> "Chat":
+    def load(
+        cls, folder: str | Path, system_prompt: str | None = None, enable_thinking: bool = False
+    ) -> "Chat":
         """Reads the tokenizer of a checkpoint folder, and tries its template.
 
         Raises:
             UserError: no fast tokenizer, no chat template or one that fails, a system prompt that
-                the template refuses or drops, or no end-of-sequence token.
+                the template refuses or drops, thinking where the template knows no such choice, or
+                no end-of-sequence token.
         """
         # It would advise to install PyTorch, which nothing here needs.
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -75,11 +81,21 @@ class Chat:
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
         except Exception as error:  # the tokenizers library raises plain ones
             raise UserError(
-                f"{folder}: the tokenizer cannot be read ({_first_line(error)}); download it again"
+                f"{folder}: the tokenizer cannot be read ({first_line(error)}); download it again"
             ) from None
         if not tokenizer.chat_template:
             raise UserError(f"{folder}: the tokenizer has no chat template; use an instruct model")
-        chat = cls(tokenizer, _eos_ids(folder, tokenizer), system_prompt)
+        if enable_thinking and "enable_thinking" not in str(tokenizer.chat_template):
+            raise UserError(
+                f"{folder}: the chat template has no enable_thinking; leave it unset (a model that "
+                "always thinks needs no setting)"
+            )
+        chat = cls(
+            tokenizer,
+            _eos_ids(folder, tokenizer),
+            system_prompt,
+            enable_thinking=enable_thinking,
+        )
         chat = dataclasses.replace(chat, left_out=chat._try_template(folder))
         logging.info(
             "chat template of %s: %r (sha256 %s)", folder.name, chat.template, chat.template_hash
@@ -106,14 +122,14 @@ class Chat:
         except Exception as error:  # Jinja's own kinds and whatever a template raises
             if self.system_prompt is None:
                 raise UserError(
-                    f"{folder}: the chat template fails ({_first_line(error)}); mend it"
+                    f"{folder}: the chat template fails ({first_line(error)}); correct it"
                 ) from None
             raise UserError(
-                f"{folder}: the chat template takes no system message ({_first_line(error)}); "
+                f"{folder}: the chat template takes no system message ({first_line(error)}); "
                 "leave system_prompt unset"
             ) from None
         if _PROBE not in text:
-            raise UserError(f"{folder}: the chat template drops the prompt; mend it")
+            raise UserError(f"{folder}: the chat template drops the prompt; correct it")
         if self.system_prompt is not None:
             if self.system_prompt.strip() not in text:
                 raise UserError(
@@ -174,7 +190,8 @@ class Chat:
             messages,
             tokenize=False,
             add_generation_prompt=messages[-1]["role"] != "assistant" if opened is None else opened,
-            **_VARIABLES,
+            date_string=_DATE,
+            enable_thinking=self.enable_thinking,
         )
 
     def prompt_tokens(self, prompt: str) -> tuple[int, ...]:
@@ -235,7 +252,8 @@ def _eos_ids(folder: Path, tokenizer: Any) -> tuple[int, ...]:
     return tuple(dict.fromkeys(ids))
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """The first line of what an error of another library says."""
     return str(error).strip().partition("\n")[0][:200] or type(error).__name__
 
 

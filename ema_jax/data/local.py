@@ -15,12 +15,11 @@ Other columns are ignored. A path may be a file or a folder of such files.
 
 import csv
 import io
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ema_jax.artifacts import sha256_text
+from ema_jax.artifacts import parse_json, sha256_text
 from ema_jax.data.domains import SPLITS, Row
 from ema_jax.errors import UserError
 
@@ -130,10 +129,9 @@ def _jsonl(path: Path, max_chars: int) -> Records:
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            reason = getattr(error, "msg", type(error).__name__)
-            raise UserError(f"{path}:{number}: not valid JSON ({reason})") from None
+            record = parse_json(line)
+        except ValueError as error:
+            raise UserError(f"{path}:{number}: not valid JSON ({error})") from None
         if not isinstance(record, dict):
             raise UserError(f"{path}:{number}: expected a JSON object, found {line.strip()!r:.40}")
         yield f"{path}:{number}", record

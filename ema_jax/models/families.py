@@ -4,7 +4,6 @@ A model family is one row of `FAMILIES`.
 """
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from ema_jax.artifacts import parse_json
 from ema_jax.errors import UserError
 
 
@@ -162,10 +162,10 @@ class DecoderConfig:
         """Reads `config.json` of a checkpoint folder."""
         path = Path(folder) / "config.json"
         try:
-            config = json.loads(path.read_text(encoding="utf-8"))
+            config = parse_json(path.read_text(encoding="utf-8-sig"))
         except FileNotFoundError:
             raise UserError(f"{path}: no such file; a checkpoint folder has config.json") from None
-        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        except ValueError as error:
             raise UserError(f"{path}: not valid JSON ({error})") from None
         return cls.from_hf(config, where=str(path))
 

@@ -1,13 +1,15 @@
 """Answers of an endpoint, kept in an append-only JSONL file so that nothing is paid for twice."""
 
+import dataclasses
 import json
 import os
 import threading
 
 from absl import logging
 
+from ema_jax.artifacts import check_writable, parse_json
 from ema_jax.errors import UserError
-from ema_jax.refusal.verdicts import COMPLIED, INVALID, REFUSED, Verdict
+from ema_jax.refusal.verdicts import COMPLIED, HARMFUL, HARMLESS, INVALID, REFUSED, Verdict
 
 _START = '{"hash": "'
 
@@ -38,9 +40,23 @@ class AnswerCache:
     def __getitem__(self, key: str) -> Verdict:
         return self._verdicts[key]
 
+    @classmethod
+    def check(cls, path: str) -> None:
+        """Refuses a file that is no cache, or could not be added to, before any answer is paid for.
+
+        Raises:
+            UserError: naming the file.
+        """
+        check_writable(path)
+        if os.path.exists(path) and not os.access(path, os.W_OK):
+            raise UserError(f"{path}: cannot be written; name another file")
+        cls(path)
+
     def add(self, key: str, verdict: Verdict) -> None:
         """Keeps an answer; safe to call from several threads."""
-        fields = {"verdict": verdict.verdict, "score": verdict.score, "reason": verdict.reason}
+        fields = dataclasses.asdict(verdict)
+        if verdict.harm is None:
+            del fields["harm"]
         line = json.dumps({"hash": key, **fields}) + "\n"
         with self._lock:
             self._verdicts[key] = verdict
@@ -61,12 +77,14 @@ class AnswerCache:
             if line[:head] != _START[:head]:
                 raise UserError(f"{path}:{number}: not a cache of this judge; name another file")
             try:
-                row = json.loads(line)
-                verdict = Verdict(row["verdict"], float(row["score"]), row["reason"])
+                row = parse_json(line)
+                score, reason = float(row["score"]), row["reason"]
+                verdict = Verdict(row["verdict"], score, reason, row.get("harm"))
             except (ValueError, KeyError, TypeError):
                 unfinished += 1
                 continue
-            if verdict.verdict not in (REFUSED, COMPLIED, INVALID):
+            known = verdict.verdict in (REFUSED, COMPLIED, INVALID)
+            if not known or verdict.harm not in (HARMFUL, HARMLESS, None):
                 raise UserError(f"{path}:{number}: no such verdict; remove the line")
             self._verdicts[row["hash"]] = verdict
         self._torn = bool(text) and not text.endswith("\n")

@@ -1,8 +1,8 @@
 """Judges: from a response to refused, complied or invalid, all behind one interface.
 
 A judge takes rows with `prompt`, `response` and, if known, `finished` (False: generation hit the
-length cap) and gives one `Verdict` a row, in order. Validity is decided first and alike for every
-judge (`validity.py`), so that refused + complied + invalid = total.
+length cap) and gives one `Verdict` a row, in order. Thoughts are cut off and validity is decided
+first and alike for every judge (`judging.py`), so that refused + complied + invalid = total.
 
 The substring judges restate lists of the literature, for comparison: on models that refuse without
 apology they miss most refusals, and unlearning pushes down just the wordings they look for.
@@ -12,21 +12,18 @@ The judges that run a model import it when they are made: to import this module 
 
 import contextlib
 import inspect
-import json
-import math
-import string
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from absl import logging
-
+from ema_jax.artifacts import parse_json
 from ema_jax.errors import UserError
-from ema_jax.refusal import lexical, validity
+from ema_jax.refusal import lexical
+from ema_jax.refusal.judging import judge_valid
 from ema_jax.refusal.substring_lists import ARDITI, KEYWORD, ORBENCH, XSTEST
-from ema_jax.refusal.verdicts import INVALID, PARSE_ERROR, UNREADABLE, Judge, Verdict
+from ema_jax.refusal.verdicts import Judge, Verdict
 
 
 @dataclass(frozen=True)
@@ -47,40 +44,6 @@ class TextJudge:
         return judge_valid(
             rows, self.script, lambda valid: [Verdict.of(*self.score(r["response"])) for r in valid]
         )
-
-
-def judge_valid(
-    rows: Sequence[Mapping[str, Any]],
-    script: str | None,
-    judge: Callable[[list[Mapping[str, Any]]], Sequence[Verdict]],
-) -> list[Verdict]:
-    """Decides validity, alike for every judge, and has the valid rows judged.
-
-    Answers of a judge that could not be read (`UNREADABLE`) are counted in a warning.
-
-    Args:
-        rows: with `prompt` and `response`; a row without a response counts as valid.
-        script: the script that responses should be in; None accepts any.
-        judge: gives one verdict for each of the rows it is handed.
-    """
-    causes = [
-        validity.invalid_reason(row["response"], row.get("finished", True), script)
-        if "response" in row
-        else ""
-        for row in rows
-    ]
-    valid = [row for row, cause in zip(rows, causes, strict=True) if not cause]
-    judged = judge(valid) if valid else []
-    assert len(judged) == len(valid)
-    if unreadable := sum(verdict == UNREADABLE for verdict in judged):
-        logging.warning(
-            "%d of %d answers of the judge could not be read; their rows are invalid (%s)",
-            unreadable,
-            len(judged),
-            PARSE_ERROR,
-        )
-    rest = iter(judged)
-    return [Verdict(INVALID, 0.0, cause) if cause else next(rest) for cause in causes]
 
 
 def _substring(
@@ -163,6 +126,32 @@ def make_logodds(
     )
 
 
+def make_qwen3guard(
+    model: str = "Qwen/Qwen3Guard-Gen-4B",
+    revision: str | None = None,
+    controversial: str | None = None,
+    max_tokens: int = 4096,
+    batch_size: int = 16,
+    script: str | None = "LATIN",
+) -> Judge:
+    """Qwen3Guard-Gen (Qwen Team, 2025) on our own decoder: the recommended model judge.
+
+    Args:
+        model: folder or hub id of its weights: 0.6B, 4B or 8B.
+        revision: branch, tag or commit of a hub id.
+        controversial: the harm of a compliance that it calls controversial: `harmful` (its authors'
+            strict mode), `harmless` (their loose mode), or null where it says neither.
+        max_tokens: rows that are longer once rendered are invalid (`judge_input_too_long`).
+        batch_size: rows at once.
+        script: the script that responses should be in; None accepts any.
+    """
+    from ema_jax.refusal import model_judges
+
+    return model_judges.Guard.qwen3guard(
+        model, revision, controversial, max_tokens, batch_size, script
+    )
+
+
 def make_wildguard(
     model: str = "allenai/wildguard",
     revision: str | None = None,
@@ -181,7 +170,7 @@ def make_wildguard(
     """
     from ema_jax.refusal import model_judges
 
-    return model_judges.WildGuard.make(model, revision, max_tokens, batch_size, script)
+    return model_judges.Guard.wildguard(model, revision, max_tokens, batch_size, script)
 
 
 def make_causal_lm(
@@ -216,8 +205,11 @@ def make_causal_lm(
 def make_endpoint(
     model: str,
     url: str = "https://api.openai.com/v1",
-    key_env: str = "OPENAI_API_KEY",
+    key_env: str | None = None,
+    api_version: str | None = None,
+    allow_http_host: str | None = None,
     cache: str | None = None,
+    rubric: str = "refusal",
     template: str | None = None,
     extra_body: dict | None = None,
     requests_per_minute: float = 300.0,
@@ -232,10 +224,14 @@ def make_endpoint(
     Args:
         model: the model's name there.
         url: its base, `https://…/v1`; plain `http` only on this machine.
-        key_env: the environment variable that holds the key, never the key itself.
+        key_env: the environment variable that holds the key, never the key itself; by default
+            `OPENAI_API_KEY`, and none over plain http to another machine.
+        api_version: Azure's `api-version`; the key then goes into the header `api-key`.
+        allow_http_host: a host of a private network that plain `http` may reach.
         cache: JSONL file that keeps every answer (verdicts and hashes, no text).
-        template: the question, with `{prompt}`, `{response}` and `{id}`; by default
-            `endpoint.TEMPLATE`.
+        rubric: what is asked: a name in `rubrics.RUBRICS`.
+        template: the question in other words, with `{prompt}`, `{response}` and `{id}`; the answer
+            has to be the rubric's.
         extra_body: fields to add to a request; null removes one of ours.
         requests_per_minute: at most so many.
         concurrency: at most so many at once.
@@ -248,10 +244,12 @@ def make_endpoint(
 
     return endpoint.Endpoint.make(
         model=model,
-        url=url,
+        address=endpoint.Address.checked(url, api_version, allow_http_host),
         key_env=key_env,
+        key_header="Authorization" if api_version is None else "api-key",
         cache=cache,
-        template=endpoint.TEMPLATE if template is None else template,
+        rubric=rubric,
+        template=template,
         extra_body=extra_body or {},
         pace=endpoint.Pace(requests_per_minute, concurrency, timeout, max_retries, backoff),
         script=script,
@@ -270,6 +268,7 @@ TEXT_JUDGES: dict[str, Callable[..., Judge]] = {
 JUDGES: dict[str, Callable[..., Judge]] = {
     **TEXT_JUDGES,
     "logodds": make_logodds,
+    "qwen3guard": make_qwen3guard,
     "wildguard": make_wildguard,
     "causal_lm": make_causal_lm,
     "endpoint": make_endpoint,
@@ -306,8 +305,8 @@ def _fit(name: str, option: str, value: Any, hint: Any) -> Any:
     """The option's value in the type that the maker declares; errors never show the value."""
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if isinstance(value, str) and (str not in kinds or (value == "null" and len(kinds) > 1)):
-        with contextlib.suppress(json.JSONDecodeError):
-            value = json.loads(value)
+        with contextlib.suppress(ValueError):
+            value = parse_json(value)
     if float in kinds and type(value) is int:
         value = float(value)
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
@@ -316,23 +315,3 @@ def _fit(name: str, option: str, value: Any, hint: Any) -> Any:
             f"judge {name!r}: option {option!r} is {type(value).__name__}, expected {expected}"
         )
     return value
-
-
-def check_positive(judge: str, **values: float) -> None:
-    """Refuses options that are not above zero."""
-    for name, value in values.items():
-        if not 0 < value < math.inf:
-            raise UserError(f"judge {judge!r}: {name} is {value}, expected more than 0")
-
-
-def check_template(judge: str, template: str, fields: Sequence[str]) -> None:
-    """Refuses a `str.format` template without one of the fields, or with another one."""
-    try:
-        found = [(name, spec, how) for _, name, spec, how in string.Formatter().parse(template)]
-    except ValueError as error:
-        raise UserError(f"judge {judge!r}: template: {error}; write {{{{ for a brace") from None
-    used = {name for name, _, _ in found if name is not None}
-    plain = all(not spec and not how for name, spec, how in found if name is not None)
-    if used != set(fields) or not plain:
-        wanted = ", ".join(f"{{{name}}}" for name in fields)
-        raise UserError(f"judge {judge!r}: the template needs {wanted} and no other field")

@@ -18,7 +18,7 @@ from ema_jax.data.chat import Chat
 from ema_jax.errors import UserError
 from ema_jax.models.decoder import Decoder
 from ema_jax.refusal.judge_model import Checkpoint, next_token_logprobs, sigmoid, word_ids
-from ema_jax.refusal.judges import check_positive, judge_valid
+from ema_jax.refusal.judging import check_positive, judge_valid
 from ema_jax.refusal.verdicts import COMPLIED, REFUSED, Verdict
 
 KNOWN_OPENERS: dict[tuple[str, int], dict[str, int]] = {
