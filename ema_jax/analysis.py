@@ -18,7 +18,6 @@ from ema_jax.data.domains import BENIGN, LOOKALIKE
 from ema_jax.refusal.agreement import agreement_of_judges
 from ema_jax.refusal.responses import Responses, oracle, rate, read_responses, shares
 from ema_jax.refusal.scores import (
-    MANY_INVALID,
     answers_gained,
     containment,
     damaged,
@@ -385,11 +384,12 @@ def _warnings(
         )
     by_flag: dict[str, list[str]] = {}
     for arm, entries in ema.items():
-        entry = on_target[arm]
-        if entry["refusal"]["invalid"] > MANY_INVALID * entry["refusal"]["total"]:
-            found.append(_not_answered(arm, entry["refusal"]))
-        flags = {domain: e["flags"] for domain, e in entries.items()}
-        flags[target] = [flag for flag in entry["flags"] if flag != "many_invalid"]
+        flags = {domain: entry["flags"] for domain, entry in entries.items()}
+        flags[target] = on_target[arm]["flags"]
+        if "many_invalid" in flags[target]:
+            found.append(_not_answered(arm, on_target[arm]["refusal"]))
+            # Nor does it then matter how many prompts are left to compare.
+            flags[target] = [f for f in flags[target] if f not in ("many_invalid", "n_too_small")]
         for domain, names in flags.items():
             for flag in names:
                 if flag != "ceiling":

@@ -181,6 +181,7 @@ def _row(name: str, config: StudyConfig, results: Mapping[str, Any], arm: str) -
         "seeds": len(entry["seeds"]),
         **_target_figures(entry, config.target),
         "target_damaged": results["on_target"][arm]["damaged"],
+        "relevance_measured": "validity" in results,
         **_invalid_figures(entry),
         "worst_domain": drop.worst_domain,
         "worst_drop": drop.worst,

@@ -22,6 +22,7 @@ def row(target: str, arm: str, **figures: Any) -> dict[str, Any]:
         "target_rate": 0.05,
         "target_answered": 0.95,
         "target_damaged": False,
+        "relevance_measured": True,
         "invalid_rate": 0.05,
         "invalid_domain": target,
         "off_topic_rate": 0.04,
@@ -118,6 +119,16 @@ def test_a_claim_says_by_which_measure_it_holds():
         assert sum("does not hold: damaged" in line for line in found[name]["evidence"]) == 1
     assert found["R3"]["by"] == found["R5"]["by"] == {"refusal": True, "compliance": True}
     assert "4.0\u202f% off topic, 1.0\u202f% degenerate" in found["valid"]["evidence"][0]
+
+
+def test_compliance_is_undecided_where_relevance_was_not_measured():
+    found = judged(safety_npo={"relevance_measured": False, "target_rate": 0.5})
+    assert found["R1"]["holds"] is False
+    for name in ("R2", "R3", "R4", "R5"):
+        assert found[name]["holds"] is None
+        assert found[name]["by"] == {"refusal": True, "compliance": None}
+        assert "not measured" in found[name]["evidence"][-1]
+    assert found["valid"]["holds"] is None
 
 
 def test_safety_spills_more_when_the_difference_is_beyond_the_seeds():
