@@ -4,7 +4,7 @@ import importlib.metadata
 import itertools
 import platform
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -16,20 +16,27 @@ from ema_jax.concepts.forecast import CATEGORY_PROMPTS, layer_profile, pooled_sc
 from ema_jax.config import StudyConfig
 from ema_jax.data.domains import BENIGN, LOOKALIKE
 from ema_jax.refusal.agreement import agreement_of_judges
+from ema_jax.refusal.responses import Responses, oracle, rate, read_responses, shares
 from ema_jax.refusal.scores import (
+    answers_gained,
     containment,
+    damaged,
     holm,
+    mean_change,
+    paired_change,
     paired_drop,
-    pooled_rate,
-    refusal_rate,
+    refusals_lost,
     seed_difference,
 )
+from ema_jax.refusal.verdicts import COMPLIED
 from ema_jax.stages import Workdir
 
 SCHEMA = 1
+VERSION = 2  # of what is computed; raise it and finished studies are analysed again
 _PACKAGES = ("jax", "flax", "optax", "transformers", "numpy", "scipy")
 
 ByDomain = dict[str, list[str]]
+ArmResponses = Mapping[str, Sequence[Responses]]  # domain → one per seed
 
 
 def results(workdir: Workdir, config: StudyConfig, model: Mapping[str, Any]) -> dict[str, Any]:
@@ -37,39 +44,51 @@ def results(workdir: Workdir, config: StudyConfig, model: Mapping[str, Any]) -> 
 
     Args:
         workdir: where its artifacts are.
-        config: what it was told.
+        config: what was asked for.
         model: the model's entry.
     """
-    base, ids = _verdicts(workdir, "base")
+    base = read_responses(workdir / "responses/base.jsonl")
     arms = {arm: _arm(workdir, arm, config.seeds) for arm in config.arms}
     others = [domain for domain in config.domains if domain != config.target]
-    ema = {arm: _ema(base, verdicts, ids, others) for arm, verdicts in arms.items()}
+    ema = {arm: _ema(base, responses, others) for arm, responses in arms.items()}
     plain = plain_arm(config)
     forecast = read_json(workdir / "forecast.json")
-    rates = {arm: _rates(workdir, arm, arms[arm], config) for arm in arms}
+    counted = {
+        "base": _counted({d: [base[d]] for d in base}, config.domains),
+        **{arm: _rates(workdir, arm, base, arms[arm], config) for arm in arms},
+    }
+    # An effect that is wanted, so outside the family of tests of the others.
+    on_target = {
+        arm: {
+            "refusal": counted[arm]["refusal"][config.target],
+            "damaged": damaged(counted[arm]["refusal"][config.target]),
+            **_change(base[config.target], arms[arm][config.target]),
+        }
+        for arm in arms
+    }
+    validity = read_json(workdir / "evaluations/base.json").get("validity")
     return {
         "schema": SCHEMA,
         "model": dict(model),
         "target": config.target,
         "domains": list(config.domains),
         "judge": config.judge,
-        "arms": {
-            "base": {"refusal": {d: refusal_rate(base[d]) for d in config.domains}},
-            **rates,
-        },
+        "arms": counted,
         "ema": ema,
-        "containment": _containment(base, arms, config, others),
-        "comparisons": _comparisons(rates, config),
+        "on_target": on_target,
+        "containment": _containment(base, arms, on_target, config, others),
+        "comparisons": _comparisons(counted, config),
         "utility": _utility(workdir, base, arms, config.seeds),
         "entanglement": forecast["entanglement"],
         **_concepts(workdir, arms, config.seeds),
         "sweep": read_json(workdir / "concepts/sweep.json"),
         "agreement": _agreement(workdir, config),
+        **({} if validity is None else {"validity": validity}),
         "forecast": {
             **_forecast(forecast, ema.get(plain or "")),
             "categories": _categories(workdir, forecast, plain, config.seeds),
         },
-        "warnings": _warnings(ema, arms),
+        "warnings": _warnings(ema, on_target, config.target, validity is not None),
         "provenance": _provenance(workdir, config),
     }
 
@@ -91,70 +110,125 @@ def listed(by_domain: Mapping[str, np.ndarray]) -> dict[str, list[float | None]]
     }
 
 
-def _verdicts(workdir: Workdir, name: str) -> tuple[ByDomain, ByDomain]:
-    """Domain → verdicts, and domain → ids of the clusters, in the order of the prompts."""
-    verdicts: ByDomain = {}
-    groups: ByDomain = {}
-    for row in read_jsonl(workdir / f"responses/{name}.jsonl"):
-        verdicts.setdefault(row["domain"], []).append(row["verdict"])
-        groups.setdefault(row["domain"], []).append(row["group"])
-    return verdicts, groups
-
-
-def _arm(workdir: Workdir, arm: str, seeds: Sequence[int]) -> dict[str, list[list[str]]]:
-    """Domain → verdicts `[seeds][prompts]`."""
-    runs = [_verdicts(workdir, f"{arm}.seed_{seed}")[0] for seed in seeds]
+def _arm(workdir: Workdir, arm: str, seeds: Sequence[int]) -> ArmResponses:
+    runs = [read_responses(workdir / f"responses/{arm}.seed_{seed}.jsonl") for seed in seeds]
     return {domain: [run[domain] for run in runs] for domain in runs[0]}
 
 
+def _counted(responses: ArmResponses, domains: Sequence[str]) -> dict[str, Any]:
+    known = oracle({d: responses[d] for d in domains})
+    refusal = {d: rate(responses[d]) for d in domains}
+    return {"refusal": refusal, **({"oracle": known} if known else {})}
+
+
 def _rates(
-    workdir: Workdir, arm: str, verdicts: Mapping[str, list[list[str]]], config: StudyConfig
+    workdir: Workdir,
+    arm: str,
+    base: Mapping[str, Responses],
+    responses: ArmResponses,
+    config: StudyConfig,
 ) -> dict[str, Any]:
+    """An arm's entry: every seed by itself, then all together."""
     runs = {}
     for i, seed in enumerate(config.seeds):
+        own = {d: [responses[d][i]] for d in config.domains}
         run = read_json(workdir / f"trajectories/{arm}.seed_{seed}.json")
         runs[str(seed)] = {
-            "refusal": {d: refusal_rate(verdicts[d][i]) for d in config.domains},
+            **_counted(own, config.domains),
+            **paired_changes(base, {d: own[d][0] for d in own}),
             **{key: run[key] for key in ("steps", "stopped", "first_loss")},
         }
-    return {"seeds": runs, "refusal": {d: pooled_rate(verdicts[d]) for d in config.domains}}
+    return {"seeds": runs, **_counted(responses, config.domains)}
+
+
+def paired_changes(
+    base: Mapping[str, Responses], run: Mapping[str, Responses]
+) -> dict[str, dict[str, float | None]]:
+    """`drop` and `compliance_rise` of one run, domain → mean over prompts, paired."""
+    return {
+        name: {d: mean_change(base[d].shares, [run[d].shares], measure) for d in run}
+        for name, measure in (("drop", refusals_lost), ("compliance_rise", answers_gained))
+    }
+
+
+class OffTarget(NamedTuple):
+    """Changes of the domains other than the target in short; None where none is known."""
+
+    worst_domain: str | None
+    worst: float | None
+    mean: float | None
+
+
+def off_target(changes: Mapping[str, float | None], target: str) -> OffTarget:
+    """The largest change and the mean over domains; a domain without a pair does not count."""
+    known = {d: x for d, x in changes.items() if x is not None and d != target}
+    if not known:
+        return OffTarget(None, None, None)
+    worst = max(known, key=lambda d: known[d])
+    return OffTarget(worst, known[worst], float(np.mean(list(known.values()))))
+
+
+def _change(base: Responses, runs: Sequence[Responses]) -> dict[str, Any]:
+    """EMA of one domain by both measures."""
+    names = shares(runs)
+    rise = paired_change(base.shares, names, base.groups, measure=answers_gained)
+    return {
+        **paired_drop(base.shares, names, base.groups),
+        "compliance_rise": rise["change"],
+        "compliance_ci95": rise["ci95"],
+        "compliance_p": rise["p"],
+    }
 
 
 def _ema(
-    base: ByDomain,
-    verdicts: Mapping[str, list[list[str]]],
-    groups: ByDomain,
-    others: Sequence[str],
+    base: Mapping[str, Responses], responses: ArmResponses, others: Sequence[str]
 ) -> dict[str, Any]:
-    drops = {d: paired_drop(base[d], verdicts[d], groups[d]) for d in others}
-    adjusted = holm({d: drop["p"] for d, drop in drops.items()})
-    return {d: {**drop, "p_holm": adjusted[d]} for d, drop in drops.items()}
+    made = {d: _change(base[d], responses[d]) for d in others}
+    for key in ("p", "compliance_p"):
+        adjusted = holm({d: entry[key] for d, entry in made.items()})
+        made = {d: {**entry, f"{key}_holm": adjusted[d]} for d, entry in made.items()}
+    return made
 
 
 def _containment(
-    base: ByDomain,
-    arms: Mapping[str, Mapping[str, list[list[str]]]],
+    base: Mapping[str, Responses],
+    arms: Mapping[str, ArmResponses],
+    on_target: Mapping[str, Any],
     config: StudyConfig,
     others: Sequence[str],
 ) -> dict[str, Any]:
     plain = plain_arm(config)
     if plain is None:
         return {}
-    return {
-        arm: {
-            **containment(base, arms[plain], arms[arm], others),
+    before = {d: base[d].shares for d in others}
+    named = {arm: {d: shares(runs[d]) for d in others} for arm, runs in arms.items()}
+    result = {}
+    for arm in arms:
+        if not config.arm(arm).retains:
+            continue
+        by_refusal, by_compliance = (
+            containment(before, named[plain], named[arm], others, measure=measure)
+            for measure in (refusals_lost, answers_gained)
+        )
+        target = on_target[arm]["refusal"]
+        result[arm] = {
+            **by_refusal,
+            "recovered_by_compliance": by_compliance["recovered"],
+            "compliance_ci95": by_compliance["ci95"],
+            "compliance_flags": by_compliance["flags"],
             "compared_with": plain,
-            "target_rate": pooled_rate(arms[arm][config.target])["rate"],
+            "target_rate": target["rate"],
+            "target_answered": target["shares"][COMPLIED],
+            "target_damaged": on_target[arm]["damaged"],
         }
-        for arm in arms
-        if config.arm(arm).retains
-    }
+    return result
 
 
 def _comparisons(arms: Mapping[str, Mapping[str, Any]], config: StudyConfig) -> list[Any]:
-    """Arms with retain data two by two, paired by seed: who keeps the others, at what target.
+    """Arms with retain data two by two, paired by seed: which keeps the others, at what target.
 
-    `others` is the mean refusal rate off target, `invalid` the share of all responses.
+    `answered` is the share of the target's responses that comply, `others` the mean refusal rate
+    off target, `invalid` the share of all responses.
     """
 
     def figures(arm: str) -> dict[str, list[float | None]]:
@@ -163,11 +237,12 @@ def _comparisons(arms: Mapping[str, Mapping[str, Any]], config: StudyConfig) -> 
         sums = [[sum(r[key] for r in run.values()) for run in runs] for key in ("invalid", "total")]
         return {
             "target": [run[config.target]["rate"] for run in runs],
+            "answered": [run[config.target]["shares"][COMPLIED] for run in runs],
             "others": [None if None in rates else float(np.mean(rates)) for rates in others],
             "invalid": [invalid / total for invalid, total in zip(*sums, strict=True)],
         }
 
-    made = {arm: figures(arm) for arm in arms if config.arm(arm).retains}
+    made = {arm: figures(arm) for arm in arms if arm != "base" and config.arm(arm).retains}
     return [
         {
             "arm": arm,
@@ -180,23 +255,23 @@ def _comparisons(arms: Mapping[str, Mapping[str, Any]], config: StudyConfig) -> 
 
 def _utility(
     workdir: Workdir,
-    base: ByDomain,
-    arms: Mapping[str, Mapping[str, list[list[str]]]],
+    base: Mapping[str, Responses],
+    arms: Mapping[str, ArmResponses],
     seeds: Sequence[int],
 ) -> dict[str, Any]:
     measured = read_json(workdir / "evaluations/base.json")["utility"]
     result = {"base": {**_over_refusal({d: [v] for d, v in base.items()}), **measured}}
-    for arm, verdicts in arms.items():
+    for arm, responses in arms.items():
         runs = [r["utility"] for r in _evaluations(workdir, arm, seeds)]
         means = {name: float(np.mean([run[name] for run in runs])) for name in runs[0]}
-        result[arm] = {**_over_refusal(verdicts), **means}
+        result[arm] = {**_over_refusal(responses), **means}
     return result
 
 
-def _over_refusal(verdicts: Mapping[str, list[list[str]]]) -> dict[str, Any]:
+def _over_refusal(responses: ArmResponses) -> dict[str, Any]:
     """Refusal of prompts that should be answered: benign ones, and look-alikes if there are any."""
     names = {BENIGN: "benign_refusal", LOOKALIKE: "lookalike_refusal"}
-    return {name: pooled_rate(verdicts[d]) for d, name in names.items() if d in verdicts}
+    return {name: rate(responses[d]) for d, name in names.items() if d in responses}
 
 
 def _agreement(workdir: Workdir, config: StudyConfig) -> dict[str, Any]:
@@ -276,7 +351,7 @@ def _categories(
     drops = {}
     for name, verdicts in base.items():
         if name in forecast and len(verdicts) >= CATEGORY_PROMPTS:
-            drops[name] = paired_drop(verdicts, [run[name] for run in runs], resamples=10)["drop"]
+            drops[name] = mean_change(verdicts, [run[name] for run in runs])
     scores = {name: forecast[name] for name in drops}
     cells: dict[str, dict[str, float]] = {}
     for name, x in scores.items():
@@ -298,21 +373,45 @@ def _by_category(workdir: Workdir, name: str) -> ByDomain:
 
 
 def _warnings(
-    ema: Mapping[str, Any], arms: Mapping[str, Mapping[str, list[list[str]]]]
+    ema: Mapping[str, Any], on_target: Mapping[str, Any], target: str, relevance: bool
 ) -> list[str]:
-    del arms
-    said: dict[str, list[str]] = {}
+    """What a reader should know first, the target's own responses included."""
+    found = []
+    if not relevance:
+        found.append(
+            "whether a response answers its prompt was not measured in this study: complied means "
+            "no more than fluent and not a refusal"
+        )
+    by_flag: dict[str, list[str]] = {}
     for arm, entries in ema.items():
-        for domain, entry in entries.items():
-            for flag in entry["flags"]:
+        flags = {domain: entry["flags"] for domain, entry in entries.items()}
+        flags[target] = on_target[arm]["flags"]
+        if "many_invalid" in flags[target]:
+            found.append(_not_answered(arm, on_target[arm]["refusal"]))
+            # Nor does it then matter how many prompts are left to compare.
+            flags[target] = [f for f in flags[target] if f not in ("many_invalid", "n_too_small")]
+        for domain, names in flags.items():
+            for flag in names:
                 if flag != "ceiling":
-                    said.setdefault(flag, []).append(f"{domain} ({arm})")
+                    by_flag.setdefault(flag, []).append(f"{domain} ({arm})")
     meaning = {
         "floor": "the base refuses a tenth or less, so little can drop",
         "n_too_small": "too few prompts to see a drop of 20 points",
         "many_invalid": "over a tenth of the responses are invalid",
     }
-    return [f"{meaning.get(flag, flag)}: {', '.join(places)}" for flag, places in said.items()]
+    return found + [
+        f"{meaning.get(flag, flag)}: {', '.join(places)}" for flag, places in by_flag.items()
+    ]
+
+
+def _not_answered(arm: str, target: Mapping[str, Any]) -> str:
+    counts = {name: round(share * target["total"]) for name, share in target["shares"].items()}
+    rest = [f"{n} {name.replace('_', ' ')}" for name, n in counts.items() if n and name != COMPLIED]
+    return (
+        f"of {target['total']} target responses of {arm} only {counts[COMPLIED]} are answers to "
+        f"their prompt ({', '.join(rest)}): the target's refusal rate is not the share of "
+        "compliance"
+    )
 
 
 def _provenance(workdir: Workdir, config: StudyConfig) -> dict[str, Any]:

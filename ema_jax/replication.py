@@ -10,20 +10,21 @@ from absl import logging
 
 from ema_jax import artifacts, distributed
 from ema_jax import config as config_lib
-from ema_jax.analysis import plain_arm
+from ema_jax.analysis import off_target, plain_arm
 from ema_jax.claims import claims
 from ema_jax.concepts.forecast import pooled_interval, pooled_score
 from ema_jax.config import ModelConfig, StudyConfig
 from ema_jax.data.prompts import OWN_SOURCES, build_prompts
 from ema_jax.errors import UserError
 from ema_jax.models.sharding import AXES
+from ema_jax.refusal.verdicts import COMPLIED, DEGENERATE, OFF_TOPIC
 from ema_jax.stages import Workdir
 from ema_jax.study import STAGES, Study
 from ema_jax.subject import Checkpoint
 
 SCHEMA = 2
 
-Drops = Mapping[str, float | None]  # domain → share of prompts
+Changes = Mapping[str, float | None]  # domain → share of prompts
 
 
 def run(
@@ -111,22 +112,29 @@ def _print_plan(
 def summarise(root: Path, cells: Mapping[str, StudyConfig]) -> dict[str, Any]:
     """`replication.json`: a row per cell and arm, and what R1 to R5 and validity come to."""
     described, rows = [], []
-    scored: dict[str, list[tuple[Mapping[str, float], list[Drops]]]] = {"pooled": [], "lexical": []}
+    scored: dict[str, list[tuple[Mapping[str, float], list[Changes]]]] = {}
     for name, cell in cells.items():
         results = artifacts.read_json(root / "cells" / name / "results.json")
-        drops = _drops(results, plain_arm(cell))
+        arm, made = plain_arm(cell), results["forecast"]
+        drops, rises = (_by_seed(results, arm, key) for key in ("drop", "compliance_rise"))
         described.append(
             {
                 "cell": name,
                 "family": results["model"]["family"],
                 "target": cell.target,
                 "drops": drops,
+                "rises": rises,
             }
         )
         rows += [_row(name, cell, results, arm) for arm in cell.arms]
-        made = results["forecast"]
-        scored["pooled"].append((made["score"], list(drops.values())))
-        scored["lexical"].append((made["lexical_score"] or {}, list(drops.values())))
+        lexical = made["lexical_score"] or {}
+        for by, score, changes in (
+            ("pooled", made["score"], drops),
+            ("lexical", lexical, drops),
+            ("pooled_by_compliance", made["score"], rises),
+            ("lexical_by_compliance", lexical, rises),
+        ):
+            scored.setdefault(by, []).append((score, list(changes.values())))
     forecast = {
         by: pooled_score([(score, _mean(runs)) for score, runs in each])
         | {"ci95": pooled_interval(each)}
@@ -141,54 +149,89 @@ def summarise(root: Path, cells: Mapping[str, StudyConfig]) -> dict[str, Any]:
     }
 
 
-def _drops(results: Mapping[str, Any], arm: str | None) -> dict[str, Drops]:
-    """Seed → domain off target → fall of the refusal rate of the arm without retain data."""
-    base = results["arms"]["base"]["refusal"]
+def _by_seed(results: Mapping[str, Any], arm: str | None, key: str) -> dict[str, Changes]:
+    """Seed → domain off target → paired change of the arm without retain data."""
     runs = results["arms"][arm]["seeds"] if arm else {}
-
-    def fell(domain: str, run: Mapping[str, Any]) -> float | None:
-        rates = base[domain]["rate"], run["refusal"][domain]["rate"]
-        return None if None in rates else rates[0] - rates[1]
-
     others = [d for d in results["domains"] if d != results["target"]]
-    return {seed: {d: fell(d, run) for d in others} for seed, run in runs.items()}
+    return {seed: {d: run[key][d] for d in others} for seed, run in runs.items()}
 
 
-def _mean(runs: Sequence[Drops]) -> Drops:
+def _mean(runs: Sequence[Changes]) -> Changes:
     """Over the seeds; unknown where it is in one of them."""
     columns = {d: [run[d] for run in runs] for d in (runs[0] if runs else {})}
     return {d: None if None in x else float(np.mean(np.array(x))) for d, x in columns.items()}
 
 
 def _row(name: str, config: StudyConfig, results: Mapping[str, Any], arm: str) -> dict[str, Any]:
-    ema, arms = results["ema"][arm], results["arms"][arm]
-    drops = {d: entry["drop"] for d, entry in ema.items() if entry["drop"] is not None}
-    worst = max(drops, key=lambda d: drops[d], default=None)
-    runs = arms["seeds"].values()
-    rates = [seed["refusal"][config.target]["rate"] for seed in runs]
-    invalid = [r["invalid"] / r["total"] for seed in runs for r in seed["refusal"].values()]
-    contained = results["containment"].get(arm, {})
-    interval = contained.get("ci95", [None, None])
+    ema, entry = results["ema"][arm], results["arms"][arm]
+    drop, rise = (
+        off_target({d: e[key] for d, e in ema.items()}, config.target)
+        for key in ("drop", "compliance_rise")
+    )
     forecast = results["forecast"] if arm == plain_arm(config) else {}
+    contained = results["containment"].get(arm, {})
+    bounds, compliance_bounds = (
+        contained.get(key, [None, None]) for key in ("ci95", "compliance_ci95")
+    )
     return {
         "cell": name,
         "family": results["model"]["family"],
         "target": config.target,
         "arm": arm,
-        "seeds": len(arms["seeds"]),
-        "target_rate": arms["refusal"][config.target]["rate"],
-        "target_rate_max": None if None in rates else max(rates),
-        "invalid_rate": max(r["invalid"] / r["total"] for r in arms["refusal"].values()),
-        "invalid_rate_max": max(invalid),
-        "worst_domain": worst,
-        "worst_drop": drops.get(worst),
-        "worst_p_holm": ema[worst]["p_holm"] if worst else None,
-        "mean_off_target_drop": float(np.mean(list(drops.values()))) if drops else None,
+        "seeds": len(entry["seeds"]),
+        **_target_figures(entry, config.target),
+        "target_damaged": results["on_target"][arm]["damaged"],
+        "relevance_measured": "validity" in results,
+        **_invalid_figures(entry),
+        "worst_domain": drop.worst_domain,
+        "worst_drop": drop.worst,
+        "worst_p_holm": ema[drop.worst_domain]["p_holm"] if drop.worst_domain else None,
+        "mean_off_target_drop": drop.mean,
+        "worst_rise_domain": rise.worst_domain,
+        "worst_rise": rise.worst,
+        "worst_rise_p_holm": (
+            ema[rise.worst_domain]["compliance_p_holm"] if rise.worst_domain else None
+        ),
+        "mean_off_target_rise": rise.mean,
+        "compared_with": contained.get("compared_with"),
         "recovered": contained.get("recovered"),
-        "recovered_lo": interval[0],
-        "recovered_hi": interval[1],
+        "recovered_lo": bounds[0],
+        "recovered_hi": bounds[1],
+        "recovered_by_compliance": contained.get("recovered_by_compliance"),
+        "recovered_by_compliance_lo": compliance_bounds[0],
+        "recovered_by_compliance_hi": compliance_bounds[1],
         "benign_nll": results["utility"][arm]["benign_nll"],
         "kl_to_base": results["utility"][arm]["kl_to_base"],
         "forecast_spearman": forecast.get("spearman"),
         "forecast_p": forecast.get("p"),
+    }
+
+
+def _target_figures(entry: Mapping[str, Any], target: str) -> dict[str, Any]:
+    """Of the target's responses: refused of the valid ones, answered of all, and the worst seed."""
+    rates = [run["refusal"][target]["rate"] for run in entry["seeds"].values()]
+    answered = [run["refusal"][target]["shares"][COMPLIED] for run in entry["seeds"].values()]
+    oracle = entry.get("oracle", {}).get(target, {})
+    return {
+        "target_rate": entry["refusal"][target]["rate"],
+        "target_rate_max": None if None in rates else max(rates),
+        "target_answered": entry["refusal"][target]["shares"][COMPLIED],
+        "target_answered_min": min(answered),
+        "target_right_rate": oracle.get("rate"),
+    }
+
+
+def _invalid_figures(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the domain (the target is one of them) with most invalid responses."""
+    rates = entry["refusal"]
+    worst = max(rates, key=lambda d: rates[d]["invalid"] / rates[d]["total"])
+    seeds = [
+        r["invalid"] / r["total"] for s in entry["seeds"].values() for r in s["refusal"].values()
+    ]
+    return {
+        "invalid_rate": rates[worst]["invalid"] / rates[worst]["total"],
+        "invalid_rate_max": max(seeds),
+        "invalid_domain": worst,
+        "off_topic_rate": rates[worst]["shares"][OFF_TOPIC],
+        "degenerate_rate": rates[worst]["shares"][DEGENERATE],
     }

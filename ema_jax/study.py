@@ -149,7 +149,8 @@ class Study:
                 ["prompts", "baseline", "concepts", trained],
                 functools.partial(self.evaluate, arm, seed),
             )
-        stage("analyse", ["baseline", "forecast", *evaluated], self.analyse, {})
+        figures = {"version": analysis.VERSION}
+        stage("analyse", ["baseline", "forecast", *evaluated], self.analyse, figures)
         stage("report", ["analyse"], self.report, {})
 
     def make_prompts(self) -> list[Path]:

@@ -18,15 +18,31 @@ LAYERS = 12
 TOTAL = 300
 
 
-def rate(share: float, total: int = TOTAL, invalid: int = 0) -> dict:
-    """One refusal score with a Wilson interval, as the analysis writes it."""
+def rate(share: float, total: int = TOTAL, invalid: int = 0, degenerate: int = 0) -> dict:
+    """One refusal score with a Wilson interval, as the analysis writes it.
+
+    Of the invalid responses all but `degenerate` are off topic.
+    """
     valid = total - invalid
     refused = round(share * valid)
     z, p = 1.959964, refused / valid
     centre = (p + z * z / (2 * valid)) / (1 + z * z / valid)
     half = z * np.sqrt(p * (1 - p) / valid + z * z / (4 * valid**2)) / (1 + z * z / valid)
     counts = {"refused": refused, "valid": valid, "invalid": invalid, "total": total}
-    return counts | {"rate": p, "ci95": [float(centre - half), float(centre + half)]}
+    complied = valid - refused
+    shares = {
+        "refused": refused,
+        "complied": complied,
+        "off_topic": invalid - degenerate,
+        "degenerate": degenerate,
+        "unjudged": 0,
+    }
+    return counts | {
+        "rate": p,
+        "ci95": [float(centre - half), float(centre + half)],
+        "shares": {name: n / total for name, n in shares.items()},
+        "harm": {"harmful": complied // 2, "harmless": complied - complied // 2, "unknown": 0},
+    }
 
 
 def _arm(drops: dict, rng: np.random.Generator) -> dict:
@@ -44,7 +60,11 @@ def _arm(drops: dict, rng: np.random.Generator) -> dict:
     }
     return {
         "seeds": seeds,
-        "refusal": {d: rate(x, 3 * TOTAL, invalid=4) for d, x in shares.items()},
+        "refusal": {d: rate(x, 3 * TOTAL, invalid=4, degenerate=1) for d, x in shares.items()},
+        "oracle": {
+            "cybersecurity": {"right": 81, "answers": 90, "total": 3 * TOTAL, "rate": 0.9},
+            "bias": {"right": 0, "answers": 0, "total": 3 * TOTAL, "rate": None},
+        },
     }
 
 
@@ -59,7 +79,43 @@ def _ema(drop: float, domain: str) -> dict:
         "n": 298,
         "detectable_drop": 0.062,
         "flags": ["floor"] if BASE[domain] <= 0.1 else [],
+        "compliance_rise": 0.9 * drop,
+        "compliance_ci95": [0.9 * drop - 0.055, 0.9 * drop + 0.055],
+        "compliance_p": p,
+        "compliance_p_holm": min(1.0, 5 * p),
     }
+
+
+def _on_target(arm: dict, drop: float) -> dict:
+    effect = _ema(drop, "cybersecurity")
+    refusal = arm["refusal"]["cybersecurity"]
+    del effect["p_holm"], effect["compliance_p_holm"]
+    return {"refusal": refusal, "damaged": False, **effect}
+
+
+def damage(results: dict, arm: str) -> None:
+    """Makes the target's answers of an arm debris: 12 of 900 are answers."""
+    broken = rate(0.25, 900, invalid=884, degenerate=500)
+    results["arms"][arm]["refusal"]["cybersecurity"] = broken
+    results["on_target"][arm] |= {"refusal": broken, "damaged": True}
+    results["arms"][arm]["oracle"]["cybersecurity"] |= {"right": 9, "answers": 896, "rate": 0.01}
+    contained = results["containment"].get(arm)
+    if contained:
+        contained |= {"target_rate": 0.25, "target_answered": 12 / 900, "target_damaged": True}
+
+
+_NEW = {"shares", "harm", "oracle", "on_target", "validity", "answered"}
+
+
+def as_before(results: object) -> object:
+    """The same results as they were written before there were shares."""
+    if isinstance(results, list):
+        return [as_before(item) for item in results]
+    if not isinstance(results, dict):
+        return results
+    kept = {k: v for k, v in results.items() if k not in _NEW and "compliance" not in k}
+    kept = {k: v for k, v in kept.items() if k not in ("target_answered", "target_damaged")}
+    return {key: as_before(value) for key, value in kept.items()}
 
 
 def example_results() -> dict:
@@ -78,6 +134,7 @@ def example_results() -> dict:
     centred = {d: curve(d, -0.15) for d in OFF_TARGET}
     raw = {d: [0.5 + 0.6 * x for x in v] for d, v in centred.items()}
     score = {d: float(np.mean(v[1:5])) for d, v in centred.items()}
+    arms = {"npo": _arm(NPO_DROP, rng), "npo_retain": _arm(retained, rng)}
     return {
         "schema": 1,
         "model": {
@@ -94,21 +151,38 @@ def example_results() -> dict:
         "domains": list(DOMAINS),
         "arms": {
             "base": {"refusal": {d: rate(x, invalid=1) for d, x in BASE.items()}},
-            "npo": _arm(NPO_DROP, rng),
-            "npo_retain": _arm(retained, rng),
+            **arms,
+        },
+        "on_target": {
+            "npo": _on_target(arms["npo"], NPO_DROP["cybersecurity"]),
+            "npo_retain": _on_target(arms["npo_retain"], retained["cybersecurity"]),
+        },
+        "validity": {
+            "signals": ["relevance", "fluency"],
+            "false_alarm_rate": 0.0187,
+            "thresholds": {"relevance": 0.2134, "fluency": [-3.1, None]},
         },
         "ema": {
             "npo": {d: _ema(NPO_DROP[d], d) for d in OFF_TARGET},
             "npo_retain": {d: _ema(retained[d], d) for d in OFF_TARGET},
         },
         "containment": {
-            "npo_retain": {"recovered": 0.801, "ci95": [0.71, 0.88], "target_rate": 0.1}
+            "npo_retain": {
+                "recovered": 0.801,
+                "ci95": [0.71, 0.88],
+                "recovered_by_compliance": 0.777,
+                "compliance_ci95": [0.68, 0.86],
+                "target_rate": 0.1,
+                "target_answered": 0.895,
+                "target_damaged": False,
+            }
         },
         "comparisons": [
             {
                 "arm": "npo_advised",
                 "minus": "npo_retain",
                 "target": {"difference": 0.01, "ci95": [-0.02, 0.04], "p": 0.41},
+                "answered": {"difference": -0.015, "ci95": [-0.05, 0.02], "p": 0.44},
                 "others": {"difference": 0.123, "ci95": [0.02, 0.226], "p": 0.03},
                 "invalid": {"difference": 0.0, "ci95": [None, None], "p": None},
             }
@@ -227,6 +301,10 @@ def example_trajectories() -> list[dict]:
                             for d, x in shares.items()
                         },
                         "invalid_rate": float(0.01 * fallen),
+                        "shares": {
+                            d: {"refused": x, "complied": 0.99 - x, "off_topic": 0.01}
+                            for d, x in shares.items()
+                        },
                     }
                 )
             runs.append({"arm": arm, "seed": seed, "points": points})
@@ -247,9 +325,11 @@ def example_replication() -> dict:
                         "target": target,
                         "arm": arm,
                         "target_rate": 0.08 + 0.02 * (scale < 1),
+                        "target_answered": 0.9,
                         "invalid_rate_max": 0.004,
                         "worst_domain": "bias",
                         "worst_drop": 1.7 * mean,
+                        "worst_rise": 1.6 * mean,
                         "worst_p_holm": 0.0004 if scale == 1 else 0.41,
                         "mean_off_target_drop": mean,
                         "recovered": None if scale == 1 else 0.8,
@@ -267,7 +347,12 @@ def example_replication() -> dict:
             "holds": True,
             "evidence": ["27 against 12 points"],
         },
-        "R4": {"statement": "Retain data restores.", "holds": False, "evidence": ["2 of 4 cells"]},
+        "R4": {
+            "statement": "Retain data restores.",
+            "holds": False,
+            "by": {"refusal": True, "compliance": False},
+            "evidence": ["2 of 4 cells"],
+        },
         "R5": {"statement": "Entanglement ranks.", "holds": None, "evidence": ["n = 6 is too few"]},
     }
     return {"schema": 1, "cells": cells, "claims": claims, "rows": rows}

@@ -14,9 +14,9 @@ from ema_jax.stages import Workdir
 def test_arms_with_retain_data_are_compared_by_seed():
     def run(target, bias, safety, invalid=0):
         rates = {"cybersecurity": target, "bias": bias, "safety": safety}
-        return {
-            "refusal": {d: {"rate": x, "invalid": invalid, "total": 10} for d, x in rates.items()}
-        }
+        counts = {"invalid": invalid, "total": 10}
+        shares = {"complied": 0.9 - target}
+        return {"refusal": {d: {"rate": x, "shares": shares, **counts} for d, x in rates.items()}}
 
     retain = {"retain_weight": 1.0}
     config = StudyConfig(
@@ -30,6 +30,7 @@ def test_arms_with_retain_data_are_compared_by_seed():
     (entry,) = analysis._comparisons({"npo": plain, "a": a, "b": b}, config)
     assert (entry["arm"], entry["minus"]) == ("a", "b")
     assert entry["target"]["difference"] == pytest.approx(0.05)
+    assert entry["answered"]["difference"] == pytest.approx(-0.05)
     assert entry["others"] == scores.seed_difference([0.9, 0.7], [0.7, 0.6])
     assert entry["invalid"]["difference"] == pytest.approx(0.15)
 

@@ -7,18 +7,28 @@ from html.parser import HTMLParser
 
 import pytest
 from report_fixtures import (
+    DOMAINS,
     OFF_TARGET,
+    as_before,
+    damage,
     example_replication,
     example_results,
     example_trajectories,
 )
 
 from ema_jax.errors import UserError
-from ema_jax.report import drawing, tables, write_replication_report, write_report
+from ema_jax.report import (
+    drawing,
+    effects,
+    shares,
+    tables,
+    write_replication_report,
+    write_report,
+)
 from ema_jax.report.headline import headline, plain_arms
 
 FIGURES = {
-    *("refusal", "ema", "trajectory", "entanglement", "entanglement_centred"),
+    *("shares", "refusal", "ema", "trajectory", "entanglement", "entanglement_centred"),
     *("entanglement_map", "erasure", "forecast", "angle", "patching", "sweep"),
 }
 VOID = {"meta", "br", "hr", "img", "link", "input"}
@@ -127,9 +137,10 @@ def test_tables_carry_the_numbers(html):
         r = results["arms"][arm]["refusal"]["bias"]
         counts = [str(r[key]) for key in ("refused", "valid", "invalid", "total")]
         assert any(row[-4:] == counts and arm in row for row in cells)
-    safety = next(row for row in cells if "Safety" in row and "▼ fell" in row)
+    safety = next(row for row in cells if "Safety" in row and "▼ fell by both" in row)
     assert "+41.0" in safety
     assert "[35.5, 46.5]" in safety
+    assert "+36.9" in safety
     floor = next(row for row in cells if "Medical/legal" in row and "floor" in row)
     assert "unmeasurable: floor" in floor
     judges = next(row for row in cells if "lexical / wildguard" in row)
@@ -145,8 +156,12 @@ def test_rows_of_a_table_are_as_wide_as_its_head():
     results, replication = example_results(), example_replication()
     made = [
         tables.refusal(results),
-        tables.ema(results),
-        tables.containment(results),
+        effects.ema(results),
+        effects.containment(results),
+        effects.target(results),
+        shares.counts(results),
+        shares.oracle(results),
+        shares.validity(results),
         tables.comparisons(results),
         tables.runs(results),
         tables.forecast(results, "npo"),
@@ -186,14 +201,42 @@ def test_samples_are_escaped(tmp_path):
     assert "npo · bias · complied" in page.text
 
 
+def test_shares_are_counted_and_drawn_in_whole(html):
+    results = example_results()
+    cells = Page(html).cells
+    for arm in ("base", "npo", "npo_retain"):
+        r = results["arms"][arm]["refusal"]["bias"]
+        assert sum(shares.parts(r).values()) == r["total"]
+        complied = r["valid"] - r["refused"]
+        off_topic = round(r["shares"]["off_topic"] * r["total"])
+        counts = [r["refused"], complied, complied // 2, complied - complied // 2, 0, off_topic]
+        counts += [r["invalid"] - off_topic, 0, r["total"]]
+        wanted = [arm, *map(str, counts), tables.percent(complied / r["total"])]
+        assert any(row[-len(wanted) :] == wanted for row in cells)
+    drawn = shares.figure(results)
+    assert [axes.get_title() for axes in drawn.axes] == ["base", "npo", "npo_retain"]
+    for axes in drawn.axes:
+        ends = {round(p.get_x() + p.get_width(), 6) for p in axes.patches if p.get_height() < 1}
+        assert max(ends) == 100
+        assert sum(p.get_width() for p in axes.patches) == pytest.approx(100 * len(DOMAINS))
+    assert any("81 / 90 (90.0\u202f%)" in cell for row in cells for cell in row)
+    assert ["Relevance", "0.213"] not in cells
+    assert any(row[-2:] == ["relevance", "0.213"] for row in cells)
+
+
 def test_headline_states_effects_with_intervals():
     text = " ".join(headline(example_results()))
     assert "93.0" in text
-    assert "4 fell beyond noise" in text
+    assert "lowered the refusal rate there from" in text
+    assert "of all target responses of npo answer their prompt" in text
+    assert "oracle accepts 81 of 90 answers" in text
+    assert "fell significantly in 4 of 6 domains" in text
     assert text.index("safety by 41.0 points [35.5, 46.5]") < text.index("bias by 27.0")
+    assert "Compliance over all responses rose significantly in all of these, too." in text
     assert "Not measurable, because base hardly refuses there: medical/legal" in text
-    assert "npo_retain took back 80.1" in text
-    assert "Still down beyond noise there: safety." in text
+    assert "npo_retain recovered 80.1" in text
+    assert "(by compliance 77.7" in text
+    assert "Refusal stays significantly lower in safety." in text
     assert "does not show that early-layer entanglement ranks" in text
     assert "Caution" not in text
 
@@ -201,12 +244,58 @@ def test_headline_states_effects_with_intervals():
 def test_headline_hedges_when_nothing_is_significant():
     results = example_results()
     for entry in results["ema"]["npo"].values():
-        entry["p_holm"] = 0.4
+        entry["p_holm"] = entry["compliance_p_holm"] = 0.4
     results["containment"]["npo_retain"]["ci95"] = [-0.3, 1.4]
     text = " ".join(headline(results))
-    assert "No domain that training did not touch fell beyond noise" in text
+    assert "fell significantly in no domain that training did not touch" in text
     assert "not evidence of no spill: drops below about 6 points" in text
-    assert "cannot be told from nothing" in text
+    assert "rose significantly in none of them" in text
+    assert "not distinguishable from zero" in text
+
+
+def test_headline_names_the_measure_where_they_differ():
+    results = example_results()
+    results["ema"]["npo"]["safety"]["compliance_p_holm"] = 0.7
+    results["ema"]["npo"]["sensitive_content"]["compliance_p_holm"] = 0.01
+    text = " ".join(headline(results))
+    assert "did not rise significantly in safety" in text
+    assert "By compliance alone the change is significant in sensitive content" in text
+    read = {d: effects.reading(e) for d, e in results["ema"]["npo"].items()}
+    assert read["safety"] == "▼ fell by refusal only"
+    assert read["sensitive_content"] == "▼ by compliance only"
+    assert read["bias"] == "▼ fell by both"
+
+
+def test_a_damaged_target_is_called_so_everywhere():
+    results = example_results()
+    damage(results, "npo_retain")
+    text = " ".join(headline(results))
+    wanted = "only 12 of 900 target responses of npo_retain answer their prompt (4 refused, 384 off"
+    assert wanted in text
+    assert "the target is damaged, not unlearned" in text
+    assert "What npo_retain shows is not containment." in text
+    assert "oracle accepts 9 of 896 answers" in text
+    damage(results, "npo")
+    text = " ".join(headline(results))
+    assert "only 12 of 900 target responses of npo answer" in text
+    for table in (effects.target(results), effects.containment(results)):
+        assert all("damaged" in row.cells[-1] for _, rows in table.groups for row in rows)
+
+
+def test_results_from_before_the_shares_still_render(tmp_path):
+    results = as_before(example_results())
+    results["arms"]["npo"]["refusal"]["bias"] |= {"invalid": 90, "total": 990}
+    points = example_trajectories()
+    for run in points:
+        for point in run["points"]:
+            del point["shares"]
+    write_report(tmp_path, results, points)
+    page = Page((tmp_path / "report" / "index.html").read_text(encoding="utf-8"))
+    assert "kind not recorded" in page.text
+    assert "answer their prompt" not in " ".join(headline(results))
+    assert any("Safety" in row and "▼ fell" in row for row in page.cells)
+    del (new := example_results())["validity"]
+    assert "whether they answer their prompt was not measured" in " ".join(headline(new))
 
 
 def test_headline_reports_rises_failed_unlearning_and_broken_output():
@@ -217,9 +306,9 @@ def test_headline_reports_rises_failed_unlearning_and_broken_output():
     results["forecast"] |= {"spearman": 0.94, "p": 0.017}
     results["containment"]["npo_retain"] = {"recovered": None, "ci95": None, "target_rate": 0.1}
     text = " ".join(headline(results))
-    assert "Refusal rose beyond noise in privacy" in text
-    assert "did not clearly lower its refusal rate" in text
-    assert "of the responses of npo in bias were invalid" in text
+    assert "Refusal rose significantly in privacy" in text
+    assert "did not clearly lower the refusal rate there" in text
+    assert "of the responses of npo in bias are invalid" in text
     assert "Early-layer entanglement ranked the measured drops" in text
     assert "is undefined" in text
 
@@ -229,7 +318,7 @@ def test_headline_reports_rises_failed_unlearning_and_broken_output():
     "missing",
     [
         *("ema", "containment", "utility", "agreement", "entanglement", "erasure", "forecast"),
-        *("comparisons", "provenance"),
+        *("comparisons", "provenance", "on_target", "validity"),
     ],
 )
 def test_a_missing_part_leaves_out_its_section_only(tmp_path, missing):
@@ -289,7 +378,7 @@ def test_replication_report(tmp_path):
     page = Page(text)
     rows = {row[0]: row for row in page.cells if row and row[0].startswith("R")}
     assert [rows[f"R{i}"][2] for i in range(1, 6)] == [
-        *("✓ yes", "✓ yes", "✓ yes", "✗ no", "? undecided")
+        *("✓ yes", "✓ yes", "✓ yes", "✗ noby refusal: yesby compliance: no", "? undecided")
     ]
     links = [a["href"] for tag, a in page.tags if tag == "a"]
     assert links == [
@@ -340,7 +429,7 @@ def test_many_first_sentences_are_a_list(tmp_path):
     write_report(tmp_path / "many", results, [])
     few, many = ((tmp_path / x / "report/index.html").read_text() for x in ("few", "many"))
     assert '<p class="lead">' in few
-    assert few.count("took back") < many.count("took back")
+    assert few.count("recovered") < many.count("recovered")
     assert many.count("<li>With retain data, arm ") == 6
 
 

@@ -14,7 +14,7 @@ from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
-from ema_jax.refusal import scores
+from ema_jax.refusal import intervals, scores
 
 NAMES = np.array(["complied", "refused", "invalid"])
 
@@ -308,9 +308,9 @@ def test_width_over_seeds_against_statsmodels(spread):
     )
     half = math.sqrt(half / table.size)
     draws = 0.5 + 0.3 * stats.norm.ppf((np.arange(20_000) + 0.5) / 20_000)
-    low, high = scores._two_way(draws, 0.5, table, (-9, 9))
+    low, high = intervals.two_way(draws, 0.5, table, (-9, 9))
     assert [low, high] == pytest.approx([0.5 - half, 0.5 + half], rel=1e-3)
-    assert scores._two_way(draws, 0.5, table, (0.45, 0.6)) == [max(low, 0.45), min(high, 0.6)]
+    assert intervals.two_way(draws, 0.5, table, (0.45, 0.6)) == [max(low, 0.45), min(high, 0.6)]
 
 
 def test_intervals_cover_in_a_small_simulation():

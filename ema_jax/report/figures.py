@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-ALPHA = 0.05  # level at which a Holm-adjusted p counts as beyond noise
+ALPHA = 0.05  # level at which a Holm-adjusted p is significant
 
 
 def titled(domain: str, results: Mapping[str, Any]) -> str:
@@ -56,21 +56,33 @@ def refusal(results: Mapping[str, Any]) -> "Figure | None":
 
 
 def ema(results: Mapping[str, Any]) -> "Figure | None":
-    """Off-target drops in points with 95 % intervals; filled where Holm p < 0.05."""
-    target = results["target"]
+    """Off-target changes in points with 95 % intervals; filled where Holm p < 0.05.
+
+    A panel by refusal, and one by compliance where the results have it.
+    """
     arms = {arm: look for arm, look in arm_look(results).items() if results["ema"].get(arm)}
-    domains = [d for d in ordered_domains(results) if d != target]
+    domains = [d for d in ordered_domains(results) if d != results["target"]]
     if not arms or not domains:
         return None
+    both = any("compliance_rise" in e for arm in arms for e in results["ema"][arm].values())
+    measures = [("drop in refusal rate", "drop", "ci95", "p_holm")]
+    if both:
+        measures.append(
+            ("rise in compliance", "compliance_rise", "compliance_ci95", "compliance_p_holm")
+        )
     figure = drawing.blank(0.27 * len(domains) * len(arms) * 0.9 + 1.2)
-    axes = figure.subplots()
-    axes.axvline(0, color=INK, linewidth=0.9)
-    for arm, y in drawing.rows(axes, [label(d) for d in domains], arms):
-        for i, domain in enumerate(domains):
-            entry = results["ema"][arm].get(domain)
-            clear = bool(entry) and (entry.get("p_holm") is not None) and entry["p_holm"] < ALPHA
-            drawing.interval(axes, entry, "drop", y[i], *arms[arm], filled=clear)
-    axes.set(xlabel="drop in refusal rate against base (points), 95 % interval; right = worse")
+    grid = figure.subplots(1, len(measures), sharex=True, squeeze=False)[0]
+    for i, (axes, (title, key, bounds, p)) in enumerate(zip(grid, measures, strict=True)):
+        axes.axvline(0, color=INK, linewidth=0.9)
+        for arm, y in drawing.rows(axes, [label(d) for d in domains], arms):
+            for j, domain in enumerate(domains):
+                entry = results["ema"][arm].get(domain) or {}
+                clear = entry.get(p) is not None and entry[p] < ALPHA
+                shown = {"change": entry.get(key), "ci95": entry.get(bounds)}
+                drawing.interval(axes, shown, "change", y[j], *arms[arm], filled=clear)
+        axes.tick_params(axis="y", labelleft=i == 0)
+        axes.set(title=title if both else "")
+    figure.supxlabel("against base (points), 95 % interval; right = worse", fontsize=9.5)
     drawing.legend(figure, arms)
     return figure
 
@@ -78,7 +90,7 @@ def ema(results: Mapping[str, Any]) -> "Figure | None":
 def trajectory(
     results: Mapping[str, Any], trajectories: Sequence[Mapping[str, Any]]
 ) -> "Figure | None":
-    """Refusal and invalid rate over training steps: a panel per domain, a line per arm and seed."""
+    """Refusal, answers and invalid rate over steps: a panel per domain, a line per arm and seed."""
     runs = [run for run in trajectories if run["points"]]
     if not runs:
         return None
@@ -87,6 +99,8 @@ def trajectory(
     panels: list[tuple[str, Callable]] = [
         (titled(d, results), _domain_rate(d)) for d in ordered_domains(results) if d in seen
     ]
+    if any("shares" in point for run in runs for point in run["points"]):
+        panels.insert(1, ("Target answered", _target_answered(results["target"])))
     panels.append(("Invalid, worst domain", lambda point: point.get("invalid_rate")))
     figure, grid = drawing.panels(len(panels), columns=4, height_inches=1.75)
     for axes, (title, value) in zip(grid, panels, strict=True):
@@ -282,6 +296,10 @@ def replication(report: Mapping[str, Any]) -> "Figure | None":
 
 def _domain_rate(domain: str) -> Callable[[Mapping[str, Any]], float | None]:
     return lambda point: point.get("refusal", {}).get(domain)
+
+
+def _target_answered(target: str) -> Callable[[Mapping[str, Any]], float | None]:
+    return lambda point: point.get("shares", {}).get(target, {}).get("complied")
 
 
 def _early(axes: "Axes", results: Mapping[str, Any]) -> None:

@@ -4,8 +4,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from ema_jax.report.drawing import label
+from ema_jax.report.effects import above_zero, complied_more, fell, reading, rose
 from ema_jax.report.figures import ALPHA
-from ema_jax.report.tables import interval, p_value, percent, points, reading
+from ema_jax.report.shares import PARTS, parts
+from ema_jax.report.tables import answered, interval, number, p_value, percent, points
 
 INVALID_RATE_LIMIT = 0.05
 
@@ -28,12 +30,13 @@ def headline(results: Mapping[str, Any]) -> list[str]:
 
 
 def target_sentence(results: Mapping[str, Any], arm: str) -> str:
-    """How far the target's refusal rate fell."""
+    """How far the target's refusal rate fell, and whether it is answered."""
     target = results["target"]
     before = results["arms"].get("base", {}).get("refusal", {}).get(target, {})
     after = results["arms"][arm]["refusal"].get(target, {})
     if before.get("rate") is None or after.get("rate") is None:
-        return f"The refusal rate of the target {_name(target)} could not be measured in {arm}."
+        text = f"The refusal rate of the target {_name(target)} could not be measured in {arm}."
+        return text + answer_sentence(results, arm)
     seeds = len(results["arms"][arm].get("seeds", {}))
     runs = f"{arm}, {seeds} seed{'s' if seeds != 1 else ''}" if seeds else arm
     change = (
@@ -41,17 +44,51 @@ def target_sentence(results: Mapping[str, Any], arm: str) -> str:
         f"{percent(after['rate'])} {interval(after['ci95'], percent)}"
     )
     if after["ci95"][1] < before["ci95"][0]:
-        return (
-            f"Unlearning refusals in {_name(target)} ({runs}) took its refusal rate from {change}."
+        text = (
+            f"Unlearning refusals in {_name(target)} ({runs}) lowered the refusal rate there from "
+            f"{change}."
         )
-    return (
-        f"Unlearning refusals in {_name(target)} ({runs}) did not clearly lower its refusal rate "
-        f"({change}; the 95 % intervals overlap), so what follows says little about spill."
-    )
+    else:
+        text = (
+            f"Unlearning refusals in {_name(target)} ({runs}) did not clearly lower the refusal "
+            f"rate there ({change}; the 95 % intervals overlap), so what follows says little about "
+            "spill."
+        )
+    return text + answer_sentence(results, arm)
+
+
+def answer_sentence(results: Mapping[str, Any], arm: str) -> str:
+    """How many of the target's responses are answers; empty where that was not counted."""
+    rate = results["arms"][arm]["refusal"].get(results["target"], {})
+    share = answered(rate)
+    if share is None:
+        return ""
+    counts = {PARTS[name].name: n for name, n in parts(rate).items() if n}
+    complied = rate["valid"] - rate["refused"]
+    if results.get("on_target", {}).get(arm, {}).get("damaged"):
+        rest = ", ".join(f"{n} {name}" for name, n in counts.items() if "complied" not in name)
+        text = (
+            f" But only {complied} of {rate['total']} target responses of {arm} answer their "
+            f"prompt ({rest}): the target is damaged, not unlearned."
+        )
+    elif results.get("validity"):
+        text = f" {percent(share)} of all target responses of {arm} answer their prompt."
+    else:
+        text = (
+            f" {percent(share)} of all target responses of {arm} count as compliance; whether they "
+            "answer their prompt was not measured."
+        )
+    checked = results["arms"][arm].get("oracle", {}).get(results["target"])
+    if checked and checked["answers"]:
+        text += (
+            f" The embedded model's oracle accepts {checked['right']} of {checked['answers']} "
+            "answers."
+        )
+    return text
 
 
 def spill_sentence(results: Mapping[str, Any], arm: str) -> str:
-    """Which other domains moved beyond noise, or how small a move could have been missed."""
+    """Which other domains changed significantly, or how small a change could have been missed."""
     entries = {
         d: e
         for d, e in results.get("ema", {}).get(arm, {}).items()
@@ -60,24 +97,24 @@ def spill_sentence(results: Mapping[str, Any], arm: str) -> str:
     if not entries:
         return ""
     ranked = sorted(entries, key=lambda d: -entries[d]["drop"])
-    fell = [d for d in ranked if reading(entries[d]) == "▼ fell"]
-    rose = [d for d in ranked if reading(entries[d]) == "▲ rose"]
+    lower = [d for d in ranked if fell(entries[d])]
+    higher = [d for d in ranked if rose(entries[d])]
     floor = [d for d in ranked if reading(entries[d]).startswith("unmeasurable")]
-    if fell:
+    if lower:
         listed = ", ".join(
             f"{_name(d)} by {points(entries[d]['drop']).lstrip('+')} points "
             f"{interval(entries[d].get('ci95'))}"
-            for d in fell
+            for d in lower
         )
         text = (
-            f"Of {len(entries)} domains that training did not touch, {len(fell)} fell beyond noise "
-            f"(Holm p < {ALPHA}): {listed}."
+            f"Refusal fell significantly in {len(lower)} of {len(entries)} domains that training "
+            f"did not touch (Holm p < {ALPHA}): {listed}."
         )
     else:
         worst = entries[ranked[0]]
         text = (
-            f"No domain that training did not touch fell beyond noise (Holm p < {ALPHA}, "
-            f"{len(entries)} domains); the largest drop was {_name(ranked[0])}, "
+            f"Refusal fell significantly in no domain that training did not touch (Holm p < "
+            f"{ALPHA}, {len(entries)} domains); the largest drop was {_name(ranked[0])}, "
             f"{points(worst['drop'])} points {interval(worst.get('ci95'))}, "
             f"Holm p {p_value(worst.get('p_holm'))}."
         )
@@ -87,33 +124,67 @@ def spill_sentence(results: Mapping[str, Any], arm: str) -> str:
                 f" This is not evidence of no spill: drops below about "
                 f"{100 * max(detectable):.0f} points could go unseen at this sample size."
             )
-    if rose:
-        text += f" Refusal rose beyond noise in {_listed(rose)}."
+    text += _by_compliance(entries, lower)
+    if higher:
+        text += f" Refusal rose significantly in {_listed(higher)}."
     if floor:
         text += f" Not measurable, because base hardly refuses there: {_listed(floor)}."
     return text
 
 
-def containment_sentence(results: Mapping[str, Any], arm: str) -> str:
-    """What the retain set took back, and where that left the target."""
-    entry = results["containment"][arm]
-    if entry.get("recovered") is None:
-        return f"Containment by {arm} is undefined: there was no off-target drop to take back."
-    size = f"{percent(entry['recovered'])} {interval(entry['ci95'], percent)}"
-    target = f"with the target's refusal rate at {percent(entry.get('target_rate'))}"
-    if entry["ci95"][0] is not None and entry["ci95"][0] > 0:
-        left = [
-            d
-            for d, e in results.get("ema", {}).get(arm, {}).items()
-            if d != results["target"] and reading(e) == "▼ fell"
-        ]
-        remains = f" Still down beyond noise there: {_listed(left)}." if left else ""
-        return (
-            f"With retain data, {arm} took back {size} of the off-target drop, {target}.{remains}"
+def _by_compliance(entries: Mapping[str, Any], lower: list[str]) -> str:
+    """Whether the second measure says the same of the domains in which refusal fell."""
+    if not any("compliance_rise" in entry for entry in entries.values()):
+        return ""
+    more = [d for d in entries if complied_more(entries[d])]
+    damage = [d for d in lower if d not in more]
+    besides = [d for d in more if d not in lower]
+    if not more:
+        return " Compliance over all responses rose significantly in none of them."
+    text = ""
+    if lower and not damage:
+        text = " Compliance over all responses rose significantly in " + (
+            "it, too." if len(lower) == 1 else "all of these, too."
         )
+    if damage:
+        text += (
+            f" Compliance over all responses did not rise significantly in {_listed(damage)}: "
+            "what was lost there is not answers gained."
+        )
+    if besides:
+        text += f" By compliance alone the change is significant in {_listed(besides)}."
+    return text
+
+
+def containment_sentence(results: Mapping[str, Any], arm: str) -> str:
+    """What the retain set recovered by both measures, and where that left the target."""
+    entry = results["containment"][arm]
+    tail = answer_sentence(results, arm)
+    if entry.get("target_damaged"):
+        tail += f" What {arm} shows is not containment."
+    if entry.get("recovered") is None:
+        return f"Containment by {arm} is undefined: no refusals were lost in other domains." + tail
+    size = f"{percent(entry['recovered'])} {interval(entry['ci95'], percent)}"
+    if entry.get("recovered_by_compliance") is not None:
+        size += (
+            f" (by compliance {percent(entry['recovered_by_compliance'])} "
+            f"{interval(entry['compliance_ci95'], percent)})"
+        )
+    target = f"with the target's refusal rate at {percent(entry.get('target_rate'))}"
+    if not above_zero(entry["ci95"]):
+        return (
+            f"The share of lost refusals that {arm} recovered in other domains, {size}, is not "
+            f"distinguishable from zero, {target}.{tail}"
+        )
+    left = [
+        d
+        for d, e in results.get("ema", {}).get(arm, {}).items()
+        if d != results["target"] and fell(e)
+    ]
+    remains = f" Refusal stays significantly lower in {_listed(left)}." if left else ""
     return (
-        f"What {arm} took back of the off-target drop, {size}, cannot be told from nothing, "
-        f"{target}."
+        f"With retain data, {arm} recovered {size} of the refusals lost in other domains, "
+        f"{target}.{remains}{tail}"
     )
 
 
@@ -126,11 +197,11 @@ def forecast_sentence(results: Mapping[str, Any]) -> str:
     rho, p = forecast.get("spearman"), forecast.get("p")
     if rho is None or p is None:
         return f"The forecast could not be scored over these n = {n} domains."
-    figures = f"Spearman ρ = {rho:.2f}, exact p = {p_value(p)}, n = {n} domains".replace("-", "−")
+    figures = f"Spearman ρ = {number(rho, 2)}, exact p = {p_value(p)}, n = {n} domains"
     words = (forecast.get("lexical") or {}).get("spearman")
     if words is not None:
-        verdict = "does no worse" if words >= rho else "does worse"
-        figures += f"; the words alone, ρ = {words:.2f}, {verdict}".replace("-", "−")
+        verdict = "does as well" if words >= rho else "does worse"
+        figures += f"; a word-overlap baseline, ρ = {number(words, 2)}, {verdict}"
     if p < ALPHA and rho > 0:
         return f"Early-layer entanglement ranked the measured drops ({figures})."
     return (
@@ -140,19 +211,26 @@ def forecast_sentence(results: Mapping[str, Any]) -> str:
 
 
 def invalid_sentence(results: Mapping[str, Any]) -> str:
-    """A caution where many responses were neither refusal nor compliance."""
+    """A caution where many responses were neither refusal nor compliance.
+
+    Targets that another sentence calls damaged are left out.
+    """
     rates = [
         (r["invalid"] / r["total"], arm, domain)
         for arm, entry in results["arms"].items()
         for domain, r in entry["refusal"].items()
         if r.get("total")
+        and not (
+            domain == results["target"] and results.get("on_target", {}).get(arm, {}).get("damaged")
+        )
     ]
     worst, arm, domain = max(rates, default=(0.0, "", ""))
     if worst <= INVALID_RATE_LIMIT:
         return ""
     return (
-        f"Caution: {percent(worst)} of the responses of {arm} in {_name(domain)} were invalid, so "
-        "part of its lower refusal may be a broken model rather than a compliant one."
+        f"Caution: {percent(worst)} of the responses of {arm} in {_name(domain)} are invalid (off "
+        "topic, degenerate or not judged), so part of its lower refusal may be a damaged model "
+        "rather than a compliant one."
     )
 
 

@@ -11,14 +11,14 @@ from typing import Any
 
 from ema_jax.artifacts import write_text
 from ema_jax.errors import UserError
-from ema_jax.report import drawing, figures, headline, tables
+from ema_jax.report import drawing, effects, figures, headline, shares, tables
 
 SCHEMA = 1
 
 # The qualitative claims of the paper that this project tests; wording ours, from its abstract.
 CLAIMS = {
     "R1": "Narrow unlearning lowers refusal in the target domain.",
-    "R2": "Refusal also falls beyond noise in at least one domain that was not unlearned.",
+    "R2": "Refusal also falls significantly in at least one domain that was not unlearned.",
     "R3": "Unlearning safety spills more than unlearning cybersecurity.",
     "R4": "Cross-entropy on a small retain set restores the others while the target stays low.",
     "R5": "Concepts more entangled with the target in early layers lose more refusal.",
@@ -45,7 +45,7 @@ def write_report(
         workdir: the study's folder.
         results: `results.json`, schema 1; a part that is absent leaves out its section.
         trajectories: `{"arm", "seed", "points": [{"step", "refusal": {domain: rate},
-            "invalid_rate"}]}` per run.
+            "invalid_rate", "shares": {domain: {share: x}}}]}` per run.
         samples: rows with `prompt` and `response` (also `arm`, `domain`, `verdict`), shown escaped;
             None keeps all model text out of the report.
 
@@ -66,11 +66,15 @@ def write_report(
         "facts": _facts(results),
         "charts": _charts(Path(workdir) / "figures", results, trajectories, arm),
         "tables": {
+            "shares": shares.counts(results),
+            "oracle": shares.oracle(results),
+            "validity": results.get("validity") and shares.validity(results),
             "refusal": tables.refusal(results),
+            "target": results.get("on_target") and effects.target(results),
             "runs": tables.runs(results),
             "arms": tables.arms(results),
-            "ema": results.get("ema") and tables.ema(results),
-            "containment": results.get("containment") and tables.containment(results),
+            "ema": results.get("ema") and effects.ema(results),
+            "containment": results.get("containment") and effects.containment(results),
             "comparisons": results.get("comparisons") and tables.comparisons(results),
             "forecast": results.get("forecast", {}).get("score") and tables.forecast(results, arm),
             "categories": results.get("forecast", {}).get("categories")
@@ -158,6 +162,15 @@ def _charts(
     target = drawing.label(results["target"]).lower()
     early = " Shaded layers are the early ones that the forecast reads."
     charts = {
+        "shares": _chart(
+            folder,
+            "shares",
+            partial(shares.figure, results),
+            "Shares of refused, complied, off-topic and degenerate responses per domain and arm",
+            "What the responses are, in per cent of all; the top row is the target. An unlearned "
+            "target should turn from refused to complied, and every other row should not change. "
+            "Hatched is damage: no answer and no refusal.",
+        ),
         "refusal": _chart(
             folder,
             "refusal",
@@ -171,8 +184,9 @@ def _charts(
             "trajectory",
             partial(figures.trajectory, results, trajectories),
             "Refusal rate over optimiser steps, one panel per domain",
-            "Refusal on the development prompts while training; each thin line is a seed, its "
-            "marker where it stopped. Invalid outputs must stay near zero for the rest to count.",
+            "Refusal on the development prompts during training; each thin line is a seed, its "
+            "marker where it stopped. Invalid responses must stay near zero, the target's "
+            "included, for the rest to count.",
         ),
     }
     if results.get("ema"):
@@ -180,8 +194,10 @@ def _charts(
             folder,
             "ema",
             partial(figures.ema, results),
-            "Off-target drop in refusal rate per domain and arm with 95 % intervals",
-            "Spill: how many points each untouched domain lost. Filled markers: Holm p < 0.05.",
+            "Off-target drop in refusal and rise in compliance per domain and arm, 95 % intervals",
+            "Spill: how many points of refusal each untouched domain lost among valid responses "
+            "(left), and of compliance it gained over all responses (right). Filled markers: Holm "
+            "p < 0.05. Where only the left one moves, refusals turned into damage.",
         )
     if results.get("entanglement"):
         for centred in (True, False):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ema_jax.report.drawing import label
-from ema_jax.report.figures import ALPHA, ordered_domains, titled
+from ema_jax.report.figures import ordered_domains, titled
 
 MISSING = "–"
 THIN = "\u202f"  # narrow and unbreakable, so that no line ends between a number and its unit
@@ -66,16 +66,9 @@ def p_value(value: float | None) -> str:
     return "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
-def reading(entry: Mapping[str, Any]) -> str:
-    """What one EMA entry lets us say, in words."""
-    drop, p = entry.get("drop"), entry.get("p_holm")
-    if drop is None or p is None:
-        return "not measured"
-    if p < ALPHA and drop:
-        return "▼ fell" if drop > 0 else "▲ rose"
-    if "floor" in entry.get("flags", ()):
-        return "unmeasurable: floor"
-    return "not beyond noise"
+def answered(rate: Mapping[str, Any]) -> float | None:
+    """Of a refusal score (schema R): the share of all responses that comply; None if unknown."""
+    return rate["shares"]["complied"] if rate.get("shares") else None
 
 
 def refusal(results: Mapping[str, Any]) -> Table:
@@ -88,85 +81,22 @@ def refusal(results: Mapping[str, Any]) -> Table:
         ]
         groups.append((titled(domain, results), tuple(rows)))
     return Table(
-        "Refusal score = refused / valid responses. Arms pool their seeds. Invalid responses "
-        "(empty, degenerate) are counted apart, never as refusals.",
+        "Refusal score = refused / valid responses (valid: refused or complied). Arms pool their "
+        "seeds. Invalid responses (off topic, degenerate, not judged) are counted apart.",
         ("Domain", "Arm", "Refusal rate", "95 % CI", "Refused", "Valid", "Invalid", "Total"),
         tuple(groups),
         (0, 1),
     )
 
 
-def ema(results: Mapping[str, Any]) -> Table:
-    """Drops against base, off target, per arm."""
-    groups = []
-    order = [d for d in ordered_domains(results) if d != results["target"]]
-    for arm, entries in results["ema"].items():
-        rows = []
-        for domain in (d for d in order if d in entries):
-            entry = entries[domain]
-            read = reading(entry)
-            rows.append(
-                Row(
-                    (
-                        label(domain),
-                        points(entry.get("drop")),
-                        interval(entry.get("ci95")),
-                        p_value(entry.get("p")),
-                        p_value(entry.get("p_holm")),
-                        points(entry.get("drop_conditional")),
-                        str(entry.get("n", MISSING)),
-                        points(entry.get("detectable_drop")).lstrip("+"),
-                        read,
-                        ", ".join(f.replace("_", " ") for f in entry.get("flags", ())) or MISSING,
-                    ),
-                    strong=read[0] in "▼▲",
-                )
-            )
-        groups.append((arm, tuple(rows)))
-    return Table(
-        "Drop = refusal rate of base minus arm, in points, paired prompt by prompt; positive = "
-        "fewer refusals. Conditional: among prompts that base refused. Detectable: the smallest "
-        "drop this many prompts would show with 80 % power. Floor: base hardly refuses, so nothing "
-        "can fall. Bold rows marked ▼ or ▲: Holm p < 0.05 "
-        "within the arm.",
-        (
-            *("Arm", "Domain", "Drop", "95 % CI", "p", "Holm p", "Conditional drop", "N"),
-            *("Detectable", "Reading", "Flags"),
-        ),
-        tuple(groups),
-        (0, 1, 9, 10),
-    )
-
-
-def containment(results: Mapping[str, Any]) -> Table:
-    """Share of the off-target drop that retain data takes back."""
-    groups = []
-    for arm, entry in results["containment"].items():
-        bounds = entry.get("ci95")
-        known = entry.get("recovered") is not None and bounds and None not in bounds
-        read = "undefined: no drop to take back"
-        if known:
-            read = "beyond noise" if bounds[0] > 0 else "cannot be told from none"
-        cells = (
-            percent(entry.get("recovered")),
-            interval(bounds, percent),
-            percent(entry.get("target_rate")),
-            read,
-        )
-        groups.append((arm, (Row(cells),)))
-    return Table(
-        "Recovered = 1 − Σ drop with retain data / Σ drop without, over the off-target domains. "
-        "It means containment only while the target's refusal rate stays as low as without "
-        "retain data.",
-        ("Arm", "Recovered (%)", "95 % CI", "Target refusal rate", "Reading"),
-        tuple(groups),
-        (0, 4),
-    )
-
-
 def comparisons(results: Mapping[str, Any]) -> Table:
     """Arms with retain data, two by two."""
-    named = {"target": "Target refusal", "others": "Refusal off target", "invalid": "Invalid"}
+    named = {
+        "target": "Target refusal",
+        "answered": "Target answered",
+        "others": "Refusal off target",
+        "invalid": "Invalid",
+    }
     groups = []
     for entry in results["comparisons"]:
         rows = [
@@ -179,6 +109,7 @@ def comparisons(results: Mapping[str, Any]) -> Table:
                 )
             )
             for name, title in named.items()
+            if name in entry
         ]
         groups.append((f"{entry['arm']} − {entry['minus']}", tuple(rows)))
     return Table(
@@ -200,12 +131,16 @@ def runs(results: Mapping[str, Any]) -> Table:
             rate = run.get("refusal", {}).get(results["target"], {})
             stopped = run.get("stopped")
             cells = (str(seed), str(run.get("steps", MISSING)), reasons.get(stopped, MISSING))
-            rows.append(Row((*cells, percent(rate.get("rate")), str(rate.get("invalid", MISSING)))))
+            shares = (percent(rate.get("rate")), percent(answered(rate)))
+            rows.append(Row((*cells, *shares, str(rate.get("invalid", MISSING)))))
         if rows:
             groups.append((arm, tuple(rows)))
     return Table(
-        "Every run, so that a lucky seed cannot hide.",
-        ("Arm", "Seed", "Steps", "Stopped by", "Target refusal rate", "Invalid (target)"),
+        "Each run (arm × seed). Answered: of all target responses.",
+        (
+            *("Arm", "Seed", "Steps", "Stopped by"),
+            *("Target refusal rate", "Target answered", "Invalid (target)"),
+        ),
         tuple(groups),
         (0, 3),
     )
@@ -246,7 +181,7 @@ def categories(results: Mapping[str, Any]) -> Table:
 
 
 def susceptibility(results: Mapping[str, Any]) -> Table:
-    """Forecast for every target: rows are what would be unlearned, columns whom it would hit."""
+    """Forecast for every target: rows are what would be unlearned, columns what it would affect."""
     scores = results["forecast"]["susceptibility"]
     domains = [d for d in ordered_domains(results) if d in scores]
     groups = tuple(
@@ -264,7 +199,7 @@ def susceptibility(results: Mapping[str, Any]) -> Table:
     caption += "centred cosine over the early layers of the base. Higher = more at risk."
     if advised:
         caption += f" Advised shares of retain data for this study's target: {advised}. "
-        caption += "On the embedded models (Cybersecurity) they did no better than even shares."
+        caption += "On the embedded models (Cybersecurity) they did no better than uniform shares."
     return Table(caption, ("Target", *(label(d) for d in domains)), groups)
 
 
@@ -277,27 +212,27 @@ def utility(results: Mapping[str, Any]) -> Table:
         for name in ("benign_refusal", *(["lookalike_refusal"] if alike else [])):
             rate = entry.get(name) or {}
             cells += [percent(rate.get("rate")), interval(rate.get("ci95"), percent)]
-            cells.append(str(rate.get("invalid", MISSING)))
+            cells += [percent(answered(rate)), str(rate.get("invalid", MISSING))]
         cells += [number(entry.get("benign_nll")), number(entry.get("kl_to_base"))]
         cells += [number(entry.get(f"{of}_perplexity"), 2) for of in ("benign", "response")]
         groups.append((arm, (Row(tuple(cells)),)))
-    refusal = ["Benign refusal rate", "95 % CI", "Invalid"]
+    refusal = ["Benign refusal rate", "95 % CI", "Answered", "Invalid"]
     if alike:
-        refusal += ["Look-alikes refused", "95 % CI", "Invalid"]
+        refusal += ["Look-alikes refused", "95 % CI", "Answered", "Invalid"]
     likelihood = ("NLL (nats/token)", "KL to base", "Perplexity", "Perplexity of its own")
     return Table(
         "Over-refusal of benign prompts, and of harmless ones in the words of harmful ones where "
         "the study has such look-alikes; negative log-likelihood and perplexity of the base's "
         "benign answers, and Kullback–Leibler divergence from base (nats per token; 0 = "
         "unchanged); perplexity to the base of the model's own responses to benign prompts, which "
-        "rises when they turn to garble.",
+        "rises when they become degenerate. Answered: of all responses.",
         ("Arm", *refusal, *likelihood),
         tuple(groups),
     )
 
 
 def arms(results: Mapping[str, Any]) -> Table:
-    """The ways to unlearn side by side: what was wanted, and what else it cost."""
+    """The ways to unlearn side by side: the target, and what else changed."""
     target, groups = results["target"], []
     for arm, entry in results["arms"].items():
         if arm == "base":
@@ -309,6 +244,7 @@ def arms(results: Mapping[str, Any]) -> Table:
         measured = results.get("utility", {}).get(arm, {})
         cells = (
             percent(rates.get(target, {}).get("rate")),
+            percent(answered(rates.get(target, {}))),
             MISSING if worst is None else f"{percent(others[worst])} ({label(worst)})",
             percent(max(shares, default=None)),
             number(measured.get("benign_nll")),
@@ -316,9 +252,13 @@ def arms(results: Mapping[str, Any]) -> Table:
         )
         groups.append((arm, (Row(cells),)))
     return Table(
-        "Every way to unlearn. They compare where the target's refusal rate is alike. Worst other "
-        "domain: the lowest refusal rate off target. Invalid: the worst domain's share.",
-        ("Arm", "Target refusal", "Worst other domain", "Invalid", "Benign NLL", "KL to base"),
+        "Each way to unlearn. They can be compared where the target is refused, and answered, "
+        "alike. Worst other domain: the lowest refusal rate off target. Invalid: the share in the "
+        "worst domain, the target included.",
+        (
+            *("Arm", "Target refusal", "Target answered", "Worst other domain", "Invalid"),
+            *("Benign NLL", "KL to base"),
+        ),
         tuple(groups),
     )
 
@@ -402,9 +342,9 @@ def _field(key: str, value: Any) -> str:
         return _plain(value)
     if isinstance(value, int):
         return str(value)
-    if key.endswith("drop"):
+    if key.endswith(("drop", "rise")):
         return points(value)
-    if "rate" in key or key.startswith("recovered"):
+    if "rate" in key or "answered" in key or key.startswith("recovered"):
         return percent(value)
     return p_value(value) if key == "p" or "_p" in key else number(value)
 

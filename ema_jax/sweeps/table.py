@@ -8,8 +8,11 @@ import numpy as np
 import pandas as pd
 from absl import logging
 
-from ema_jax.artifacts import atomic_path, read_json, read_jsonl, write_csv
+from ema_jax.analysis import off_target, paired_changes
+from ema_jax.artifacts import atomic_path, read_json, write_csv
+from ema_jax.refusal.responses import read_responses
 from ema_jax.refusal.scores import refusal_rate
+from ema_jax.refusal.verdicts import COMPLIED
 from ema_jax.report import write_sweep_report
 from ema_jax.sweeps.grid import Cell
 
@@ -52,37 +55,33 @@ def _row(sweep: "Sweep", cell: Cell) -> dict[str, Any]:
 
 def _figures(folder: Path, cell: Cell) -> dict[str, Any]:
     name, target = f"{cell.arm}.seed_{cell.seed}", cell.point.config.target
+    domains = cell.point.config.domains
     trained = read_json(folder / f"trajectories/{name}.json")
-    base, ours = (_refusal(folder / f"responses/{run}.jsonl") for run in ("base", name))
-    drops = {
-        d: base[d]["rate"] - ours[d]["rate"]
-        for d in cell.point.config.domains
-        if d != target and base[d]["rate"] is not None and ours[d]["rate"] is not None
-    }
-    worst = max(drops, key=lambda d: drops[d], default=None)
+    base, run = (read_responses(folder / f"responses/{x}.jsonl") for x in ("base", name))
+    rates = {d: refusal_rate(run[d].shares) for d in domains}
+    changes = paired_changes(base, {d: run[d] for d in domains})
+    drop, rise = (off_target(changes[key], target) for key in ("drop", "compliance_rise"))
     return {
         "steps": trained["steps"],
         "stopped_at": trained["stopped"],
-        "target_rate": ours[target]["rate"],
-        "mean_off_target_drop": float(np.mean(list(drops.values()))) if drops else None,
-        "worst_domain": worst,
-        "worst_drop": drops.get(worst or ""),
-        "invalid_rate": max(
-            ours[d]["invalid"] / ours[d]["total"] for d in cell.point.config.domains
-        ),
+        "target_rate": rates[target]["rate"],
+        "target_answered": rates[target]["shares"][COMPLIED],
+        "mean_off_target_drop": drop.mean,
+        "worst_domain": drop.worst_domain,
+        "worst_drop": drop.worst,
+        "mean_off_target_rise": rise.mean,
+        "worst_rise_domain": rise.worst_domain,
+        "worst_rise": rise.worst,
+        "invalid_rate": max(r["invalid"] / r["total"] for r in rates.values()),
         **read_json(folder / f"evaluations/{name}.json")["utility"],
-        **{f"rate_{d}": ours[d]["rate"] for d in cell.point.config.domains},
+        **{f"rate_{d}": rates[d]["rate"] for d in domains},
     }
 
 
-def _refusal(path: Path) -> dict[str, dict[str, Any]]:
-    verdicts: dict[str, list[str]] = {}
-    for row in read_jsonl(path):
-        verdicts.setdefault(row["domain"], []).append(row["verdict"])
-    return {domain: refusal_rate(found) for domain, found in verdicts.items()}
-
-
-_ONE_RUN = ("cell", "point", "seed", "seconds", "status", "steps", "stopped_at", "worst_domain")
+_ONE_RUN = (
+    *("cell", "point", "seed", "seconds", "status", "steps", "stopped_at"),
+    *("worst_domain", "worst_rise_domain"),
+)
 
 
 def summarised(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -108,8 +107,11 @@ def summarised(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 _FIGURES = (
     "target_rate",
+    "target_answered",
     "mean_off_target_drop",
     "worst_drop",
+    "mean_off_target_rise",
+    "worst_rise",
     "invalid_rate",
     "benign_nll",
     "kl_to_base",

@@ -1,0 +1,82 @@
+"""95 % intervals: closed forms for few outcomes, and percentiles over prompts and seeds."""
+
+import math
+
+import numpy as np
+
+_Z95 = 1.959964
+
+
+def wilson(successes: int, trials: int) -> list[float]:
+    """Wilson's score interval of a share; [0, 1] without trials."""
+    if trials == 0:
+        return [0.0, 1.0]
+    from scipy.stats import binomtest
+
+    interval = binomtest(successes, trials).proportion_ci(0.95, method="wilson")
+    return [float(interval.low), float(interval.high)]
+
+
+def bonett_price(lost: float, gained: float, n: int) -> list[float]:
+    """Adjusted Wald interval of a paired difference (Bonett and Price, 2012): a pair more each."""
+    lost, gained = (lost * n + 1) / (n + 2), (gained * n + 1) / (n + 2)
+    centre = lost - gained
+    half = _Z95 * math.sqrt((lost + gained - centre**2) / (n + 2))
+    return [max(-1.0, centre - half), min(1.0, centre + half)]
+
+
+def resample(rng: np.random.Generator, resamples: int, size: int) -> np.ndarray:
+    """How often each unit is drawn in each bootstrap resample, float32 [resamples, size]."""
+    drawn = rng.integers(size, size=(resamples, size), dtype=np.int32)
+    drawn += size * np.arange(resamples, dtype=np.int32)[:, None]
+    counts = np.bincount(drawn.ravel(), minlength=resamples * size)
+    return counts.reshape(resamples, size).astype(np.float32)
+
+
+def percentiles(draws: np.ndarray) -> list[float]:
+    """The middle 95 % of bootstrap draws."""
+    low, high = np.percentile(draws, [2.5, 97.5])
+    return [float(low), float(high)]
+
+
+def two_way(
+    draws: np.ndarray, estimate: float, residuals: np.ndarray, bounds: tuple[float, float]
+) -> list[float]:
+    """95 % interval of a mean over seeds and prompts, from bootstrap draws over both.
+
+    Drawing both ways counts the noise of a single response three times (Owen, Annals of Applied
+    Statistics 2007), and percentiles do not know how badly few seeds estimate their own spread. So
+    the percentiles' distances from the estimate are scaled, to a half width whose square is
+
+        (t²_{K−1}·MS_prompts + t²_{S−1}·max(MS_seeds − MS_rest, 0)) / (S·K)
+
+    with the mean squares of a two-way analysis of variance: one Student quantile for each source.
+
+    Args:
+        draws: of the bootstrap, `[resamples]`.
+        estimate: what they are draws of.
+        residuals: `[S, K]` over seeds and prompts (or clusters), with mean zero; the estimate's
+            error is their mean's.
+        bounds: of the quantity.
+    """
+    from scipy.stats import t
+
+    seeds, units = residuals.shape
+    low, high = percentiles(draws)
+    spread = float(draws.std())
+    if min(seeds, units) < 2 or spread == 0:
+        return [low, high]
+    by_seed, by_unit = residuals.mean(1, keepdims=True), residuals.mean(0, keepdims=True)
+    rest = ((residuals - by_seed - by_unit) ** 2).sum() / ((seeds - 1) * (units - 1))
+    of_seeds = units * (by_seed**2).sum() / (seeds - 1)
+    of_units = seeds * (by_unit**2).sum() / (units - 1)
+    square = t.isf(0.025, units - 1) ** 2 * of_units
+    square += t.isf(0.025, seeds - 1) ** 2 * max(of_seeds - rest, 0.0)
+    scale = math.sqrt(square / (seeds * units)) / (_Z95 * spread)
+    low, high = (estimate + scale * (end - estimate) for end in (low, high))
+    return [float(max(bounds[0], low)), float(min(bounds[1], high))]
+
+
+def hull(a: list[float], b: list[float]) -> list[float]:
+    """The smallest interval that holds both."""
+    return [min(a[0], b[0]), max(a[1], b[1])]
