@@ -1,11 +1,12 @@
 """What an intervention took from each domain's concept: projection, length, angle and probe."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
+from ema_jax.concepts.ranks import auroc
 from ema_jax.concepts.vectors import CONTRAST, Activations, LayerVectors
 from ema_jax.errors import UserError
 
@@ -99,18 +100,26 @@ def probe_auroc(
             for name in (domain, contrast)
         }
         direction = mean[domain] - mean[contrast]
-        scores = {
-            name: np.einsum("nld,ld->ln", arm_activations[name][halves[name][held_out]], direction)
-            for name in (domain, contrast)
-        }
-        folds.append(auroc(scores[domain], scores[contrast]))
+        rows = {name: arm_activations[name][halves[name][held_out]] for name in mean}
+        scores = {name: np.einsum("nld,ld->ln", x, direction) for name, x in rows.items()}
+        noise = np.max([_score_noise(x, direction, mean.values()) for x in rows.values()], axis=0)
+        folds.append(auroc(scores[domain], scores[contrast], noise))
     return np.mean(folds, axis=0)
 
 
-def auroc(positive: np.ndarray, negative: np.ndarray) -> np.ndarray:
-    """Share of pairs ranked rightly, ties half: `[layers, n]`, `[layers, m]` to `[layers]`."""
-    difference = positive[:, :, None] - negative[:, None, :]
-    return (np.sign(difference).mean(axis=(1, 2)) + 1) / 2
+def _score_noise(
+    x: Float[np.ndarray, "n layers d"],
+    direction: Float[np.ndarray, "layers d"],
+    means: Iterable[Float[np.ndarray, "layers d"]],
+) -> Float[np.ndarray, " layers"]:
+    """How far rounding may move a projection of rows on a direction, a difference of means.
+
+    The rows are known to the precision of their type; the direction to that of its means, which may
+    be all that it consists of where they are equal.
+    """
+    known = np.finfo(np.result_type(x, np.float32)).eps * np.abs(direction)
+    known += 8 * np.finfo(np.float64).eps * np.sum([np.abs(mean) for mean in means], axis=0)
+    return np.einsum("nld,ld->ln", np.abs(x), known).max(axis=1)
 
 
 class RankedErasure(NamedTuple):

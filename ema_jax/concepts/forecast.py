@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Float
 
 from ema_jax.concepts.entanglement import Entanglement
+from ema_jax.concepts.ranks import centred_ranks
 from ema_jax.concepts.vectors import Activations, concept_vectors
 from ema_jax.errors import UserError
 
@@ -24,6 +25,7 @@ CATEGORY_PROMPTS = 8  # for its vector, and for its measured drop: fewer tell no
 _EXACT_UP_TO = 8
 _SAMPLED_PERMUTATIONS = 100_000
 _RESAMPLES = 10_000
+_DIGITS = 9  # of scores and shares that are compared; the rest is rounding
 
 
 def early_layers(num_layers: int) -> range:
@@ -184,8 +186,6 @@ def pooled_interval(
     Returns:
       None with fewer than two seeds, or where no cell can be scored.
     """
-    from scipy.stats import rankdata
-
     rng, drawn = np.random.default_rng(0), []
     for forecast, runs in cells:
         known = [d for d in forecast if runs and all(run.get(d) is not None for run in runs)]
@@ -196,7 +196,7 @@ def pooled_interval(
             return None
         measured = np.array([[run[d] for d in known] for run in runs], np.float64)
         mean = measured[rng.integers(0, len(runs), (_RESAMPLES, len(runs)))].mean(1)
-        ranks = rankdata(mean, axis=1) - (len(known) + 1) / 2
+        ranks = centred_ranks(mean)
         length = np.linalg.norm(ranks, axis=1)
         # All equal: no order, which is no agreement.
         drawn.append(ranks @ x / np.where(length > 0, length, 1))
@@ -207,9 +207,7 @@ def pooled_interval(
 
 def _standard_ranks(values: np.ndarray) -> np.ndarray | None:
     """Mid-ranks, centred, of unit length; None for a constant."""
-    from scipy.stats import rankdata
-
-    ranks = rankdata(values) - (len(values) + 1) / 2
+    ranks = centred_ranks(values)
     length = np.linalg.norm(ranks)
     return ranks / length if length > 0 else None
 
@@ -228,7 +226,7 @@ def _permutation_p(x: np.ndarray, y: np.ndarray, rho: float) -> float:
 
 def advice(forecast: Mapping[str, float], k: int = 2) -> list[str]:
     """The k domains forecast to be hit hardest: add retain data for these first."""
-    return sorted(forecast, key=lambda d: (-forecast[d], d))[:k]
+    return sorted(forecast, key=lambda d: (-round(forecast[d], _DIGITS), d))[:k]
 
 
 def retain_shares(forecast: Mapping[str, float]) -> dict[str, float]:
@@ -259,6 +257,6 @@ def retain_counts(forecast: Mapping[str, float], budget: int) -> dict[str, int]:
     exact = {d: share * left for d, share in retain_shares(forecast).items()}
     counts = {d: 1 + math.floor(x) for d, x in exact.items()}
     missing = budget - sum(counts.values())
-    for d in sorted(exact, key=lambda d: (math.floor(exact[d]) - exact[d], d))[:missing]:
+    for d in sorted(exact, key=lambda d: (round(counts[d] - exact[d], _DIGITS), d))[:missing]:
         counts[d] += 1
     return counts

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float
 from threadpoolctl import threadpool_limits
 
-from ema_jax.concepts.erasure import auroc
+from ema_jax.concepts.ranks import auroc, signs
 from ema_jax.concepts.vectors import CONTRAST, Activations
 
 _NEWTON_STEPS = 50
@@ -54,19 +54,20 @@ def logistic_probe(
     # longer to meet than these systems to solve, a hundred times longer where cores are shared.
     with threadpool_limits(1, "blas"), ThreadPoolExecutor() as pool:
         found = pool.map(functools.partial(_of_layer, y=y, fold=fold, penalty=penalty), rows)
-        scores, directions = map(np.stack, zip(*found, strict=True))
-    held = [[auroc(*(scores[:, (fold == k) & (y == c)] for c in (1, 0)))] for k in range(folds)]
+        scores, directions, noise = map(np.stack, zip(*found, strict=True))
+    held = [
+        auroc(*(scores[:, (fold == k) & (y == c)] for c in (1, 0)), noise) for k in range(folds)
+    ]
+    correct = signs(scores, noise[:, None]) * (2 * y - 1)  # [L+1, N]; an even chance counts half
     return Probe(
-        ((scores > 0) == (y > 0)).mean(axis=1),
-        np.mean(held, axis=(0, 1)),
-        directions.astype(np.float32),
+        (correct.mean(axis=1) + 1) / 2, np.mean(held, axis=0), directions.astype(np.float32)
     )
 
 
 def _of_layer(
     x: Float[np.ndarray, "N d"], *, y: np.ndarray, fold: np.ndarray, penalty: float
-) -> tuple[Float[np.ndarray, " N"], Float[np.ndarray, " d"]]:
-    """Held-out scores of all prompts, and the direction that all of them give."""
+) -> tuple[Float[np.ndarray, " N"], Float[np.ndarray, " d"], float]:
+    """Held-out scores of all prompts, the direction that all of them give, rounding of a score."""
     scale = np.sqrt(np.square(x).mean()) or 1.0
     x = x / scale
     # All fits happen in the span of the prompts, which holds every solution.
@@ -78,7 +79,11 @@ def _of_layer(
         weights, bias = _fit(z[fold != k], y[fold != k], penalty)
         scores[fold == k] = z[fold == k] @ weights + bias
     weights, _ = _fit(z, y, penalty)
-    return scores, (vectors[:, kept] / np.sqrt(values[kept]) @ weights) @ x / scale
+    direction = (vectors[:, kept] / np.sqrt(values[kept]) @ weights) @ x / scale
+    # Scores are sums of inner products of prompts, each known to the rounding of the largest
+    # eigenvalue, with weights (y - p) / penalty, at most 1 / penalty each.
+    noise = 8 * np.finfo(x.dtype).eps * values[-1] * np.sqrt(len(y)) / penalty
+    return scores, direction, noise
 
 
 def _fit(x: np.ndarray, y: np.ndarray, penalty: float) -> tuple[np.ndarray, float]:

@@ -15,6 +15,8 @@ from jaxtyping import Bool, Float, Int
 
 from ema_jax.concepts.resampling import PairFigures, gram_matrix
 
+_ULPS = 4
+
 
 @partial(jax.jit, static_argnames="sizes")
 def _aurocs(
@@ -35,16 +37,21 @@ def _aurocs(
 
     fits = np.concatenate([(m := means(half))[:D] - m[D] for half in (first, ~first)])  # [2D, N]
 
+    length = jnp.sqrt(_ULPS * jnp.finfo(gram.dtype).eps * jnp.diagonal(gram))  # [N]
+
     def one(places: Int[jax.Array, "N"]) -> Float[jax.Array, "D D"]:
         probes = jnp.zeros((len(gram), 2 * D)).at[places].add(fits.T)
         scores = (probes.T @ gram)[:, places]
+        # Inner products are known to the rounding of the lengths: closer scores are ties.
+        noise = (jnp.abs(probes).T @ length)[:, None] * length[places]
+        bounds = jnp.stack([scores - noise, scores + noise])
         found = jnp.zeros((D, D))
-        for each, held in zip(jnp.split(scores, 2), (~first, first), strict=True):
-            positive = each[:, None, held & (group < D)]
-            negative = each[:, held & (group == D), None]
+        for each, held in zip(jnp.split(bounds, 2, axis=1), (~first, first), strict=True):
+            low, high = each[..., None, held & (group < D)]
+            contrast_low, contrast_high = each[..., held & (group == D), None]
             # Counted in whole numbers, which compilers sum side by side as they may not floats.
-            above = (positive > negative).astype(jnp.int32) + (positive >= negative)
-            share = above.sum(axis=1) / (2 * negative.shape[1])
+            above = (low > contrast_high).astype(jnp.int32) + (high >= contrast_low)
+            share = above.sum(axis=1) / (2 * above.shape[1])
             found += share @ means(held)[:D, held & (group < D)].T / 2
         return found
 

@@ -92,7 +92,8 @@ def best_threshold(logodds: Sequence[float] | np.ndarray, refused: Sequence[bool
         return float(levels[0])
     cuts = (levels[:-1] + levels[1:]) / 2
     above = values >= cuts[:, None]
-    youden = above[:, truth].mean(1) - above[:, ~truth].mean(1)
+    # In whole numbers, times both counts: shares of equal J may differ by rounding.
+    youden = above[:, truth].sum(1) * (~truth).sum() - above[:, ~truth].sum(1) * truth.sum()
     return float(cuts[np.argmax(youden)])
 
 
