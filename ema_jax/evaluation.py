@@ -16,6 +16,7 @@ from ema_jax.generation.journal import Journal
 from ema_jax.generation.sampler import GREEDY, Response, Sampling, generate
 from ema_jax.models.decoder import Decoder
 from ema_jax.progress import track
+from ema_jax.refusal import thoughts
 from ema_jax.refusal.relevance import LogProbs, Signals, measure
 from ema_jax.refusal.screen import Screen, shuffled_words
 from ema_jax.refusal.verdicts import COMPLIED, INVALID, REFUSED, SHARES, Judge, Verdict
@@ -47,8 +48,12 @@ class Judged:
     def measured(self, chat: Chat, log_probs: LogProbs) -> tuple[list[int], Signals]:
         """The places of the responses that count as compliance so far, and their signals."""
         places = [i for i, verdict in enumerate(self.verdicts) if verdict.verdict == COMPLIED]
-        texts = [self.responses[i].text for i in places]
-        tokens = [self.responses[i].tokens for i in places]
+        texts = [thoughts.answer(self.responses[i].text) for i in places]
+        # As sampled, unless the response begins with thoughts, which are no part of the answer.
+        tokens = [
+            response.tokens if text == response.text else chat.tokens(text)
+            for text, response in zip(texts, (self.responses[i] for i in places), strict=True)
+        ]
         return places, self._signals(places, texts, tokens, chat, log_probs)
 
     def _signals(
