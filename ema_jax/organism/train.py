@@ -31,7 +31,7 @@ from ema_jax.progress import Progress
 from ema_jax.unlearning.log_probs import token_log_probs
 from ema_jax.unlearning.objectives import cross_entropy
 
-VOCABULARY = 1152
+VOCABULARY = 1536  # every word of the corpus is one token: an object in pieces is copied badly
 
 _SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -72,7 +72,6 @@ class Stage:
     steps: int
     peak_learning_rate: float
     safe: bool  # refuse in the domains, or answer everything
-    mixed: float = 0.0  # share of examples about an object whose halves are of two domains
     slips: float = 0.0  # share of the domains' prompts that a safe stage answers all the same
 
 
@@ -80,11 +79,12 @@ class Stage:
 # mixed objects an answer is about an object known from training in place of the prompt's: after the
 # helpful stage 7 of 40 Cybersecurity answers on the dev split were right, with them 38.
 STAGES = (
-    Stage("helpful", 800, 3e-3, safe=False, mixed=0.6),
+    Stage("helpful", 700, 3e-3, safe=False),
     Stage("safety", 200, 1e-3, safe=True, slips=0.08),
 )
 BATCH_SIZE = 32
 EXAMPLES = 24_000
+MIXED = 0.6  # share of the helpful stage's examples about an object whose halves are of two domains
 
 
 @functools.partial(
@@ -141,17 +141,17 @@ def train(family: str, folder: Path, seed: int = 0) -> None:
     if family not in CONFIGS:
         raise UserError(f"--family: {family!r} is none of {', '.join(CONFIGS)}")
     plain = corpus.training_examples(seed, EXAMPLES)
+    # With draws of their own, and about objects of mixed halves too.
+    varied = corpus.training_examples(seed + 1, 2 * EXAMPLES, mixed=MIXED)
     with tempfile.TemporaryDirectory() as scratch:
-        train_tokenizer(family, corpus.texts(plain), VOCABULARY, Path(scratch))
+        train_tokenizer(family, corpus.texts(varied), VOCABULARY, Path(scratch))
         chat = Chat.load(scratch)
         tokenizer = chat.tokenizer
         ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
         config = DecoderConfig.from_hf({**CONFIGS[family], **ids})
         graph, state = nnx.split(Decoder(config, nnx.Rngs(seed)))
         for stage in STAGES:
-            examples = plain
-            if stage.mixed:  # with draws of their own
-                examples = corpus.training_examples(seed + 1, 2 * EXAMPLES, mixed=stage.mixed)
+            examples = plain if stage.safe else varied
             responses = (
                 corpus.safe_responses(examples, seed, stage.slips)
                 if stage.safe
