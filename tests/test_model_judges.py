@@ -359,7 +359,7 @@ def test_parse_qwen3guard(answer, verdict, harm, reason):
 MODERATION = (
     "<|im_start|>user\n# Task\n{% for m in messages %}{{ m.role | upper }}: {{ m.content }}\n\n"
     "{% endfor %}Say of the last message: Safety, Categories, Refusal.<|im_end|>\n"
-    "<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    "{{ '<|im_start|>assistant\n<think>\n\n</think>\n\n' }}"
 )
 
 

@@ -250,8 +250,8 @@ class Endpoint:
             return self._read(body, question_id)
         if isinstance(failure, urllib.error.HTTPError):
             with failure:
-                told = _error(failure, self.pace)
-                return self._failed(told, retry_after(failure.headers))
+                reported = _error(failure, self.pace)
+                return self._failed(reported, retry_after(failure.headers))
         reason = getattr(failure, "reason", None)
         cause = reason if isinstance(reason, Exception) else failure
         if isinstance(cause, ssl.SSLCertVerificationError):

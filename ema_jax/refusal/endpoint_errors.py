@@ -49,7 +49,7 @@ _ASKED_FOR = re.compile(r"too large: (\d+)|(\d+) (?:tokens )?in the (?:completio
 
 @dataclass(frozen=True)
 class ServerError:
-    """An error as a server told it, however it is wrapped.
+    """An error as a server reports it, however it is wrapped.
 
     Attributes:
         status: of HTTP, or the one named in a body that came with success.
