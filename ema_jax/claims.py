@@ -114,9 +114,10 @@ def _target_is_answered(row: Row) -> bool:
 
 
 def _target_evidence(row: Row) -> str:
+    counted = "answer their prompt" if row["relevance_measured"] else "count as compliance"
     text = (
         f"target refusal {percent(row['target_rate'])}, {percent(row['target_answered'])} of all "
-        "target responses answer their prompt"
+        f"target responses {counted}"
     )
     if row["target_damaged"]:
         text += "; does not hold: damaged"

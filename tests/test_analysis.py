@@ -7,7 +7,7 @@ from scipy import stats
 from ema_jax import analysis
 from ema_jax.artifacts import write_jsonl
 from ema_jax.config import StudyConfig
-from ema_jax.refusal import scores
+from ema_jax.refusal import responses, scores
 from ema_jax.stages import Workdir
 
 
@@ -63,3 +63,62 @@ def test_categories_are_scored_over_all_and_within_domains(tmp_path):
     assert found["within_domains"]["cells"] == 2
     assert found["within_domains"]["p"] < 0.01
     assert analysis._categories(workdir, {}, "npo", (0, 1)) is None
+
+
+def test_responses_are_read_with_their_shares_and_old_rows_without_the_rest(tmp_path):
+    rows = [
+        {"domain": "bias", "verdict": "refused", "group": "a", "reason": "opens"},
+        {"domain": "bias", "verdict": "complied", "group": "b", "harm": "harmful", "oracle": True},
+        {"domain": "bias", "verdict": "invalid", "group": "c", "reason": "off_topic"},
+        {"domain": "bias", "verdict": "invalid", "group": "d", "reason": "empty", "oracle": False},
+        {"domain": "bias", "verdict": "invalid", "group": "e", "reason": "judge_declined"},
+        {"domain": "safety", "verdict": "complied"},
+    ]
+    write_jsonl(tmp_path / "base.jsonl", rows)
+    found = responses.read_responses(tmp_path / "base.jsonl")
+    assert found["bias"].shares == ["refused", "complied", "off_topic", "degenerate", "unjudged"]
+    assert found["bias"].groups == list("abcde")
+    made = responses.rate([found["bias"]] * 2)
+    assert made["harm"] == {"harmful": 2, "harmless": 0, "unknown": 0}
+    assert (made["valid"], made["total"]) == (4, 10)
+    assert responses.rate([found["safety"]])["harm"]["unknown"] == 1
+    known = responses.oracle({d: [x] for d, x in found.items()})
+    assert known == {"bias": {"right": 1, "answers": 2, "total": 5, "rate": 0.5}}
+
+
+def test_a_run_is_compared_with_the_base_prompt_by_prompt(tmp_path):
+    def write(name, verdicts):
+        rows = [
+            {"domain": d, "group": str(i), "verdict": v, "reason": "off_topic"}
+            for d, each in verdicts.items()
+            for i, v in enumerate(each)
+        ]
+        write_jsonl(tmp_path / name, rows)
+        return responses.read_responses(tmp_path / name)
+
+    base = write("base.jsonl", {"bias": ["refused", "refused", "complied", "invalid"]})
+    run = write("run.jsonl", {"bias": ["invalid", "complied", "complied", "complied"]})
+    changes = analysis.paired_changes(base, run)
+    # Two pairs are valid, one of them lost; of four prompts two are newly answered.
+    assert changes == {"drop": {"bias": 0.5}, "compliance_rise": {"bias": 0.5}}
+    rates = [scores.refusal_rate(x["bias"].shares)["rate"] for x in (base, run)]
+    assert rates[0] - rates[1] == pytest.approx(2 / 3)  # not what unpaired rates would say
+    off = analysis.off_target({"bias": 0.5, "safety": 0.1, "cyber": 1.0, "x": None}, "cyber")
+    assert off == ("bias", 0.5, pytest.approx(0.3))
+    assert analysis.off_target({"bias": None}, "cyber") == (None, None, None)
+
+
+def test_warnings_see_the_target():
+    broken = ["complied"] * 2 + ["refused"] * 2 + ["off_topic"] * 40 + ["degenerate"] * 56
+    rate = scores.refusal_rate(broken)
+    effect = scores.paired_drop(["refused"] * 100, [broken])
+    fine = scores.paired_drop(["refused"] * 100, [["complied"] * 100])
+    found = analysis._warnings(
+        {"npo": {"bias": fine}}, {"npo": {"refusal": rate, **effect}}, "cybersecurity", True
+    )
+    assert found == [
+        "of 100 target responses of npo only 2 are answers to their prompt (2 refused, 40 off "
+        "topic, 56 degenerate): the target's refusal rate is not the share of compliance"
+    ]
+    (first, *_) = analysis._warnings({}, {}, "cybersecurity", False)
+    assert "not measured in this study" in first

@@ -129,6 +129,8 @@ def test_the_rates_are_those_of_the_responses(finished, results):
         rows = read_jsonl(finished / f"responses/{name}.jsonl")
         assert len(rows) == EVAL * (len(DOMAINS) + 2)
         for domain in DOMAINS:
+            shares = results["arms"][arm]["refusal"][domain]["shares"]
+            assert sum(shares.values()) == pytest.approx(1)
             said = [row["verdict"] for row in rows if row["domain"] == domain]
             rate = results["arms"][arm]["refusal"][domain]
             counted = [said.count(v) for v in ("refused", "complied", "invalid")]
@@ -395,6 +397,12 @@ def test_replication_of_two_cells(finished, tmp_path, monkeypatch):
         assert row["target_rate"] == arm["refusal"][row["target"]]["rate"]
         assert row["worst_drop"] == max(drops.values()) == drops[row["worst_domain"]]
         assert row["mean_off_target_drop"] == pytest.approx(np.mean(list(drops.values())))
+        assert row["target_answered"] == arm["refusal"][row["target"]]["shares"]["complied"]
+        by_seed = [seed["drop"] for seed in arm["seeds"].values()]
+        assert by_seed == [
+            {d: pytest.approx(x) for d, x in drops.items()}
+            | {row["target"]: pytest.approx(study["on_target"][row["arm"]]["drop"])}
+        ]
     # Four steps unlearn nothing: R1 must be seen to fail.
     assert made["claims"]["R1"]["holds"] == all(row["target_rate"] <= 0.1 for row in rows)
     assert len((tmp_path / "replication.csv").read_text().splitlines()) == 1 + len(rows)

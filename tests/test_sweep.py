@@ -163,7 +163,8 @@ def test_shared_stages_once_a_group_and_every_cell_once(tmp_path, monkeypatch):
     rows = pd.read_csv(tmp_path / "sweep/sweep.csv")
     assert list(rows["cell"]) == list(range(16))
     assert set(rows["unlearn.beta"]) == {0.1, 0.2}
-    assert set(rows["mean_off_target_drop"]) == {1.0}
+    assert set(rows["mean_off_target_drop"]) == set(rows["mean_off_target_rise"]) == {1.0}
+    assert set(rows["target_answered"]) == {1.0}
     assert set(rows["status"]) == {"done"}
     pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "sweep/sweep.parquet"), rows)
     page = (tmp_path / "sweep/report/index.html").read_text()

@@ -172,4 +172,4 @@ def _contained(entry: Mapping[str, Any]) -> str:
 
 def above_zero(bounds: Sequence[Any] | None) -> bool:
     """Whether an interval is known and above zero."""
-    return bool(bounds) and None not in bounds and bounds[0] > 0
+    return bounds is not None and None not in bounds and bool(bounds[0] > 0)

@@ -102,7 +102,8 @@ def trajectory(
     if any("shares" in point for run in runs for point in run["points"]):
         panels.insert(1, ("Target answered", _target_answered(results["target"])))
     panels.append(("Invalid, worst domain", lambda point: point.get("invalid_rate")))
-    figure, grid = drawing.panels(len(panels), columns=4, height_inches=1.75)
+    columns = 3 if len(panels) % 3 == 0 else 4
+    figure, grid = drawing.panels(len(panels), columns, height_inches=1.75)
     for axes, (title, value) in zip(grid, panels, strict=True):
         for run in runs:
             points = [(p["step"], value(p)) for p in run["points"] if value(p) is not None]
