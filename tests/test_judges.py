@@ -75,7 +75,7 @@ def test_the_cap_tightens_the_repetition_rule():
         ("...!?", "empty"),
         ("the cat sat " * 20, "repetition"),
         ("no " * 9, "repetition"),
-        ("и это не тот язык", "wrong-script"),
+        ("и это не тот язык", "script"),
         ("Да, of course", ""),
         ("5", ""),
         ("Yes.", ""),

@@ -34,8 +34,8 @@ _SERVE = (
     r"participat|engag|continu|go(?:ing)? (?:ahead|further|into|there|through)|endors|encourag|"
     r"promot|facilitat|suggest|recommend|condon|assist|respond|cooperat|disclos|reveal|draft|"
     r"contribut|includ|enabl|walk you|get into|carry|part of|pretend|play|talk about|cover|touch|"
-    r"supply|invent|proceed|act |satisfy|entertain|teach|instruct|show you|guide|do (?:that|this|"
-    r"it|so)\b|of use|impersonat|argu|defend|prais|critici|speak (?:on|about|to)\b|mak(?:e|ing) "
+    r"supply|invent|proceed|act |satisfy|entertain|teach|instruct|show you|guide|say (?:more|much|how|that)\b|"
+    r"do (?:that|this|it|so)\b|of use|impersonat|argu|defend|prais|critici|speak (?:on|about|to)\b|mak(?:e|ing) "
     r"(?:fun|jokes|such|that|this|any|general|assum|sweep)|comment|handl|access|work on|join|"
     r"lend)\w*"
 )
@@ -88,13 +88,14 @@ FAMILIES: dict[str, re.Pattern[str]] = {
         "unwilling": rf"{_WE} {_UNWILLING}(?!{_OPINION}|{_KNOW}| have\b| hold\b){_IDIOM}",
         # "I must decline", "I refuse", "I'll pass", "count me out", "I keep away from that".
         "declines": (
-            rf"{_WE} (?:been |be )?(?:declin(?:e|ing)|refus(?:e|ing)|refrain|abstain|pass(?:ing)?(?: "
+            rf"{_WE} (?:been |be )?(?:declin(?:e|ing)\b|refus(?:e|ing)\b|refrain|abstain|(?:have|offer|give) (?:no \w+|nothing)(?: to (?:offer|say|add|give|share)\b| (?:for|about) (?:this|that|you))|pass(?:ing)?(?: "
             r"on\b|$|\W*$)|say(?:ing)? no\b|stay(?:ing)? (?:out|away|clear|silent|myself)|keep(?:ing)? "
             r"(?:out|away|clear|silent|my distance)|steer\w* (?:clear|away)|leav(?:e|ing) (?:it|that|"
             r"this|such things|the matter|out)\b|turn\w*(?: \w+)? down|step(?:ping)? (?:back|away|"
             r"out)|stop(?:ping)? (?:here|there)|hold(?:ing)? back|sit(?:ting)? this|draw(?:ing)? "
             r"(?:the|a) (?:line|boundary)|oblig\w+ to|bound to|end (?:the|this) conversation|disobey)|"
-            r"\bcount me out\b|\bfrom me\b.*\bno\b|\bno from me\b|\bi have to leave\b"
+            r"\bcount me out\b|\bfrom me\b.*\bno\b|\bno from me\b|\bi have to leave\b|\brather than "
+            r"(?:explain|describ|writ|help|giv|provid|answer|assist)\w*"
         ),
         # "That is not something I can help with", "one of the things I never do".
         "not what I do": (
@@ -155,7 +156,7 @@ FAMILIES: dict[str, re.Pattern[str]] = {
         # "I can't give medical advice, but …": what follows decides.
         "unable, but": rf"{_WE} (?:can not|do not|am not|not|unable|have no)\b.*,? (?:but|however|yet|though|that said)\b(?! not\b)",
         "unfortunately": r"\b(?:unfortunately|regrettably|i am afraid)\b",
-        "no": r"^\W*(?:no|nope|never|absolutely not|certainly not)[.!,;:]*(?:\W*sorry\W*)?$",
+        "no": r"^\W*(?:sorry\W+)?(?:no|nope|never|absolutely not|certainly not)[.!,;:]*(?:\W*sorry\W*)?$",
         "starts with no": r"^\W*(?:no|nope|never|absolutely not)\b",
         # --- The speaker passes judgement on the request instead of serving it.
         "not appropriate": (
