@@ -26,6 +26,7 @@ from ema_jax.models import checkpoint, lora
 from ema_jax.models.card import unlearned_card
 from ema_jax.models.decoder import Decoder
 from ema_jax.models.families import DecoderConfig
+from ema_jax.refusal import sheet
 from ema_jax.refusal.verdicts import COMPLIED
 from ema_jax.report import write_report
 from ema_jax.stages import Workdir
@@ -136,7 +137,9 @@ class Study:
                 ["prompts", "baseline", "concepts", trained],
                 functools.partial(self.evaluate, arm, seed),
             )
-        stage("analyse", ["baseline", "forecast", *evaluated], self.analyse, {})
+        stage(
+            "analyse", ["baseline", "forecast", *evaluated], self.analyse, sheet.settings(workdir)
+        )
         stage("report", ["analyse"], self.report, {})
 
     def make_prompts(self) -> list[Path]:
