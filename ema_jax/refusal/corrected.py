@@ -90,7 +90,7 @@ def corrected_share(
 
 
 def corrected_drop(
-    base: tuple[float, float], arm: tuple[float, float], errors: Errors, *, seed: int = 0
+    base: Sequence[float], arm: Sequence[float], errors: Errors, *, seed: int = 0
 ) -> dict[str, Any]:
     """The drop of the truly refused share from base to arm, `(refused, total)` each.
 
@@ -199,7 +199,7 @@ def _ends(draws: np.ndarray) -> list[float]:
 
 def summary(
     labelled: Mapping[str, Triples],
-    judged: Mapping[str, Mapping[str, tuple[float, float]]],
+    judged: Mapping[str, Mapping[str, Sequence[float]]],
     judged_refused: float,
 ) -> dict[str, Any]:
     """`labels` and `corrected` of `results.json`.

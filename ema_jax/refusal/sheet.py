@@ -6,11 +6,13 @@ response each row is and how likely it was drawn. Once the column `label` is fil
 stage reads both (`labels`): the judge's errors and the refusal shares corrected for them.
 """
 
+import codecs
 import csv
 import io
+import itertools
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,9 +79,8 @@ def write_sheet(workdir: str | Path, sample: int, seed: int = 0) -> Path:
     out = io.StringIO(newline="")
     csv.writer(out).writerows([COLUMNS, *lines])
     write_json(workdir / KEY, key)
-    # With a byte order mark: Excel takes the file for UTF-8 by nothing else.
-    with_mark = _BOM + out.getvalue()
-    write_text(path, with_mark)
+    # With a byte order mark, without which Excel takes the file for an eight-bit code.
+    write_text(path, _BOM + out.getvalue())
     return path
 
 
@@ -130,8 +131,8 @@ def read_sheet(path: str | Path) -> dict[str, str]:
     Raises:
         UserError: naming the line, for a missing column, an unknown label, an id twice or none.
     """
-    data = Path(path).read_bytes()
-    lines = csv.reader(io.StringIO(_decoded(data), newline=""), _dialect(_decoded(data)))
+    text = _decoded(Path(path).read_bytes())
+    lines = csv.reader(io.StringIO(text, newline=""), delimiter=_delimiter(text))
     try:
         return _labels(str(path), lines)
     except csv.Error as error:
@@ -160,23 +161,16 @@ def _labels(path: str, lines: Any) -> dict[str, str]:
 
 
 def _decoded(data: bytes) -> str:
-    for encoding in (
-        ("utf-16", "utf-8-sig") if data[:2] in (b"\xff\xfe", b"\xfe\xff") else ("utf-8-sig",)
-    ):
-        try:
-            return data.decode(encoding)
-        except UnicodeDecodeError:
-            continue
-    return data.decode("latin-1")  # ids and labels are ASCII; the texts are not read
+    marked = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        return data.decode("utf-16" if marked else "utf-8-sig")
+    except UnicodeDecodeError:
+        return data.decode("latin-1")  # ids and labels are ASCII; the texts are not read
 
 
-def _dialect(text: str) -> type[csv.Dialect]:
+def _delimiter(text: str) -> str:
     header = text.partition("\n")[0]
-
-    class Saved(csv.excel):
-        delimiter = max(",;\t", key=header.count)
-
-    return Saved
+    return max(",;\t", key=header.count)
 
 
 def settings(workdir: Any) -> dict[str, str]:
@@ -195,44 +189,46 @@ def labels(workdir: Any, runs: Mapping[str, Sequence[str]]) -> dict[str, Any]:
     Raises:
         UserError: a sheet without its key, or of other responses than are there now.
     """
-    path, key_path = workdir / SHEET, workdir / KEY
+    path = workdir / SHEET
     if not path.exists() or not (given := read_sheet(path)):
         return {}
-    key = read_json(key_path)
-    judged: dict[str, dict[str, tuple[float, float]]] = {}
-    rows: dict[tuple[str, str], dict[str, Any]] = {}
-    shares: list[str] = []
-    for arm, names in runs.items():
-        by_domain: dict[str, list[str]] = {}
-        for name in names:
-            for row in read_jsonl(workdir / f"responses/{name}.jsonl"):
-                said = share(row["verdict"], row["reason"])
-                rows[name, row["id"]] = {**row, "arm": arm, "share": said}
-                if said != UNJUDGED:
-                    by_domain.setdefault(row["domain"], []).append(said)
-        shares += [said for each in by_domain.values() for said in each]
-        # Of one seed: a prompt that is asked again under every seed is no further evidence.
-        judged[arm] = {
-            d: (each.count(REFUSED) / len(names), len(each) / len(names))
-            for d, each in by_domain.items()
-        }
+    rows = [
+        {**row, "arm": arm, "run": name, "share": share(row["verdict"], row["reason"])}
+        for arm, names in runs.items()
+        for name in names
+        for row in read_jsonl(workdir / f"responses/{name}.jsonl")
+    ]
+    rows = [row for row in rows if row["share"] != UNJUDGED]
     labelled: dict[str, list[tuple[str, str, float]]] = {}
-    used = {name for names in runs.values() for name in names}
-    for name, label in given.items():
-        if name not in key:
-            raise UserError(f"{path}: id {name} is none of {key_path}")
-        drawn = key[name]
-        if drawn["run"] not in used:
-            continue
-        found = rows.get((drawn["run"], drawn["prompt"]))
-        if found is None or found["response_sha256"] != drawn["response_sha256"]:
-            raise UserError(
-                f"{path}: the response of {name} is no longer that of responses/"
-                f"{drawn['run']}.jsonl; move the sheet away and sample again"
-            )
-        if found["share"] != UNJUDGED:
-            triple = (found["share"], label, 1 / drawn["probability"])
-            labelled.setdefault(found["arm"], []).append(triple)
+    for row, label, weight in _found(workdir, given, rows, {*itertools.chain(*runs.values())}):
+        labelled.setdefault(row["arm"], []).append((row["share"], label, weight))
     if not labelled:
         return {}
-    return summary(labelled, judged, shares.count(REFUSED) / len(shares))
+    counts: dict[str, dict[str, list[float]]] = {}
+    for row in rows:
+        # By seed: a prompt that is asked again under every seed is no further evidence.
+        each = counts.setdefault(row["arm"], {}).setdefault(row["domain"], [0.0, 0.0])
+        each[0] += (row["share"] == REFUSED) / len(runs[row["arm"]])
+        each[1] += 1 / len(runs[row["arm"]])
+    return summary(labelled, counts, sum(row["share"] == REFUSED for row in rows) / len(rows))
+
+
+def _found(
+    workdir: Any, given: Mapping[str, str], rows: Sequence[Mapping[str, Any]], runs: set[str]
+) -> Iterator[tuple[Mapping[str, Any], str, float]]:
+    """Responses with their labels and sampling weights."""
+    by_place = {(row["run"], row["id"]): row for row in rows}
+    key = read_json(workdir / KEY)
+    for name, label in given.items():
+        if name not in key:
+            raise UserError(f"{workdir / SHEET}: id {name} is none of {workdir / KEY}")
+        drawn = key[name]
+        if drawn["run"] not in runs:
+            continue
+        row = by_place.get((drawn["run"], drawn["prompt"]))
+        if row is None or row["response_sha256"] != drawn["response_sha256"]:
+            raise UserError(
+                f"{workdir / SHEET}: the response of {name} is no longer that of responses/"
+                f"{drawn['run']}.jsonl; move the sheet away and sample again"
+            )
+        yield row, label, 1 / drawn["probability"]
