@@ -28,6 +28,7 @@ from ema_jax.refusal.scores import (
     refusals_lost,
     seed_difference,
 )
+from ema_jax.refusal.sheet import labels
 from ema_jax.refusal.verdicts import COMPLIED
 from ema_jax.stages import Workdir
 
@@ -90,6 +91,7 @@ def results(workdir: Workdir, config: StudyConfig, model: Mapping[str, Any]) -> 
         },
         "warnings": _warnings(ema, on_target, config.target, validity is not None),
         "provenance": _provenance(workdir, config),
+        **labels(workdir, _runs(config)),
     }
 
 
@@ -278,10 +280,8 @@ def _agreement(workdir: Workdir, config: StudyConfig) -> dict[str, Any]:
     """Arm → every pair of judges, where more than one judged; an arm's seeds are taken together."""
     if not config.extra_judges:
         return {}
-    runs = {"base": ["base"]}
-    runs |= {arm: [f"{arm}.seed_{seed}" for seed in config.seeds] for arm in config.arms}
     result = {}
-    for arm, names in runs.items():
+    for arm, names in _runs(config).items():
         verdicts: ByDomain = {}
         domains = []
         for row in (row for n in names for row in read_jsonl(workdir / f"responses/{n}.jsonl")):
@@ -290,6 +290,12 @@ def _agreement(workdir: Workdir, config: StudyConfig) -> dict[str, Any]:
                 verdicts.setdefault(said["judge"], []).append(said["verdict"])
         result[arm] = agreement_of_judges(verdicts, domains)
     return result
+
+
+def _runs(config: StudyConfig) -> dict[str, list[str]]:
+    """Arm → names of its response files."""
+    runs = {arm: [f"{arm}.seed_{seed}" for seed in config.seeds] for arm in config.arms}
+    return {"base": ["base"], **runs}
 
 
 def _evaluations(workdir: Workdir, arm: str, seeds: Sequence[int]) -> list[dict[str, Any]]:

@@ -104,6 +104,20 @@ class HarvestConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class SensitivityConfig:
+    """Other ways of asking the evaluation prompts, reported as ranges; 0 for none.
+
+    Attributes:
+        samples: responses a prompt drawn at temperature 1, each a way of its own.
+        long_tokens: a greater cap on the length of greedy responses, for refusals that come late.
+            Only those that the usual cap cut off are asked for again; the others are the same.
+    """
+
+    samples: int = 0
+    long_tokens: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
     """How the state of a run in training is kept; what it learns does not depend on it.
 
@@ -131,6 +145,7 @@ class StudyConfig:
             beside; the report says how far they agree. No figure is computed from them.
         generation: how responses are generated.
         harvest: what becomes of the model's own responses.
+        sensitivity: other ways of asking the evaluation prompts; none by default.
         unlearn: settings that all arms share.
         arms: name → settings of `unlearn` that this arm replaces.
         seeds: each arm is run once per seed.
@@ -154,6 +169,7 @@ class StudyConfig:
     extra_judges: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     generation: GenerationConfig = GenerationConfig()
     harvest: HarvestConfig = HarvestConfig()
+    sensitivity: SensitivityConfig = SensitivityConfig()
     unlearn: UnlearnConfig = UnlearnConfig()
     arms: Mapping[str, Mapping[str, Any]] = dataclasses.field(
         default_factory=lambda: {"npo": {}, "npo_retain": {"retain_weight": 1.0}}
@@ -371,6 +387,13 @@ def _validate(study: StudyConfig) -> None:
             not unknown and bool(arm.lora.targets),
             f"arms.{name}: lora.targets or modules {unknown} are none of {', '.join(lora.TARGETS)}",
         )
+    _check(study.sensitivity.samples >= 0, "sensitivity.samples is below zero")
+    longer, usual = study.sensitivity.long_tokens, study.generation.max_new_tokens
+    _check(
+        longer == 0 or longer > usual,
+        f"sensitivity.long_tokens = {longer} is not above generation.max_new_tokens = {usual}; "
+        "0 asks for no longer responses",
+    )
     _check(study.profile >= 0, f"profile = {study.profile} is below zero")
     _check(
         len(study.mesh) == 3

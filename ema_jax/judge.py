@@ -10,6 +10,12 @@ for a response that hit the length cap). The rows come back in order with all th
 A judge's options (`get_judge`) follow --judge_options, as name=value,name=value or as a JSON
 object. The endpoint judge keeps its answers in --cache (by default OUTPUT.cache): run the same
 command again to resume where it stopped.
+
+python -m ema_jax.judge --sample=100 --workdir=DIR
+
+Writes DIR/labels.csv: responses of a study that kept its text, for a person to label, without the
+judge's verdicts. Once its last column is filled in, the study's command with
+--stage=analyse,report reports the judge's errors and the refusal rates corrected for them.
 """
 
 import os
@@ -21,6 +27,7 @@ from absl import flags, logging
 
 from ema_jax import artifacts, cli
 from ema_jax.errors import UserError
+from ema_jax.refusal import sheet
 from ema_jax.refusal.judges import JUDGES, PROMPT_JUDGES, get_judge
 from ema_jax.refusal.verdicts import Judge
 
@@ -36,13 +43,20 @@ def define_flags() -> None:
     flags.DEFINE_string("input", None, "JSONL file of rows with prompt and response.")
     flags.DEFINE_string("output", None, "JSONL file to write.")
     flags.DEFINE_boolean("overwrite", False, "Replace an existing output.")
-    flags.mark_flags_as_required(["input", "output"])
+    flags.DEFINE_integer("sample", None, "Responses of a study to write for a person to label.")
+    flags.DEFINE_string("workdir", None, "The study's folder.")
 
 
 def main(argv: Sequence[str]) -> None:
     """Reads, judges, writes."""
     del argv
     options = flags.FLAGS
+    if options.sample is not None:
+        _write_sheet(options.workdir, options.sample)
+        return
+    for name in ("input", "output"):
+        if options[name].value is None:
+            raise UserError(f"--{name} is required: give --{name}=VALUE")
     if os.path.exists(options.output) and not options.overwrite:
         raise UserError(f"{options.output}: exists already; pass --overwrite to replace it")
     settings = parse_options(options.judge_options)
@@ -59,6 +73,18 @@ def main(argv: Sequence[str]) -> None:
     counts = Counter(row["verdict"] for row in judged)
     summary = ", ".join(f"{counts[v]} {v}" for v in ("refused", "complied", "invalid"))
     logging.info("%s: %d rows, %s", options.output, len(judged), summary)
+
+
+def _write_sheet(workdir: str | None, sample: int) -> None:
+    if workdir is None:
+        raise UserError("--workdir is required with --sample: give --workdir=DIR of a study")
+    path = sheet.write_sheet(workdir, sample)
+    logging.info(
+        "%s: fill in the column label (%s), save it there as CSV, and run the study's command "
+        "again with --stage=analyse,report",
+        path,
+        ", ".join(sheet.LABELS),
+    )
 
 
 def parse_options(text: str) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from ema_jax.models import checkpoint, lora
 from ema_jax.models.card import unlearned_card
 from ema_jax.models.decoder import Decoder
 from ema_jax.models.families import DecoderConfig
+from ema_jax.refusal import sheet
 from ema_jax.refusal.screen import Screen
 from ema_jax.refusal.verdicts import COMPLIED
 from ema_jax.report import write_report
@@ -149,7 +150,7 @@ class Study:
                 ["prompts", "baseline", "concepts", trained],
                 functools.partial(self.evaluate, arm, seed),
             )
-        figures = {"version": analysis.VERSION}
+        figures = {"version": analysis.VERSION, **sheet.settings(workdir)}
         stage("analyse", ["baseline", "forecast", *evaluated], self.analyse, figures)
         stage("report", ["analyse"], self.report, {})
 

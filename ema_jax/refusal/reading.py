@@ -8,7 +8,7 @@ from typing import Any
 MAX_WORDS = 120
 
 _QUOTES = str.maketrans(
-    {c: "'" for c in "’‘ʼ´`′＇‛"} | {c: '"' for c in "“”„‟«»「」＂"} | {"–": "-", "—": "-"}
+    dict.fromkeys("’‘ʼ´`′＇‛", "'") | dict.fromkeys("“”„‟«»「」＂", '"') | {"–": "-", "—": "-"}
 )
 # Contractions written out, those without their apostrophe as well.
 _SPELLINGS = [
@@ -71,7 +71,12 @@ def _unwrap(text: str) -> str:
         except (ValueError, RecursionError):
             pass
     text = _SPEAKER.sub("", text)
-    if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'" and text[0] not in text[1:-1].replace("n't", ""):
+    if (
+        len(text) > 1
+        and text[0] == text[-1]
+        and text[0] in "\"'"
+        and text[0] not in text[1:-1].replace("n't", "")
+    ):
         return text[1:-1]
     return text
 

@@ -141,9 +141,7 @@ def fit(sample: Sample, train: np.ndarray) -> np.ndarray:
 
     sides = [(0.0, None) if p > 0 else (None, 0.0) if p < 0 else (None, None) for p in points]
     start = np.append(points, POINTS["bias"])
-    return minimize(
-        loss, start, jac=True, method="L-BFGS-B", bounds=[*sides, (None, None)]
-    ).x
+    return minimize(loss, start, jac=True, method="L-BFGS-B", bounds=[*sides, (None, None)]).x
 
 
 def figures(sample: Sample) -> dict[str, dict[str, dict[str, float]]]:

@@ -1,0 +1,275 @@
+"""The label sheet: drawn blind, safe in a spreadsheet, read back; and rates corrected by it."""
+
+import csv
+import itertools
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from sklearn.metrics import cohen_kappa_score
+
+from ema_jax.artifacts import read_json, sha256_text, write_jsonl
+from ema_jax.errors import UserError
+from ema_jax.refusal import sheet
+from ema_jax.refusal.corrected import Errors, corrected_drop, corrected_share, judge_errors
+from ema_jax.report.labels import corrected, errors
+
+DOMAINS = ("bias", "privacy", "benign")
+TRAPS = (
+    '=HYPERLINK("http://x")',
+    "+1",
+    "-2",
+    " @a",
+    "\tb",
+    'a\r\nb, "c"',
+    "é ü 你好",
+    "\ud800",
+    "",
+)
+VERDICTS = (
+    ("refused", "rule"), ("complied", ""), ("invalid", "off_topic"), ("invalid", "repetition"),
+    ("invalid", "judge_declined"),
+)  # fmt: skip
+
+
+def write_study(folder, *, text=True, prompts=60):
+    rng = np.random.default_rng(0)
+    for run in ("base", "npo.seed_0", "npo.seed_1"):
+        rows = []
+        for i in range(prompts * len(DOMAINS)):
+            verdict, reason = VERDICTS[rng.choice(5, p=[0.5, 0.3, 0.1, 0.05, 0.05])]
+            response = TRAPS[i] if i < len(TRAPS) else f"answer {i} of {run}"
+            row = {"id": f"p{i}", "domain": DOMAINS[i % 3], "verdict": verdict, "reason": reason}
+            row["response_sha256"] = sha256_text(response.encode("utf-8", "replace").decode())
+            if text:
+                row |= {"prompt": f"Please explain {i}.", "response": response}
+            rows.append(row)
+        (folder / "responses").mkdir(exist_ok=True)
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"responses/{run}.jsonl").write_text(lines, encoding="utf-8")
+    return folder
+
+
+RUNS = {"base": ["base"], "npo": ["npo.seed_0", "npo.seed_1"]}
+
+
+def read(path):
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def fill(folder, label_of, **how):
+    rows = read(folder / sheet.SHEET)
+    key = read_json(folder / sheet.KEY)
+    for row in rows:
+        row["label"] = label_of(key[row["id"]])
+    with open(folder / sheet.SHEET, "w", newline="", encoding=how.pop("encoding", "utf-8")) as file:
+        writer = csv.DictWriter(file, list(rows[0]), **how)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def said(folder):
+    found = {}
+    for run in itertools.chain(*RUNS.values()):
+        for line in (folder / f"responses/{run}.jsonl").read_text().splitlines():
+            row = json.loads(line)
+            found[run, row["id"]] = sheet.share(row["verdict"], row["reason"])
+    return found
+
+
+def test_a_sheet_is_blind_stratified_and_harmless_to_a_spreadsheet(tmp_path):
+    write_study(tmp_path)
+    path = sheet.write_sheet(tmp_path, 150)
+    assert path.read_bytes().startswith(b"\xef\xbb\xbf")
+    rows, key, verdicts = read(path), read_json(tmp_path / sheet.KEY), said(tmp_path)
+    assert tuple(rows[0]) == sheet.COLUMNS
+    assert 149 <= len(rows) <= 151
+    assert {row["label"] for row in rows} == {""}
+    assert "refused" not in (tmp_path / sheet.KEY).read_text()
+    for row in rows:
+        for cell in row.values():
+            assert not cell.lstrip(" ").startswith(("=", "+", "-", "@", "\t")), cell
+    assert [row["arm"] for row in rows] != sorted(row["arm"] for row in rows)
+    drawn = [verdicts[k["run"], k["prompt"]] for k in key.values()]
+    assert {*drawn} == {"refused", "complied", "off_topic", "degenerate"}
+    assert drawn != sorted(drawn)
+    # Weights add up to all judged responses, about.
+    total = sum(1 / k["probability"] for k in key.values())
+    assert total == pytest.approx(sum(v != "unjudged" for v in verdicts.values()), rel=0.1)
+    with pytest.raises(UserError, match="may hold labels"):
+        sheet.write_sheet(tmp_path, 150)
+
+
+def test_everything_is_drawn_where_there_is_less(tmp_path):
+    write_study(tmp_path, prompts=4)
+    sheet.write_sheet(tmp_path, 1000)
+    key = read_json(tmp_path / sheet.KEY)
+    assert len(key) == sum(v != "unjudged" for v in said(tmp_path).values())
+    assert {k["probability"] for k in key.values()} == {1.0}
+
+
+def test_text_is_needed(tmp_path):
+    with pytest.raises(UserError, match="no responses"):
+        sheet.write_sheet(tmp_path, 10)
+    write_study(tmp_path, text=False)
+    with pytest.raises(UserError, match=r"keep_text=True"):
+        sheet.write_sheet(tmp_path, 10)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [{}, {"delimiter": ";"}, {"delimiter": "\t", "encoding": "utf-16"}, {"encoding": "utf-8-sig"}],
+)
+def test_what_spreadsheets_save_is_read(tmp_path, how):
+    write_study(tmp_path)
+    sheet.write_sheet(tmp_path, 80)
+    verdicts = said(tmp_path)
+    fill(tmp_path, lambda k: verdicts[k["run"], k["prompt"]].replace("_", "-").upper(), **how)
+    made = sheet.labels(tmp_path, RUNS)
+    assert made["labels"]["accuracy"]["value"] == 1.0
+    assert made["labels"]["kappa"] == pytest.approx(1.0)
+    assert made["labels"]["labelled"] == len(read_json(tmp_path / sheet.KEY))
+    cell = made["corrected"]["npo"]["bias"]
+    assert cell["share"] == pytest.approx(cell["apparent"])
+    assert cell["ci95"][0] < cell["share"] < cell["ci95"][1]
+    assert cell["drop_ci95"][0] < cell["drop"] < cell["drop_ci95"][1]
+    assert "drop" not in made["corrected"]["base"]["bias"]
+
+
+def test_a_code_page_of_eight_bits_is_read(tmp_path):
+    path = tmp_path / "labels.csv"
+    path.write_bytes(b"id;response;label\r\nr1;caf\xe9;refused\r\nr2;x;\r\n\r\n")
+    assert sheet.read_sheet(path) == {"r1": "refused"}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('id,label\nr1,refused\n"r2\n",maybe\n', r"csv:4: label 'maybe' is none of refused, compl"),
+        ("id,label\nr1,refused\nr1,complied\n", "csv:3: id r1 stands twice"),
+        ("id,label\n,complied\n", "csv:2: no id"),
+        ("name,label\n", "csv:1: no columns id and label"),
+        ("", "csv:1: no columns"),
+    ],
+)
+def test_faults_are_named_with_their_line(tmp_path, text, message):
+    path = tmp_path / "labels.csv"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        sheet.read_sheet(path)
+
+
+def test_a_sheet_of_other_responses_is_not_taken(tmp_path):
+    write_study(tmp_path)
+    assert sheet.labels(tmp_path, RUNS) == {}
+    sheet.write_sheet(tmp_path, 40)
+    assert sheet.labels(tmp_path, RUNS) == {}  # nothing filled in yet
+    before = sheet.settings(tmp_path)
+    fill(tmp_path, lambda k: "complied")
+    assert sheet.settings(tmp_path) != before
+    made = sheet.labels(tmp_path, {"base": ["base"]})  # an arm that the config names no more
+    assert made["labels"]["by_arm"].keys() == {"base"}
+    responses = tmp_path / "responses/base.jsonl"
+    rows = [json.loads(line) for line in responses.read_text().splitlines()]
+    write_jsonl(responses, [row | {"response_sha256": "0", "response": ""} for row in rows])
+    with pytest.raises(UserError, match=r"no longer that of responses/base\.jsonl"):
+        sheet.labels(tmp_path, RUNS)
+
+
+def test_errors_without_weights_are_the_plain_ones():
+    pairs = [("refused", "refused")] * 30 + [("refused", "complied")] * 10
+    pairs += [("complied", "complied")] * 50 + [("complied", "refused")] * 5
+    pairs += [("degenerate", "off_topic")] * 5
+    found = judge_errors([(*pair, 3.0) for pair in pairs], 0.4)
+    assert found["accuracy"]["value"] == pytest.approx(0.8)
+    assert found["sensitivity"]["value"] == pytest.approx(30 / 35)
+    assert found["specificity"]["value"] == pytest.approx(55 / 65)
+    assert found["kappa"] == pytest.approx(cohen_kappa_score(*zip(*pairs, strict=True)))
+    assert found["confusion"]["refused"]["complied"]["n"] == 10
+    assert found["confusion"]["refused"]["complied"]["share"] == pytest.approx(0.25)
+    known = Errors.of([(*pair, 1.0) for pair in pairs], 0.4)
+    share = corrected_share(40, 100, known)
+    assert share["share"] == pytest.approx(0.35)  # 35 of 100 labels, and the sample is the whole
+    drop = corrected_drop((40, 100), (40, 100), known)
+    assert drop["drop"] == 0
+    assert drop["ci95"][0] < 0 < drop["ci95"][1]
+
+
+def test_a_judge_that_knows_nothing_corrects_nothing():
+    labelled = [(j, y, 1.0) for j in ("refused", "complied") for y in ("refused", "complied")] * 5
+    found = corrected_share(10, 40, Errors.of(labelled, 0.5))
+    assert (found["share"], found["ci95"]) == (None, [0.0, 1.0])
+    for judged in (0.0, 1.0):  # it said one thing only
+        said = "refused" if judged else "complied"
+        one = [(said, "refused", 1.0)] * 10 + [(said, "complied", 1.0)] * 5
+        json.dumps(judge_errors(one, judged), allow_nan=False)
+        assert corrected_share(15 * judged, 15, Errors.of(one, judged))["share"] is None
+
+
+def test_the_report_shows_them(tmp_path):
+    write_study(tmp_path)
+    sheet.write_sheet(tmp_path, 60)
+    fill(tmp_path, lambda k: "refused" if hash_of(k) % 3 else "complied")
+    made = sheet.labels(tmp_path, RUNS)
+    first = errors(made)
+    assert {name for name, _ in first.groups} >= {"All responses", "By arm", "Judged refused"}
+    assert all(len(row.cells) == 3 for _, rows in first.groups for row in rows)
+    second = corrected(made)
+    assert [name for name, _ in second.groups] == ["base", "npo"]
+    assert second.groups[0][1][0].cells[-2:] == ("–", "–")
+
+
+def hash_of(key):
+    return int(key["response_sha256"][:6], 16)
+
+
+def test_the_command(tmp_path):
+    write_study(tmp_path)
+
+    def run(*flags):
+        command = [sys.executable, "-m", "ema_jax.judge", *flags]
+        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+
+    done = run("--sample=30", f"--workdir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    assert "fill in the column label (refused, complied, off_topic, degenerate)" in done.stderr
+    assert (tmp_path / "labels.csv").exists()
+    again = run("--sample=30", f"--workdir={tmp_path}")
+    assert (again.returncode, again.stderr.count("\n")) == (2, 1)
+    assert "--workdir is required" in run("--sample=30").stderr
+
+
+PREVALENCE = [(0.05, 0.4), (0.3, 0.7), (0.6, 0.2), (0.9, 0.6)]
+RATES = [(0.8, 0.8), (0.8, 0.98), (0.98, 0.8), (0.9, 0.95), (0.98, 0.98)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("prevalence", "others"), [(0.05, 0.4), (0.3, 0.7), (0.6, 0.2), (0.9, 0.6)]
+)
+@pytest.mark.parametrize(("sensitivity", "specificity"), RATES)
+@pytest.mark.parametrize(("labels", "prompts"), [(60, 100), (100, 300), (200, 700)])
+def test_corrected_intervals_cover_93_to_97_per_cent(
+    prevalence, others, sensitivity, specificity, labels, prompts
+):
+    """Of one domain of four, by a judge of known error rates; `others` is the rest's prevalence."""
+    rng, trials, covered = np.random.default_rng(0), 1000, 0
+    domain = np.repeat(np.arange(4), prompts)
+    rate = np.where(domain == 0, prevalence, others)
+    names = np.array(["complied", "refused"])
+    for _ in range(trials):
+        refused = rng.random(len(rate)) < rate
+        right = rng.random(len(rate)) < np.where(refused, sensitivity, specificity)
+        said = refused == right
+        strata = [("base", str(d), str(x)) for d, x in zip(domain, said, strict=True)]
+        drawn, probability = sheet._draw(strata, labels, rng)
+        judged, label = names[said[drawn].astype(int)], names[refused[drawn].astype(int)]
+        triples = list(zip(judged, label, 1 / probability[drawn], strict=True))
+        known, count = Errors.of(triples, float(said.mean())), int(said[domain == 0].sum())
+        found = corrected_share(count, prompts, known, seed=int(rng.integers(1e9)))
+        covered += found["ci95"][0] <= prevalence <= found["ci95"][1]
+    # But for twice the error of the simulation.
+    assert 0.93 - 0.014 <= covered / trials <= 0.97 + 0.014, covered / trials
