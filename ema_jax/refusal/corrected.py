@@ -9,7 +9,8 @@ judged refused is one (the positive predictive value) and how often one judged o
 the same. Sensitivity and specificity follow from these two and the share judged refused among all
 responses sampled from. For intervals the three proportions behind a corrected share are drawn from
 their Jeffreys posteriors, with Kish's effective number of labels where sampling weights differ.
-The coverage is simulated in `tests/test_sheet.py`.
+That the sample is stratified by arm and domain as well is not used, so the intervals are a little
+wide where domains differ. Their coverage is simulated in `tests/test_sheet.py`.
 
 One pair of error rates holds for every arm and domain: too few labels are made to have one each.
 """
