@@ -288,3 +288,13 @@ def test_a_mesh_has_to_use_the_slice():
     assert dict(slice_.mesh((2, -1, 2)).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
     with pytest.raises(UserError, match="has 8 devices"):
         slice_.mesh((1, 4, 1))
+
+
+def test_what_the_trainer_refuses_is_not_said_to_fit():
+    """A batch that the mesh does not divide: an error there, so here, and not rounded up."""
+    slice_ = topology.Topology("v5e:2x4", topology.CHIPS["v5e"], 8, jax.devices())
+    config = small_config()
+    config.unlearn.batch_size = 12
+    config.mesh = (-1, 1, 1)
+    with pytest.raises(UserError, match=r"arms\.npo\.batch_size = 12 does not divide .* use 16"):
+        check.check(ema.read(config), slice_, 16, ("train",))

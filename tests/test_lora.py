@@ -86,7 +86,10 @@ def test_we_load_pefts_adapters(tiny, tmp_path, base, name):
 def test_fresh_adapters_change_nothing_and_share_the_base(base):
     batch = random_batch()
     model = lora.attach(base, CONFIGS["all"], jax.random.key(3))
-    np.testing.assert_array_equal(our_outputs(model, *batch)[0], our_outputs(base, *batch)[0])
+    assert not np.asarray(model.blocks.q_proj.lora_b[...]).any()
+    # Another program than the base's, so to the rounding of its kernels.
+    ours, plain = our_outputs(model, *batch)[0], our_outputs(base, *batch)[0]
+    np.testing.assert_allclose(ours, plain, atol=1e-5)
     assert model.blocks.q_proj.kernel[...] is base.blocks.q_proj.kernel[...]
     assert base.blocks.q_proj.lora_a is None
     off = lora.detach(trained(base, CONFIGS["all"]))

@@ -252,7 +252,7 @@ RATES = [(0.8, 0.8), (0.8, 0.98), (0.98, 0.8), (0.9, 0.95), (0.98, 0.98)]
 )
 @pytest.mark.parametrize(("sensitivity", "specificity"), RATES)
 @pytest.mark.parametrize(("labels", "prompts"), [(60, 100), (100, 300), (200, 700)])
-def test_corrected_intervals_cover_93_to_97_per_cent(
+def test_corrected_intervals_cover_the_truth(
     prevalence, others, sensitivity, specificity, labels, prompts
 ):
     """Of one domain of four, by a judge of known error rates; `others` is the rest's prevalence."""
@@ -271,5 +271,6 @@ def test_corrected_intervals_cover_93_to_97_per_cent(
         known, count = Errors.of(triples, float(said.mean())), int(said[domain == 0].sum())
         found = corrected_share(count, prompts, known, seed=int(rng.integers(1e9)))
         covered += found["ci95"][0] <= prevalence <= found["ci95"][1]
-    # But for twice the error of the simulation.
-    assert 0.93 - 0.014 <= covered / trials <= 0.97 + 0.014, covered / trials
+    # But for twice the error of the simulation; above where domains differ much: the sample is
+    # stratified by domain too, and the interval makes no use of it.
+    assert 0.93 - 0.014 <= covered / trials <= 0.99, covered / trials

@@ -55,9 +55,10 @@ def logistic_probe(
     with threadpool_limits(1, "blas"), ThreadPoolExecutor() as pool:
         found = pool.map(functools.partial(_of_layer, y=y, fold=fold, penalty=penalty), rows)
         scores, directions, noise = map(np.stack, zip(*found, strict=True))
-    held = [
-        auroc(*(scores[:, (fold == k) & (y == c)] for c in (1, 0)), noise) for k in range(folds)
-    ]
+    held = []
+    for k in range(folds):
+        positive, negative = (scores[:, (fold == k) & (y == c)] for c in (1, 0))
+        held.append(auroc(positive, negative, noise))
     correct = signs(scores, noise[:, None]) * (2 * y - 1)  # [L+1, N]; an even chance counts half
     return Probe(
         (correct.mean(axis=1) + 1) / 2, np.mean(held, axis=0), directions.astype(np.float32)

@@ -18,6 +18,7 @@ from ema_jax.config import StudyConfig
 from ema_jax.pods import collectives, programs, roofline
 from ema_jax.pods.programs import Workload
 from ema_jax.pods.topology import GIB, Topology
+from ema_jax.unlearning.trainer import check_arm
 
 _OUT_OF_MEMORY = re.compile(r"Used ([\d.]+)([GMK]) of ([\d.]+)([GMK]) hbm")
 _UNITS = {"G": 1.0, "M": 1 / 1024, "K": 1 / 1024**2}
@@ -40,9 +41,13 @@ def check(
         with those of each, and `fits` over all of them. Sizes are GiB on one chip.
 
     Raises:
-        UserError: a mesh that does not use the slice, or a model whose sizes are not known.
+        UserError: a mesh that does not use the slice, a model whose sizes are not known, or an arm
+            that the trainer would refuse on this mesh.
     """
     work, mesh = Workload.of(config, prompt_tokens), topology.mesh(config.mesh)
+    if "train" in names:
+        for name in config.arms:  # as the study does before it loads anything
+            check_arm(work.model, config.arm(name), mesh.shape, f"arms.{name}")
     made = {name: _figures(p, topology) for name, p in programs.lowered(work, mesh, names)}
     first = dict(made[names[0]])
     if "train" in made:

@@ -9,7 +9,8 @@ judged refused is one (the positive predictive value) and how often one judged o
 the same. Sensitivity and specificity follow from these two and the share judged refused among all
 responses sampled from. For intervals the three proportions behind a corrected share are drawn from
 their Jeffreys posteriors, with Kish's effective number of labels where sampling weights differ.
-The coverage is simulated in `tests/test_sheet.py`.
+That the sample is stratified by arm and domain as well is not used, so the intervals are a little
+wide where domains differ. Their coverage is simulated in `tests/test_sheet.py`.
 
 One pair of error rates holds for every arm and domain: too few labels are made to have one each.
 """
@@ -104,7 +105,7 @@ def corrected_drop(
     sensitivity, specificity = errors.draw(rng)
     ends = [_rogan_gladen(p, sensitivity, specificity) for p in (before, after)]
     drawn = np.clip(ends[0], 0, 1) - np.clip(ends[1], 0, 1)
-    shares = [corrected_share(*counts, errors, seed=seed)["share"] for counts in (base, arm)]
+    shares = [corrected_share(x, n, errors, seed=seed)["share"] for x, n in (base, arm)]
     if None in shares:
         return {"drop": None, "ci95": [-1.0, 1.0]}
     return {"drop": shares[0] - shares[1], "ci95": _ends(drawn)}
@@ -217,7 +218,7 @@ def summary(
     }
     corrected: dict[str, Any] = {}
     for arm, domains in judged.items():
-        corrected[arm] = {d: corrected_share(*counts, errors) for d, counts in domains.items()}
+        corrected[arm] = {d: corrected_share(x, n, errors) for d, (x, n) in domains.items()}
         if arm != "base":
             for d, counts in domains.items():
                 drop = corrected_drop(judged["base"][d], counts, errors)
