@@ -73,7 +73,7 @@ def ranges(runs: Sequence[Mapping[str, Counts]], domains: Sequence[str]) -> dict
     """
     found = {}
     for domain in domains:
-        ways = {}
+        ways: dict[str, dict[str, Any]] = {}
         for way in runs[0]:
             pooled = {s: sum(run[way][domain][s] for run in runs) for s in SHARES}
             valid = pooled[REFUSED] + pooled[COMPLIED]

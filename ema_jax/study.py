@@ -69,11 +69,10 @@ class Study:
         return read_prompts(self.workdir / "prompts")
 
     @functools.cached_property
-    def screen(self) -> Screen:
+    def screen(self) -> Screen | None:
         """What tells answers from degenerate and off-topic output, calibrated on the base."""
-        return Screen.from_json(
-            artifacts.read_json(self.workdir / "evaluations/base.json")["validity"]
-        )
+        made = artifacts.read_json(self.workdir / "evaluations/base.json")["validity"]
+        return None if made is None else Screen.from_json(made)
 
     def settings(self) -> dict[str, dict[str, Any]]:
         """Stage → everything of the config that it depends on."""
@@ -166,12 +165,12 @@ class Study:
         judged = subject.ask(subject.base, asked, "base responses", journal=self._journal("eval"))
         screen = subject.calibrated(judged)
         if screen is None:
-            raise UserError(
-                f"{self.found.source}: the model answers too few of the evaluation prompts to tell "
-                "answers from degenerate output; check the chat template and the judge, or raise "
-                "prompts.counts.eval"
+            logging.warning(
+                "the base answers too few of the evaluation prompts to tell answers from off-topic "
+                "and degenerate output: what is no refusal counts as compliance in this study"
             )
-        judged = judged.screened(screen, subject.chat, subject.log_probs)
+        else:
+            judged = judged.screened(screen, subject.chat, subject.log_probs)
         answers = [
             dataclasses.asdict(Harvested(p.id, p.domain, p.prompt, r.text, r.tokens))
             for p, r, v in judged
@@ -187,7 +186,8 @@ class Study:
         measured = subject.utility(subject.base, self._benign_answers(), judged)
         summary = self.workdir / "evaluations/base.json"
         opening = explanation.openers(judged)
-        found = {"utility": measured, "refusal_openers": opening, "validity": screen.to_json()}
+        validity = None if screen is None else screen.to_json()
+        found = {"utility": measured, "refusal_openers": opening, "validity": validity}
         artifacts.write_json(summary, found)
         return [self._write_responses("base", judged), path, summary]
 
