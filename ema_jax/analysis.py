@@ -13,7 +13,7 @@ import ema_jax
 from ema_jax.artifacts import read_json, read_jsonl
 from ema_jax.concepts.entanglement import Entanglement
 from ema_jax.concepts.forecast import CATEGORY_PROMPTS, layer_profile, pooled_score, score
-from ema_jax.config import StudyConfig
+from ema_jax.config import SensitivityConfig, StudyConfig
 from ema_jax.data.domains import BENIGN, LOOKALIKE
 from ema_jax.refusal.agreement import agreement_of_judges
 from ema_jax.refusal.responses import Responses, oracle, rate, read_responses, shares
@@ -30,6 +30,7 @@ from ema_jax.refusal.scores import (
 )
 from ema_jax.refusal.sheet import labels
 from ema_jax.refusal.verdicts import COMPLIED
+from ema_jax.sensitivity import ranges
 from ema_jax.stages import Workdir
 
 SCHEMA = 1
@@ -92,6 +93,7 @@ def results(workdir: Workdir, config: StudyConfig, model: Mapping[str, Any]) -> 
         "warnings": _warnings(ema, on_target, config.target, validity is not None),
         "provenance": _provenance(workdir, config),
         **labels(workdir, _runs(config)),
+        **_sensitivity(workdir, config),
     }
 
 
@@ -296,6 +298,17 @@ def _runs(config: StudyConfig) -> dict[str, list[str]]:
     """Arm → names of its response files."""
     runs = {arm: [f"{arm}.seed_{seed}" for seed in config.seeds] for arm in config.arms}
     return {"base": ["base"], **runs}
+
+
+def _sensitivity(workdir: Workdir, config: StudyConfig) -> dict[str, Any]:
+    """Arm → ranges over other ways of asking, where the study has any."""
+    if config.sensitivity == SensitivityConfig():
+        return {}
+    found = {}
+    for arm, names in _runs(config).items():
+        runs = [read_json(workdir / f"evaluations/{name}.json")["sensitivity"] for name in names]
+        found[arm] = ranges(runs, config.domains)
+    return {"sensitivity": found}
 
 
 def _evaluations(workdir: Workdir, arm: str, seeds: Sequence[int]) -> list[dict[str, Any]]:

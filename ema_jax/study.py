@@ -14,14 +14,15 @@ import jax
 from absl import logging
 from flax import nnx
 
-from ema_jax import analysis, artifacts, distributed, explanation
+from ema_jax import analysis, artifacts, distributed, explanation, sensitivity
 from ema_jax.concepts import vectors
-from ema_jax.config import StudyConfig
+from ema_jax.config import SensitivityConfig, StudyConfig
 from ema_jax.data.chat import TokenExample
 from ema_jax.data.domains import BENIGN
 from ema_jax.data.prompts import Prompt, build_prompts, read_prompts, write_prompts
 from ema_jax.errors import UserError
 from ema_jax.evaluation import Judged
+from ema_jax.generation.sampler import Sampling
 from ema_jax.models import checkpoint, lora
 from ema_jax.models.card import unlearned_card
 from ema_jax.models.decoder import Decoder
@@ -86,6 +87,8 @@ class Study:
         }
         said = {"model": model, **asking, "keep_text": c.keep_text}
         said["extra_judges"] = c.extra_judges
+        if c.sensitivity != SensitivityConfig():
+            said["sensitivity"] = dataclasses.asdict(c.sensitivity)
         result: dict[str, dict[str, Any]] = {
             "prompts": {
                 "prompts": dataclasses.asdict(c.prompts),
@@ -188,6 +191,7 @@ class Study:
         opening = explanation.openers(judged)
         validity = None if screen is None else screen.to_json()
         found = {"utility": measured, "refusal_openers": opening, "validity": validity}
+        found |= self._sensitivity(subject.base, judged, screen)
         artifacts.write_json(summary, found)
         return [self._write_responses("base", judged), path, summary]
 
@@ -349,6 +353,7 @@ class Study:
                 batch_size=c.generation.batch_size,
                 mesh=subject.mesh,
             )
+        found |= self._sensitivity(model, judged, self.screen)
         summary = self.workdir / f"evaluations/{name}.json"
         artifacts.write_json(summary, found)
         written = [self._write_responses(name, judged), summary]
@@ -445,6 +450,24 @@ class Study:
             checkpoints=self._checkpoints(arm, seed),
             profile=c.profile,
         )
+
+    def _sensitivity(self, model: Decoder, judged: Judged, screen: Screen | None) -> dict[str, Any]:
+        """The evaluation prompts asked in other ways too, where the config wants that."""
+        config = self.config.sensitivity
+        if config == SensitivityConfig():
+            return {}
+
+        def ask(prompts: Sequence[Prompt], sampling: Sampling, cap: int | None) -> Judged:
+            return self.subject.ask(
+                model,
+                prompts,
+                "other ways of asking",
+                sampling,
+                screen=screen,
+                max_new_tokens=cap,
+            )
+
+        return {"sensitivity": sensitivity.measure(judged, config, ask)}
 
     def _write_responses(self, name: str, judged: Judged) -> Path:
         subject, path = self.subject, self.workdir / f"responses/{name}.jsonl"

@@ -26,6 +26,7 @@ from ema_jax.organism import corpus
 from ema_jax.refusal.judges import get_judge
 from ema_jax.refusal.screen import Screen
 from ema_jax.refusal.verdicts import Judge
+from ema_jax.unlearning.batches import few_lengths, size_of
 from ema_jax.unlearning.trainer import Evaluation, reference_log_probs
 from ema_jax.unlearning.utility import perplexity, utility
 
@@ -117,14 +118,18 @@ class Subject:
         sampling: Sampling = GREEDY,
         journal: Path | None = None,
         screen: Screen | None = None,
+        max_new_tokens: int | None = None,
     ) -> Judged:
         """What a model says to prompts, judged and, with a screen, screened."""
+        generation = dataclasses.asdict(self._config.generation)
+        if max_new_tokens is not None:
+            generation["max_new_tokens"] = max_new_tokens
         judged = evaluation.ask(
             model,
             self.chat,
             prompts,
             self.judge,
-            dataclasses.asdict(self._config.generation),
+            generation,
             self.mesh,
             description,
             sampling,
@@ -134,8 +139,14 @@ class Subject:
 
     def log_probs(self, examples: Sequence[TokenExample]) -> Float[np.ndarray, "N"]:
         """log p of each response under the base, in nats."""
-        rows = self._config.generation.batch_size
-        return reference_log_probs(self.base, examples, rows, self.mesh)
+        longest = max((size_of(item) for item in examples), default=0)
+        return reference_log_probs(
+            self.base,
+            examples,
+            self._config.generation.batch_size,
+            self.mesh,
+            multiple=few_lengths(longest, 16),
+        )
 
     def calibrated(self, judged: Judged) -> Screen | None:
         """The screen that the base's own responses give."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from ema_jax.artifacts import write_text
 from ema_jax.errors import UserError
-from ema_jax.report import drawing, effects, figures, headline, labels, shares, tables
+from ema_jax.report import drawing, effects, figures, headline, labels, sensitivity, shares, tables
 
 SCHEMA = 1
 
@@ -83,6 +83,7 @@ def write_report(
             and tables.susceptibility(results),
             "utility": results.get("utility") and tables.utility(results),
             "agreement": results.get("agreement") and tables.agreement(results),
+            "sensitivity": results.get("sensitivity") and sensitivity.sensitivity(results),
             "labels": results.get("labels") and labels.errors(results),
             "corrected": results.get("corrected") and labels.corrected(results),
             "provenance": results.get("provenance") and tables.provenance(results),

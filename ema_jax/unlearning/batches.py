@@ -24,6 +24,11 @@ def size_of(example: TokenExample) -> int:
     return len(example.prompt) + len(example.response)
 
 
+def few_lengths(longest: int, least: int) -> int:
+    """What lengths are padded to multiples of, so that batches have `_LENGTHS` of them at most."""
+    return max(least, bucket(-(-longest // _LENGTHS)))
+
+
 def padded_length(examples: Sequence[TokenExample]) -> int:
     """What a batch of any of the examples can be padded to."""
     return bucket(max(map(size_of, examples)))
@@ -125,7 +130,7 @@ def _padded(parts: Mapping[str, tuple[Sequence[TokenExample], np.ndarray]]) -> d
     """The chosen examples of each part, padded to a length that all of them share."""
     rows = {name: [examples[i] for i in chosen] for name, (examples, chosen) in parts.items()}
     most = max(padded_length(examples) for examples, _ in parts.values())
-    multiple = max(MULTIPLE, bucket(-(-most // _LENGTHS)))
+    multiple = few_lengths(most, MULTIPLE)
     longest = max(size_of(example) for part in rows.values() for example in part)
     length = min(bucket(longest, multiple), most)
     return {name: pad_examples(part, length, len(part), 0) for name, part in rows.items()}

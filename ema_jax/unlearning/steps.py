@@ -235,16 +235,29 @@ def _sequence_log_probs(graph: nnx.GraphDef, state: nnx.State, batch: Batch) -> 
 
 
 def reference_log_probs(
-    model: Decoder, examples: Sequence[TokenExample], batch_size: int, mesh: Mesh | None = None
+    model: Decoder,
+    examples: Sequence[TokenExample],
+    batch_size: int,
+    mesh: Mesh | None = None,
+    *,
+    multiple: int = MULTIPLE,
 ) -> Float[np.ndarray, "N"]:
-    """log π_ref of every response, summed over its tokens: the reference model as numbers."""
+    """log π_ref of every response, summed over its tokens: the reference model as numbers.
+
+    Args:
+        model: adapters on it are left out.
+        examples: prompts with responses.
+        batch_size: rows at once.
+        mesh: what the model lies on.
+        multiple: batches are padded to multiples of this; smaller ones pad less, compile more.
+    """
     mesh = make_mesh() if mesh is None else mesh
     graph, state = nnx.split(lora_lib.detach(model))
     rows = batch_rows(batch_size, mesh)
     sums = np.zeros(len(examples))
     sizes = [size_of(item) for item in examples]
     for places in length_batches(sizes, rows):
-        length = bucket(sizes[places[0]], MULTIPLE)  # the longest comes first
+        length = bucket(sizes[places[0]], multiple)  # the longest comes first
         chunk = pad_examples([examples[i] for i in places], length, rows, 0)
         found = host_array(_sequence_log_probs(graph, state, place_batch(chunk, mesh)))
         sums[places] = found[: len(places)]
