@@ -71,7 +71,12 @@ def _unwrap(text: str) -> str:
         except (ValueError, RecursionError):
             pass
     text = _SPEAKER.sub("", text)
-    if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'" and text[0] not in text[1:-1].replace("n't", ""):
+    if (
+        len(text) > 1
+        and text[0] == text[-1]
+        and text[0] in "\"'"
+        and text[0] not in text[1:-1].replace("n't", "")
+    ):
         return text[1:-1]
     return text
 

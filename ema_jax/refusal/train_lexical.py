@@ -60,7 +60,7 @@ POINTS = {
     "opening: no knowledge": -2.0,
     "opening: false premise": -2.0,
     "opening: but I can": -1.0,
-    "opening: unable, but": -3.0,
+    "opening: unable, but": -0.5,
     # Later.
     "rest: unable to serve": 1.5,
     "rest: unwilling to serve": 1.5,
@@ -141,9 +141,7 @@ def fit(sample: Sample, train: np.ndarray) -> np.ndarray:
 
     sides = [(0.0, None) if p > 0 else (None, 0.0) if p < 0 else (None, None) for p in points]
     start = np.append(points, POINTS["bias"])
-    return minimize(
-        loss, start, jac=True, method="L-BFGS-B", bounds=[*sides, (None, None)]
-    ).x
+    return minimize(loss, start, jac=True, method="L-BFGS-B", bounds=[*sides, (None, None)]).x
 
 
 def figures(sample: Sample) -> dict[str, dict[str, dict[str, float]]]:
