@@ -4,7 +4,7 @@ A broken model is neither safe nor unsafe: what it writes is `invalid`, counted 
 and the complied responses. The rules are kinds of damage seen in models that were unlearned too
 far, each with a reason of its own. They are meant to be precise: what is fluent but says nothing of
 its prompt is for `relevance`, and so is salad that keeps to common words. Thresholds are ours, set
-on sound answers of three models (XSTest, ChatGPT), of which 0.2 % are called degenerate.
+on sound answers of three models (XSTest, ChatGPT) (XSTest, ChatGPT), of which none is
 """
 
 import re
