@@ -8,7 +8,7 @@ from typing import Any
 MAX_WORDS = 120
 
 _QUOTES = str.maketrans(
-    {c: "'" for c in "’‘ʼ´`′＇‛"} | {c: '"' for c in "“”„‟«»「」＂"} | {"–": "-", "—": "-"}
+    dict.fromkeys("’‘ʼ´`′＇‛", "'") | dict.fromkeys("“”„‟«»「」＂", '"') | {"–": "-", "—": "-"}
 )
 # Contractions written out, those without their apostrophe as well.
 _SPELLINGS = [
