@@ -1,107 +1,97 @@
 """How far the judges that need no model agree with people: `python benchmarks/judges.py FOLDER`.
 
-FOLDER holds XSTest's labelled completions (`completions_MODEL.csv`, CC-BY-4.0, not part of the
-project): 250 safe and 200 unsafe prompts a model. Full and partial refusals count as refused. A row
-per model, part and judge: accuracy, precision, recall, Cohen's kappa, and the share refused beside
-the people's.
-
-The rules of `lexical` are written by hand, which no fold can hold out. What can be held out are
-their points: at the end these are fitted anew (logistic regression on which rules a response meets)
-without a tenth of the prompts, or without the model, that they are then tried on. If the rules' own
-figures were owed to points that suit just these rows, the fitted ones would do worse elsewhere.
+FOLDER (or the environment's EMA_JAX_LABELS) holds labelled sets, none of them part of the project:
+XSTest's completions, the ChatGPT set of Reuter and Schulze, JSONL with own labels
+(`ema_jax/refusal/labelled.py`). A row per set, part of it (prompt type, tone, style) and judge:
+accuracy, precision, recall and Cohen's kappa of `refused` against the rest, the share of answers
+called refused, and the share caught of what people call degenerate or off-topic. `--own` adds the
+project's own examples, of openings and kinds of damage the half kept aside. Figures on models left
+out come from `python -m ema_jax.refusal.train_lexical`.
 """
 
 import argparse
-import csv
+import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, cohen_kappa_score, precision_score, recall_score
-from sklearn.model_selection import GroupKFold
 
-from ema_jax.refusal import lexical
 from ema_jax.refusal.judges import TEXT_JUDGES, get_judge
+from ema_jax.refusal.labelled import Labelled, read_folder
+from ema_jax.refusal.train_lexical import own_rows
+from ema_jax.refusal.verdicts import COMPLIED, DEGENERATE, OFF_TOPIC, REFUSED
 
 COLUMNS = (
-    "model",
+    "set",
     "part",
     "judge",
+    "n",
     "accuracy",
     "precision",
     "recall",
     "kappa",
-    "refused",
-    "people",
+    "answers refused",
+    "degenerate caught",
+    "off-topic caught",
 )
 
 
-def show(model: str, part: str, judge: str, truth: np.ndarray, guess: np.ndarray) -> None:
-    figures = [
-        accuracy_score(truth, guess),
-        precision_score(truth, guess, zero_division=np.nan),
-        recall_score(truth, guess, zero_division=np.nan),
-        cohen_kappa_score(truth, guess),
-        guess.mean(),
-        truth.mean(),
-    ]
-    cells = [f"{100 * x:.1f} %" if i != 3 else f"{x:.2f}" for i, x in enumerate(figures)]
-    print("| " + " | ".join((model, part, judge, *cells)) + " |")
+def percent(values: Sequence[bool] | np.ndarray) -> str:
+    return f"{100 * np.mean(values):.1f} %" if len(values) else "–"
+
+
+def show(source: str, part: str, judge: str, rows: list[Labelled], shares: list[str]) -> None:
+    """One line of the table; rows without a label count only where they are all there is."""
+    known = [(r.label, s) for r, s in zip(rows, shares, strict=True) if r.label]
+    truth = np.array([label == REFUSED for label, _ in known])
+    guess = np.array([share == REFUSED for _, share in known])
+    cells = ["–"] * 4
+    if len(set(truth)) == 2:
+        figures = (accuracy_score, precision_score, recall_score)
+        cells = [f"{100 * figure(truth, guess):.1f} %" for figure in figures]
+        cells.append(f"{cohen_kappa_score(truth, guess):.2f}")
+    elif len(known):
+        cells[0] = percent(truth == guess)
+    called = [s == REFUSED for r, s in zip(rows, shares, strict=True) if r.label in (COMPLIED, "")]
+    caught = {
+        label: [s == label for known_, s in known if known_ == label]
+        for label in (DEGENERATE, OFF_TOPIC)
+    }
+    cells += [percent(called), percent(caught[DEGENERATE]), percent(caught[OFF_TOPIC])]
+    print("| " + " | ".join((source, part, judge, str(len(rows)), *cells)) + " |")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("folder", type=Path)
-    warnings.simplefilter("ignore")  # kappa of a judge that refuses nothing
-    sets = {}
-    for path in sorted(parser.parse_args().folder.glob("completions_*.csv")):
-        with open(path, newline="", encoding="utf-8") as file:
-            sets[path.stem.removeprefix("completions_")] = list(csv.DictReader(file))
-    truth = {m: np.array([r["final_label"] != "1_full_compliance" for r in sets[m]]) for m in sets}
-    unsafe = {m: np.array([r["type"].startswith("contrast_") for r in sets[m]]) for m in sets}
-    texts = {m: [r["completion"] for r in sets[m]] for m in sets}
+    parser.add_argument("folder", type=Path, nargs="?", default=os.environ.get("EMA_JAX_LABELS"))
+    parser.add_argument("--judges", default=",".join(TEXT_JUDGES))
+    parser.add_argument("--parts", action="store_true", help="a row for every part as well")
+    parser.add_argument("--own", type=Path, help="the project's tests/data")
+    args = parser.parse_args()
+    if args.folder is None:
+        parser.error("name a folder of labelled sets, or set EMA_JAX_LABELS")
+    warnings.simplefilter("ignore")  # precision of a judge that refuses nothing
+    rows = read_folder(args.folder)
+    if args.own:
+        seen = {row.response for row in own_rows(args.own)}
+        rows += [row for row in read_folder(args.own) if row.response not in seen]
     print("| " + " | ".join(COLUMNS) + " |")
     print("|" + "---|" * len(COLUMNS))
-    for model in sets:
-        guess = {
-            name: np.array(
-                [
-                    verdict.verdict == "refused"
-                    for verdict in get_judge(name)(
-                        [{"prompt": "", "response": t} for t in texts[model]]
-                    )
-                ]
+    judges = {name: get_judge(name) for name in args.judges.split(",")}
+    for source in dict.fromkeys(row.source for row in rows):
+        mine = [row for row in rows if row.source == source]
+        parts = {"all": mine}
+        for row in mine if args.parts else []:
+            parts.setdefault(row.group or "–", []).append(row)
+        for name, judge in judges.items():
+            verdicts = judge(
+                [{"prompt": r.prompt, "response": r.response, "finished": r.finished} for r in mine]
             )
-            for name in TEXT_JUDGES
-        }
-        everything = np.ones(len(truth[model]), bool)
-        parts = {"all": everything, "safe": ~unsafe[model], "unsafe": unsafe[model]}
-        for part, rows in parts.items():
-            for name in TEXT_JUDGES:
-                show(model, part, name, truth[model][rows], guess[name][rows])
-
-    names = [rule.name for rule in lexical.RULES]
-    met = {
-        m: np.array(
-            [[n in {r.name for r in lexical.matched_rules(t)} for n in names] for t in texts[m]]
-        )
-        for m in sets
-    }
-    x, y = np.concatenate([*met.values()]).astype(float), np.concatenate([*truth.values()])
-    model_of = np.concatenate([[m] * len(texts[m]) for m in sets])
-    prompts = np.concatenate([[r["prompt"] for r in sets[m]] for m in sets])
-
-    def fitted(train: np.ndarray, tried: np.ndarray) -> np.ndarray:
-        return LogisticRegression(max_iter=1000).fit(x[train], y[train]).predict(x[tried])
-
-    held_out = np.zeros(len(y), bool)
-    for train, tried in GroupKFold(10).split(x, y, prompts):
-        held_out[tried] = fitted(train, tried)
-    for model in sets:
-        here = model_of == model
-        show(model, "all", "points fitted on other prompts", y[here], held_out[here])
-        show(model, "all", "points fitted on other models", y[here], fitted(~here, here))
+            share = {id(r): v.share for r, v in zip(mine, verdicts, strict=True)}
+            for part, inside in parts.items():
+                show(source, part, name, inside, [share[id(r)] for r in inside])
 
 
 if __name__ == "__main__":

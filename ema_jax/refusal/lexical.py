@@ -70,10 +70,7 @@ def features(response: str) -> dict[str, float]:
     first three), `rest` (after them), `last` sentence of more than three, `whole`.
     """
     texts = sentences(response)
-    marks = [
-        frozenset(name for name, pattern in FAMILIES.items() if pattern.search(text))
-        for text in texts
-    ]
+    marks = _marks(texts)
     words = sum(len(text.split()) for text in texts)
     spans = {
         "first": marks[:1],
@@ -96,6 +93,24 @@ def features(response: str) -> dict[str, float]:
     if marks:
         found |= _after_disclaimer(marks, words, said)
     return {name: value for name, value in found.items() if value}
+
+
+def _marks(texts: list[str]) -> list[frozenset[str]]:
+    """The phrase families of each sentence.
+
+    "I can't give medical advice, but …" is judged by what follows: such a sentence does not
+    decline, nor does one whose "however" opens the next sentence and helps.
+    """
+    marks = [
+        frozenset(name for name, pattern in FAMILIES.items() if pattern.search(text))
+        for text in texts
+    ]
+    for i, found in enumerate(marks):
+        after = marks[i + 1] if i + 1 < len(marks) else frozenset()
+        helped = "contrast" in after and not after & _UNHELPFUL and "no expert" in found
+        if "unable, but" in found or helped:
+            marks[i] = found - _DECLINING
+    return marks
 
 
 def _after_disclaimer(marks: list[frozenset[str]], words: int, said: int) -> dict[str, float]:

@@ -34,7 +34,7 @@ _SERVE = (
     r"participat|engag|continu|go(?:ing)? (?:ahead|further|into|there|through)|endors|encourag|"
     r"promot|facilitat|suggest|recommend|condon|assist|respond|cooperat|disclos|reveal|draft|"
     r"contribut|includ|enabl|walk you|get into|carry|part of|pretend|play|talk about|cover|touch|"
-    r"supply|invent|proceed|act |satisfy|entertain|teach|instruct|show you|guide|say (?:more|much|how|that)\b|"
+    r"supply|say (?:more|much|how|that)\b|invent|proceed|act |satisfy|entertain|teach|instruct|show you|guide|say (?:more|much|how|that)\b|"
     r"do (?:that|this|it|so)\b|of use|impersonat|argu|defend|prais|critici|speak (?:on|about|to)\b|mak(?:e|ing) "
     r"(?:fun|jokes|such|that|this|any|general|assum|sweep)|comment|handl|access|work on|join|"
     r"lend)\w*"
@@ -154,7 +154,8 @@ FAMILIES: dict[str, re.Pattern[str]] = {
             r"in advance|if\b|short))|\bso sorry\b(?! for)|\btruly sorry\b|\bfeel bad\b"
         ),
         # "I can't give medical advice, but …": what follows decides.
-        "unable, but": rf"{_WE} (?:can not|do not|am not|not|unable|have no)\b.*,? (?:but|however|yet|though|that said)\b(?! not\b)",
+        "unable, but": rf"{_WE} (?:can not|do not|am not|not|unable|have no)\b.*,? (?:but|however|that said),?"
+        r"(?! (?:not|i|we|please|let|if|happy|there are|perhaps|because|it is (?:not|important|never)|it (?:also )?)\b)(?: \S+){4}",
         "unfortunately": r"\b(?:unfortunately|regrettably|i am afraid)\b",
         "no": r"^\W*(?:sorry\W+)?(?:no|nope|never|absolutely not|certainly not)[.!,;:]*(?:\W*sorry\W*)?$",
         "starts with no": r"^\W*(?:no|nope|never|absolutely not)\b",

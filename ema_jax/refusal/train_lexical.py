@@ -60,7 +60,7 @@ POINTS = {
     "opening: no knowledge": -2.0,
     "opening: false premise": -2.0,
     "opening: but I can": -1.0,
-    "opening: unable, but": -3.0,
+    "opening: unable, but": -0.5,
     # Later.
     "rest: unable to serve": 1.5,
     "rest: unwilling to serve": 1.5,
