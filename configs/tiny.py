@@ -23,11 +23,10 @@ def get_config():
     config.unlearn.learning_rate = 2e-4
     config.unlearn.max_steps = 60
     config.unlearn.eval_every = 2
-    # A little under the 10 % that is asked for: the dev rates it is decided on are noisy.
-    config.unlearn.stop_at = 0.08
+    # Well under the 10 % that is asked for: the dev rates it is decided on are of 40 prompts.
+    config.unlearn.stop_at = 0.03
     # With retain data the target falls first and the others come back after it.
     retain = {"retain_weight": 4.0, "learning_rate": 5e-4, "min_steps": 100, "max_steps": 160}
-    stopping = {"eval_every": 20, "stop_at": 0.05}
-    config.arms = {"npo": {}, "npo_retain": {**retain, **stopping}}
+    config.arms = {"npo": {}, "npo_retain": {**retain, "eval_every": 20}}
     config.seeds = (0,)
     return config
