@@ -78,13 +78,13 @@ class Study:
     def settings(self) -> dict[str, dict[str, Any]]:
         """Stage → everything of the config that it depends on."""
         c, model = self.config, self.subject.settings()
-        asking = {
+        asking: dict[str, Any] = {
             "judge": c.judge,
             "judge_options": c.judge_options,
-            # Verdicts of other rules are not to be compared with these.
-            "verdicts": VERDICTS,
             "generation": dataclasses.asdict(c.generation),
         }
+        if not self._finished_before_verdicts():
+            asking["verdicts"] = VERDICTS  # those of other rules are not to be mixed with these
         said = {"model": model, **asking, "keep_text": c.keep_text}
         said["extra_judges"] = c.extra_judges
         if c.sensitivity != SensitivityConfig():
@@ -110,6 +110,12 @@ class Study:
             result[f"unlearn/{arm}/seed_{seed}"] = {"model": model, **asking, "arm": arm_settings}
             result[f"evaluate/{arm}/seed_{seed}"] = {**said, "export": c.export}
         return result
+
+    def _finished_before_verdicts(self) -> bool:
+        """Whether all responses here were judged by the first rules, which were not recorded."""
+        names = ["baseline", *(f"evaluate/{arm}/seed_{seed}" for arm, seed in self.runs)]
+        made = [self.workdir.manifest(name) for name in names]
+        return all(each is not None and "verdicts" not in each["settings"] for each in made)
 
     def plan(self) -> Iterator[tuple[str, bool]]:
         """Every stage in order, and whether it was finished here."""
