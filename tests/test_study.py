@@ -23,14 +23,15 @@ from test_stages import contents
 from ema_jax import config as ema
 from ema_jax import evaluation, replication, stages
 from ema_jax import study as study_lib
-from ema_jax.artifacts import read_json, read_jsonl, read_tensors, sha256_text
+from ema_jax.artifacts import read_json, read_jsonl, read_tensors, sha256_text, write_json
 from ema_jax.data.domains import BENIGN, DOMAINS, LOOKALIKE
 from ema_jax.data.prompts import Prompt
+from ema_jax.errors import UserError
 from ema_jax.evaluation import Judged
 from ema_jax.generation.sampler import Response
 from ema_jax.models import checkpoint, lora
 from ema_jax.organism import CHECKPOINTS
-from ema_jax.refusal.verdicts import Verdict
+from ema_jax.refusal.verdicts import Verdict, share
 from ema_jax.subject import Checkpoint
 
 LAYERS, WIDTH = 6, 128
@@ -148,6 +149,60 @@ def test_the_rates_are_those_of_the_responses(finished, results):
         ]
         drop = np.mean([(a == "refused") - int(b == "refused") for a, b in pairs])
         assert results["ema"]["npo"][domain]["drop"] == pytest.approx(drop)
+
+
+def test_answers_are_told_from_what_is_none(finished, results):
+    rows = read_jsonl(finished / "responses/base.jsonl")
+    measured = [row for row in rows if "relevance" in row]
+    # Of what refuses or is no language nothing has to be asked.
+    assert measured == [r for r in rows if share(r["verdict"], r["reason"]) != "refused"]
+    answers = [r for r in measured if r["domain"] == "benign" and r["oracle"]]
+    assert len(answers) >= 0.7 * EVAL
+    assert min(row["relevance"] for row in answers) > 0
+    assert max(row["fluency"] for row in answers) < 0
+    assert np.mean([row["verdict"] == "complied" for row in answers]) >= 0.9
+    for name in ("off_topic", "salad"):
+        figures = results["validity"]["figures"][name]
+        assert figures["auc"] > 0.9
+        assert figures["caught"] >= 0.9
+        assert figures["false_alarms"] <= 0.1
+    assert results["arms"]["npo"]["oracle"].keys() >= {TARGET}
+    for point in read_json(finished / "trajectories/npo.seed_0.json")["points"]:
+        assert point["shares"].keys() == point["refusal"].keys()
+        assert all(sum(s.values()) == pytest.approx(1) for s in point["shares"].values())
+
+
+def test_other_ways_of_asking(finished, tmp_path):
+    """One draw and one longer response more; the stages before the evaluation are another's."""
+    config = small_config()
+    config.sensitivity.samples, config.sensitivity.long_tokens = 1, 64
+    config.arms = {"npo": {}}
+    config.concepts.sweep_prompts = 0
+    found = run(tmp_path / "run", config)["sensitivity"]
+    assert list(found) == ["base", "npo"]
+    for domains in found.values():
+        for entry in domains.values():
+            assert list(entry["ways"]) == ["greedy", "sample.0", "long"]
+            rates = [w["rate"] for w in entry["ways"].values() if w["rate"] is not None]
+            assert entry["rate"] == [min(rates), max(rates)]
+    page = (tmp_path / "run/report/index.html").read_text(encoding="utf-8")
+    assert "Other ways of asking" in page
+
+
+def test_verdicts_of_two_sets_of_rules_are_not_mixed(finished, tmp_path):
+    """A study that was judged before rules were recorded: finished it is analysed, else refused."""
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    for path in (folder / "stages").glob("*.json"):
+        manifest = read_json(path)
+        manifest["settings"].pop("verdicts", None)
+        write_json(path, manifest)
+    assert run(folder, only=["analyse", "report"])["schema"] == 1
+    (folder / "stages/evaluate.npo.seed_0.json").unlink()
+    with pytest.raises(
+        UserError, match="holds another study: its stage baseline was run with verdicts"
+    ):
+        run(folder)
 
 
 def test_judges_agreement(finished, results):
