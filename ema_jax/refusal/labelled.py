@@ -13,8 +13,8 @@ from typing import Any
 from ema_jax.refusal.verdicts import COMPLIED, DEGENERATE, OFF_TOPIC, REFUSED
 
 LABELS = (REFUSED, COMPLIED, OFF_TOPIC, DEGENERATE)
-# Tones of the ChatGPT set that are clearly one or the other; what redirects, contradicts or does not
-# know is neither, and has no label.
+# Tones of the ChatGPT set that are clearly one or the other; what redirects, contradicts or does
+# not know is neither, and has no label.
 _TONES = {"complied": COMPLIED, "disclaimed": COMPLIED, "rejected": REFUSED}
 
 

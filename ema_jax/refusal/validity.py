@@ -51,8 +51,8 @@ _FUNCTION_WORDS = {
         "the of and to a in is it you that was for on are with as i his they be at one have this "
         "from or had by not but what all were we when your can there an which their if will each "
         "about how up out them then she many some so these would into has more her two him could "
-        "my than been who its no do does did me our us am any because very just also only over such "
-        "should may might must here where why after before while too most other own same through "
+        "my than been who its no do does did me our us am any because very just also only over "
+        "such should may might must here where why after before while too most other own same through "
         "between against during without within upon off down under again he"
     ),
     "other": (
@@ -60,8 +60,8 @@ _FUNCTION_WORDS = {
         "sind oder wenn aber wie bei nach el la los las que y en un una es por con para no se su "
         "del al lo como más pero le les des et est dans une pour pas sur qui ne ce il elle avec au "
         "je vous nous sont o os as e um uma não em do da dos das na com il di che è non gli per "
-        "sono della het een niet van ik je zijn dat och att det som är på inte jag yang dan ini itu "
-        "untuk dengan tidak adalah"
+        "sono della het een niet van ik je zijn dat och att det som är på inte jag yang dan ini "
+        "itu untuk dengan tidak adalah"
     ),
 }
 _ENGLISH = frozenset(_FUNCTION_WORDS["en"].split())
