@@ -52,8 +52,8 @@ _FUNCTION_WORDS = {
         "from or had by not but what all were we when your can there an which their if will each "
         "about how up out them then she many some so these would into has more her two him could "
         "my than been who its no do does did me our us am any because very just also only over "
-        "such should may might must here where why after before while too most other own same through "
-        "between against during without within upon off down under again he"
+        "such should may might must here where why after before while too most other own same "
+        "through between against during without within upon off down under again he"
     ),
     "other": (
         "der die das und ist nicht ein eine ich sie es mit auf für den dem von zu sich auch wird "
