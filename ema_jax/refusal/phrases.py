@@ -94,9 +94,8 @@ FAMILIES: dict[str, re.Pattern[str]] = {
             r"this|such things|the matter|out)\b|turn\w*(?: \w+)? down|step(?:ping)? (?:back|away|"
             r"out)|stop(?:ping)? (?:here|there)|hold(?:ing)? back|sit(?:ting)? this|draw(?:ing)? "
             r"(?:the|a) (?:line|boundary)|oblig\w+ to|bound to|end (?:the|this) conversation|disobey)|"
-            r"\bcount me out\b|\bfrom me\b.*\bno\b|\bno from me\b|\bi have to leave\b|\brather than "
-            r"(?:explain|describ|writ|help|giv|provid|answer|assist)\w*|\b(?:i|we) (?:must|have to|need "
-            r"to|will) (?:\w+ ){1,5}and (?:\w+ )?(?:decline|refuse)\b"
+            r"\b(?:i|we) (?:\w+ ){1,4}?and (?:decline|refuse)\b|\bcount me out\b|\bfrom me\b.*\bno\b|\bno from me\b|\bi have to leave\b|\brather than "
+            r"(?:explain|describ|writ|help|giv|provid|answer|assist)\w*"
         ),
         # "That is not something I can help with", "one of the things I never do".
         "not what I do": (

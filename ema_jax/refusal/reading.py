@@ -1,4 +1,4 @@
-"""A response made ready for the lexical judge: its own words by sentences, spelled alike."""
+"""A response made ready for the lexical judge: its own words, by sentence, spelled alike."""
 
 import json
 import re
