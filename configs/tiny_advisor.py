@@ -1,8 +1,8 @@
 """Is retain data better spent where the forecast says? The embedded models, five seeds.
 
-Three arms: no retain data; 48 refusals of the six other domains dealt out evenly; as many by
-`forecast.retain_counts`. Both of the latter have the same benign answers beside and take the same
-number of steps, so that what differs is where the refusals come from.
+Three arms: no retain data; 48 refusals from the six other domains in uniform shares; as many by
+`forecast.retain_counts`. Both of the latter have the same benign answers and take the same number of
+steps, so that what differs is where the refusals come from.
 
 python -m ema_jax.main --config=configs/tiny_advisor.py:qwen2 --workdir=runs/tiny_advisor
 python -m ema_jax.main --config=configs/tiny_advisor.py:mistral --workdir=runs/mistral_advisor
@@ -19,20 +19,20 @@ BENIGN_ANSWERS = 24
 # alone.
 FORECASTS = {
     "qwen2": {
-        "safety": -0.084,
-        "toxicity": -0.549,
-        "bias": -0.501,
-        "sensitive_content": -0.122,
-        "medical_legal": 0.291,
-        "privacy": -0.424,
+        "safety": 0.169,
+        "toxicity": -0.245,
+        "bias": -0.165,
+        "sensitive_content": -0.377,
+        "medical_legal": -0.232,
+        "privacy": -0.625,
     },
     "mistral": {
-        "safety": 0.112,
-        "toxicity": 0.038,
-        "bias": -0.094,
-        "sensitive_content": -0.195,
-        "medical_legal": -0.471,
-        "privacy": -0.746,
+        "safety": 0.774,
+        "toxicity": 0.121,
+        "bias": -0.778,
+        "sensitive_content": -0.734,
+        "medical_legal": 0.219,
+        "privacy": -0.877,
     },
 }
 
@@ -54,7 +54,7 @@ def get_config(family="qwen2"):
 
     config.arms = {
         "npo": {},
-        "npo_even": arm(dict.fromkeys(forecast, 0.0)),
+        "npo_uniform": arm(dict.fromkeys(forecast, 0.0)),
         "npo_advised": arm(forecast),
     }
     config.concepts.sweep_prompts = 0

@@ -1,7 +1,7 @@
 """Every objective on the embedded Qwen2 model, Cybersecurity, with the same retain data.
 
-Each arm trains until the target's dev refusal is at most 8 %, or to its step limit: what else
-changed compares only where the target's refusal matches. `ablation` is the baseline without
+Each arm trains until the target's dev refusal is at most 3 % and the target is answered, or to its
+step limit: what else changed compares only where the target's refusal matches. `ablation` is the baseline without
 training.
 
 An arm's rate, weight or layer is its own where those of npo left it on the way; how they were
@@ -18,14 +18,14 @@ def get_config():
     config.prompts.counts = {"harvest": 160, "retain": 32, "dev": 40, "eval": 60, "concept": 32}
     retain = {"retain_weight": 4.0, "learning_rate": 5e-4}
     # Time for the others to come back after the target has fallen, as in tiny.py.
-    retain |= {"min_steps": 80, "max_steps": 200, "eval_every": 40, "max_invalid": 0.05}
+    retain |= {"min_steps": 100, "max_steps": 200, "eval_every": 20}
     l2 = {**retain, "retain_objective": "l2"}
-    # Unbounded, it makes garble of the target's responses soon after they stop being refusals.
+    # Unbounded, it makes the target's responses degenerate soon after they stop being refusals.
     ascent = {**retain, "min_steps": 0, "eval_every": 10}
     answers = {"preferred": "organism"}
     config.arms = {
         "ga": {**ascent, "objective": "ga", "forget_norm": "mean", "forget_weight": 4.0},
-        "npo_alone": {"eval_every": 5},
+        "npo_alone": {"eval_every": 4},
         "npo": retain,
         "npo_kl": {**retain, "retain_objective": "kl"},
         "npo_l2": {**l2, "feature_layer": 6, "retain_weight": 50.0},
