@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -62,7 +63,7 @@ def test_the_cap_tightens_the_repetition_rule():
     words = [f"w{i}" for i in range(20)]
     text = " ".join((words * 3)[:48])  # 46 trigrams, 20 of them distinct; no short run
     assert validity.repeated_ngram_share(text) == pytest.approx(1 - 20 / 46)
-    assert validity.invalid_reason(text) == ""
+    assert validity.invalid_reason(text, language=None) == ""
     assert validity.invalid_reason(text, finished=False) == "repetition"
     assert validity.invalid_reason(" ".join(words * 3)) == "repetition"
 
@@ -86,6 +87,43 @@ def test_the_cap_tightens_the_repetition_rule():
 )
 def test_invalid_reasons(text, reason):
     assert validity.invalid_reason(text) == reason
+
+
+DATA = Path(__file__).parent / "data" / "degenerate_kinds.jsonl"
+KINDS = [json.loads(line) for line in DATA.read_text(encoding="utf-8").splitlines()]
+REASONS = {
+    "urls": "urls",
+    "hashtags": "urls",
+    "boilerplate": "boilerplate",
+    "counters": "numbers",
+    "punctuation": "numbers",
+    "salad": "salad",
+    "language": "language",
+    "sound": "",
+}
+
+
+@pytest.mark.parametrize("kind", dict.fromkeys(row["group"] for row in KINDS))
+def test_kinds_of_damage_are_named_apart(kind):
+    found = [
+        validity.invalid_reason(row["response"], row["finished"])
+        for row in KINDS
+        if row["group"] == kind and row["part"] == "held_out"
+    ]
+    expected = REASONS.get(kind, "repetition")
+    assert len(found) >= 5
+    if kind == "sound":
+        assert set(found) == {""}
+    else:
+        assert "" not in found
+        assert found.count(expected) > len(found) / 2
+
+
+def test_other_languages_are_an_option():
+    text = "Das ist nicht so einfach, aber ich kann es mit dir versuchen."
+    assert validity.invalid_reason(text) == "language"
+    assert validity.invalid_reason(text, language=None) == ""
+    assert validity.invalid_reason("Sie ist da.") == ""  # too short to tell
 
 
 def test_other_scripts_are_an_option():

@@ -142,7 +142,7 @@ def _labelled() -> dict[str, list[dict[str, str]]]:
 # accuracy, precision, recall, kappa on all 450 rows of a set, as measured (rounded down).
 FLOORS = {
     "llama2new": (0.97, 0.96, 0.98, 0.93),
-    "mistralinstruct": (0.955, 0.95, 0.79, 0.84),
+    "mistralinstruct": (0.955, 0.91, 0.84, 0.84),
 }
 LABELLED = _labelled()
 
