@@ -1,8 +1,8 @@
 """Is retain data better spent where the forecast says? The embedded models, five seeds.
 
 Three arms: no retain data; 48 refusals from the six other domains in uniform shares; as many by
-`forecast.retain_counts`. Both of the latter have the same benign answers and take the same number of
-steps, so that what differs is where the refusals come from.
+`forecast.retain_counts`. Both of the latter have the same benign answers and take the same number
+of steps, so that what differs is where the refusals come from.
 
 python -m ema_jax.main --config=configs/tiny_advisor.py:qwen2 --workdir=runs/tiny_advisor
 python -m ema_jax.main --config=configs/tiny_advisor.py:mistral --workdir=runs/mistral_advisor

@@ -1,8 +1,8 @@
 """Every objective on the embedded Qwen2 model, Cybersecurity, with the same retain data.
 
 Each arm trains until the target's dev refusal is at most 3 % and the target is answered, or to its
-step limit: what else changed compares only where the target's refusal matches. `ablation` is the baseline without
-training.
+step limit: what else changed compares only where the target's refusal matches. `ablation` is the
+baseline without training.
 
 An arm's rate, weight or layer is its own where those of npo left it on the way; how they were
 found, what was measured, and why rmu does not match: docs/unlearning.md.

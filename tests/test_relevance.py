@@ -52,9 +52,18 @@ def test_signals_are_what_their_formulas_say():
         assert found.explained[i] == pytest.approx(1 - own / mean)
         every = np.exp([own, *found.others[i]])
         assert found.fluency[i] == pytest.approx(np.log(every.mean()) / tokens)
-    # "blue" is the one word of the prompt that no other plant has; the response names it.
+    # "blue" is the one word of its prompt that not every plant has; the response names it.
     assert found.overlap.tolist() == [1.0, 1.0]
     assert found.others_overlap.max() == 0.0
+
+
+def test_rare_words_weigh_more():
+    weights = relevance._word_weights(["a red fern", "a blue fern", "a kite", "one"], ["x"] * 4)
+    assert weights[0] == {"a": np.log(4 / 3), "red": np.log(4), "fern": np.log(2)}
+    named = relevance._overlap(weights[0], {"red", "kite"})
+    assert named == pytest.approx(np.log(4) / (np.log(4 / 3) + np.log(4) + np.log(2)))
+    # A prompt whose words all prompts have has nothing to be named.
+    assert relevance._overlap(relevance._word_weights(["a", "a"], ["x"] * 2)[0], {"a"}) == 0.0
 
 
 def test_other_prompts_are_of_the_same_group_and_never_its_own():

@@ -9,13 +9,15 @@ both from the base model of the study itself, so that no outside judge is needed
 
 y is the response, x its prompt, x_k other prompts of the same domain. What has nothing to do with
 its prompt is as likely after another one, so its relevance is near zero, whoever wrote it. Word
-salad is unlikely after any of them. Beside these stands the cheap signal that needs no model, the
-share of the prompt's content words that the response names. All three are ours, not the paper's.
+salad is unlikely after any of them. A third signal needs no model: the share of the prompt's words
+that the response names, weighted by how rare they are. All three are ours, not the paper's.
 """
 
 import dataclasses
+import math
 import re
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,8 +34,6 @@ TOKENS = 48
 LogProbs = Callable[[Sequence[TokenExample]], Float[np.ndarray, "N"]]
 
 _WORD = re.compile(r"[^\W_]+")
-# A word of a prompt that many of the domain's prompts share says nothing of this one.
-_COMMON = 0.2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Signals:
     Attributes:
         own: log p of the response after its own prompt, in nats.
         others: the same after each of the other prompts.
-        overlap: share of the own prompt's content words that the response names.
+        overlap: share of the own prompt's words that the response names, weighted by rarity.
         others_overlap: the same of each of the other prompts.
         tokens: response tokens scored.
     """
@@ -129,11 +129,11 @@ def measure(
         np.float64,
     ).reshape(candidates.shape)
     tokens = np.array([len(response) for response in kept], int)
-    content = _content_words(prompts, groups)
+    weights = _word_weights(prompts, groups)
     named = [set(_words(response)) for response in responses]
     overlap = np.array(
         [
-            [_overlap(content[c], words) for c in row]
+            [_overlap(weights[c], words) for c in row]
             for row, words in zip(candidates, named, strict=True)
         ]
     ).reshape(candidates.shape)
@@ -162,18 +162,19 @@ def _candidates(groups: Sequence[str], others: int) -> Int[np.ndarray, "P K1"]:
     return chosen
 
 
-def _content_words(prompts: Sequence[str], groups: Sequence[str]) -> list[set[str]]:
-    """The words of each prompt that few prompts of its group have: no list, no language."""
+def _word_weights(prompts: Sequence[str], groups: Sequence[str]) -> list[dict[str, float]]:
+    """Each prompt's words, a word weighing the less the more prompts of the group have it.
+
+    The weight is log(prompts / prompts with the word), the usual inverse document frequency: no
+    list of words, no language.
+    """
     words = [set(_words(prompt)) for prompt in prompts]
-    counts: dict[str, dict[str, int]] = {}
-    sizes: dict[str, int] = {}
+    counts: dict[str, Counter[str]] = {}
     for group, found in zip(groups, words, strict=True):
-        sizes[group] = sizes.get(group, 0) + 1
-        of_group = counts.setdefault(group, {})
-        for word in found:
-            of_group[word] = of_group.get(word, 0) + 1
+        counts.setdefault(group, Counter()).update(found)
+    sizes = Counter(groups)
     return [
-        {word for word in found if counts[group][word] <= max(_COMMON * sizes[group], 1)}
+        {word: math.log(sizes[group] / counts[group][word]) for word in found}
         for group, found in zip(groups, words, strict=True)
     ]
 
@@ -183,5 +184,6 @@ def _words(text: str) -> list[str]:
     return [re.sub(r"(?<=\w{3})(?:ing|ed|es|s)$", "", w) for w in _WORD.findall(text.lower())]
 
 
-def _overlap(content: set[str], words: set[str]) -> float:
-    return len(content & words) / len(content) if content else 0.0
+def _overlap(weights: Mapping[str, float], words: set[str]) -> float:
+    total = sum(weights.values())
+    return sum(weights[word] for word in weights.keys() & words) / total if total else 0.0
