@@ -41,11 +41,11 @@ class Errors(NamedTuple):
 
         A weight says how many responses the labelled one stands for.
         """
-        counts = [
+        refused, others = (
             _stratified([(y == REFUSED, w) for x, y, w in labelled if (x == REFUSED) == judged])
             for judged in (True, False)
-        ]
-        return cls(judged_refused, *counts, responses=sum(w for *_, w in labelled))
+        )
+        return cls(judged_refused, refused, others, sum(w for *_, w in labelled))
 
     def rates(self) -> tuple[float | None, float | None]:
         """Sensitivity and specificity; None where no label speaks of them."""
