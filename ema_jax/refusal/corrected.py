@@ -7,62 +7,22 @@ refused, by a judge of known sensitivity and specificity, the share truly refuse
 The sample is drawn by what the judge said, so what it estimates directly is how often a response
 judged refused is one (the positive predictive value) and how often one judged otherwise is one all
 the same. Sensitivity and specificity follow from these two and the share judged refused among all
-responses sampled from. For intervals the three proportions behind a corrected share are drawn from
-their Jeffreys posteriors, with Kish's effective number of labels where sampling weights differ.
-That the sample is stratified by arm and domain as well is not used, so the intervals are a little
-wide where domains differ. Their coverage is simulated in `tests/test_sheet.py`.
+responses sampled from. The intervals hold the chance in the responses and in the labels; they
+reckon with the sample's strata, and with the labels being of the very responses whose share is
+corrected (`rogan_gladen.py`). Their coverage is simulated in `tests/test_sheet.py`.
 
 One pair of error rates holds for every arm and domain: too few labels are made to have one each.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from ema_jax.refusal.verdicts import REFUSED, SHARES, UNJUDGED
+from ema_jax.refusal.rogan_gladen import Errors, Triples, effective, ends, jeffreys, rogan_gladen
+from ema_jax.refusal.verdicts import SHARES, UNJUDGED
 
 LABELS = tuple(share for share in SHARES if share != UNJUDGED)
-DRAWS = 4000
-
-Triples = Sequence[tuple[str, str, float]]
-
-
-class Errors(NamedTuple):
-    """What is known of a judge.
-
-    Attributes:
-        judged_refused: share of all responses.
-        refused_if_judged: labels among responses judged refused: `(refused, all)`, as effective
-            numbers.
-        refused_if_not: the same among the others.
-    """
-
-    judged_refused: float
-    refused_if_judged: tuple[float, float]
-    refused_if_not: tuple[float, float]
-
-    @classmethod
-    def of(cls, labelled: Triples, judged_refused: float) -> "Errors":
-        """From `(judge's share, label, sampling weight)` of every labelled response."""
-        counts = []
-        for judged in (True, False):
-            here = [(y, w) for x, y, w in labelled if (x == REFUSED) == judged]
-            n = _effective([w for _, w in here])
-            total = sum(w for _, w in here) or 1.0
-            counts.append((n * sum(w for y, w in here if y == REFUSED) / total, n))
-        return cls(judged_refused, *counts)
-
-    def rates(self) -> tuple[float | None, float | None]:
-        """Sensitivity and specificity; None where no label speaks of them."""
-        values = [x / n if n else np.nan for x, n in (self.refused_if_judged, self.refused_if_not)]
-        rates = _rates(self.judged_refused, *(np.array([value]) for value in values))
-        return tuple(None if np.isnan(x[0]) else float(x[0]) for x in rates)  # type: ignore[return-value]
-
-    def draw(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Sensitivity and specificity as far as they are known, `[DRAWS]` each."""
-        values = (_jeffreys(rng, *x) for x in (self.refused_if_judged, self.refused_if_not))
-        return _rates(self.judged_refused, *values)
 
 
 def corrected_share(
@@ -81,13 +41,20 @@ def corrected_share(
         (sensitivity + specificity ≤ 1 in over 2.5 % of the draws): None and [0, 1].
     """
     rng = np.random.default_rng(seed)
-    drawn = _rogan_gladen(_jeffreys(rng, refused, total), *errors.draw(rng))
     apparent = refused / total if total else None
     unknown = {"apparent": apparent, "share": None, "ci95": [0.0, 1.0]}
-    if apparent is None or np.isnan(drawn).mean() > 0.025 or None in (rates := errors.rates()):
+    rates = errors.rates()
+    if apparent is None or None in rates:
         return unknown
-    point = _rogan_gladen(np.array([apparent]), *(np.array([x]) for x in rates))[0]
-    return unknown | {"share": _number(np.clip(point, 0, 1)), "ci95": _ends(np.clip(drawn, 0, 1))}
+    point = rogan_gladen(np.array([apparent]), *(np.array([x]) for x in rates))[0]
+    if np.isnan(point):
+        return unknown
+    share = float(np.clip(point, 0, 1))
+    less = errors.shrinkage(share, total)
+    drawn = rogan_gladen(jeffreys(rng, refused / less, total / less), *errors.draw(rng))
+    if np.isnan(drawn).mean() > 0.025:
+        return unknown
+    return unknown | {"share": share, "ci95": ends(np.clip(drawn, 0, 1))}
 
 
 def corrected_drop(
@@ -95,20 +62,21 @@ def corrected_drop(
 ) -> dict[str, Any]:
     """The drop of the truly refused share from base to arm, `(refused, total)` each.
 
-    The interval takes base and arm as unpaired, which is wider than paired figures need.
+    The interval takes base and arm as unpaired and the labels as of other responses, which makes it
+    wider than need be.
 
     Returns:
         `drop` and `ci95`; None and [-1, 1] as in `corrected_share`.
     """
     rng = np.random.default_rng(seed)
-    before, after = (_jeffreys(rng, *counts) for counts in (base, arm))
+    before, after = (jeffreys(rng, *counts) for counts in (base, arm))
     sensitivity, specificity = errors.draw(rng)
-    ends = [_rogan_gladen(p, sensitivity, specificity) for p in (before, after)]
-    drawn = np.clip(ends[0], 0, 1) - np.clip(ends[1], 0, 1)
+    shown = [rogan_gladen(p, sensitivity, specificity) for p in (before, after)]
+    drawn = np.clip(shown[0], 0, 1) - np.clip(shown[1], 0, 1)
     shares = [corrected_share(x, n, errors, seed=seed)["share"] for x, n in (base, arm)]
     if None in shares:
         return {"drop": None, "ci95": [-1.0, 1.0]}
-    return {"drop": shares[0] - shares[1], "ci95": _ends(drawn)}
+    return {"drop": shares[0] - shares[1], "ci95": ends(drawn)}
 
 
 def judge_errors(labelled: Triples, judged_refused: float, *, seed: int = 0) -> dict[str, Any]:
@@ -127,7 +95,7 @@ def judge_errors(labelled: Triples, judged_refused: float, *, seed: int = 0) -> 
     """
     rng, errors = np.random.default_rng(seed), Errors.of(labelled, judged_refused)
     sensitivity, specificity = errors.rates()
-    known = [_ends(x) for x in errors.draw(rng)]
+    known = [ends(x) for x in errors.draw(rng)]
     right = [w for x, y, w in labelled if x == y]
     confusion = {}
     for judged in LABELS:
@@ -154,9 +122,9 @@ def _accuracy(labelled: Triples) -> float:
 
 
 def _share(some: Sequence[float], all_: Sequence[float], rng: np.random.Generator) -> dict:
-    n = _effective(all_)
+    n = effective(all_)
     share = sum(some) / sum(all_)
-    return {"share": share, "ci95": _ends(_jeffreys(rng, n * share, n))}
+    return {"share": share, "ci95": ends(jeffreys(rng, n * share, n))}
 
 
 def _kappa(labelled: Triples) -> float | None:
@@ -166,36 +134,6 @@ def _kappa(labelled: Triples) -> float | None:
     table /= table.sum()
     chance = float(table.sum(0) @ table.sum(1))
     return (float(np.trace(table)) - chance) / (1 - chance) if chance < 1 - 1e-12 else None
-
-
-def _effective(weights: Sequence[float]) -> float:
-    """Kish's number of equally weighted draws that would be worth as much."""
-    return sum(weights) ** 2 / sum(w * w for w in weights) if weights else 0.0
-
-
-def _jeffreys(rng: np.random.Generator, x: float, n: float) -> np.ndarray:
-    return rng.beta(x + 0.5, max(n - x, 0.0) + 0.5, DRAWS)
-
-
-def _rates(q: float, hit: np.ndarray, missed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Sensitivity and specificity, from how many of those judged refused, and not, are refused."""
-    with np.errstate(invalid="ignore"):
-        sensitivity = q * hit / (q * hit + (1 - q) * missed)
-        others = (1 - q) * (1 - missed)
-        return sensitivity, others / (others + q * (1 - hit))
-
-
-def _rogan_gladen(p: np.ndarray, sensitivity: np.ndarray, specificity: np.ndarray) -> np.ndarray:
-    youden = sensitivity + specificity - 1
-    return np.where(youden > 0, (p + specificity - 1) / np.where(youden > 0, youden, 1), np.nan)
-
-
-def _number(x: Any) -> float | None:
-    return None if np.isnan(x) else float(x)
-
-
-def _ends(draws: np.ndarray) -> list[float]:
-    return [float(x) for x in np.nanpercentile(draws, [2.5, 97.5])]
 
 
 def summary(

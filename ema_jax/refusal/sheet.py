@@ -10,7 +10,6 @@ import codecs
 import csv
 import io
 import itertools
-import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -93,23 +92,27 @@ def _draw(
     strata: Sequence[tuple[str, str, str]], n: int, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
     """Systematic sampling through the strata: rows drawn, and the probability of every row."""
-    counts = Counter(strata)
-    size = np.array([1 / math.sqrt(counts[s]) for s in strata])
-    sure = np.zeros(len(strata), bool)
-    probability = np.ones(len(strata))
-    while not sure.all():
-        rest = ~sure
-        probability[rest] = max(n - sure.sum(), 0) * size[rest] / size[rest].sum()
-        above = rest & (probability >= 1)
-        if not above.any():
-            break
-        sure |= above
-        probability[above] = 1.0
+    sizes = Counter(strata)
+    by_stratum = dict(zip(sizes, _probabilities(np.array([*sizes.values()]), n), strict=True))
+    probability = np.array([by_stratum[s] for s in strata])
     shuffled = rng.permutation(len(strata))
     order = np.array(sorted(shuffled, key=lambda i: strata[i]), int)
     reached = np.floor(np.round(np.cumsum(probability[order]) + rng.random(), 9))
     chosen = np.diff(reached, prepend=0.0) > 0
     return order[chosen], probability
+
+
+def _probabilities(sizes: np.ndarray, n: int) -> np.ndarray:
+    """Of a row to be drawn, by stratum: as 1/√N, and n rows in all; `sizes` N are not zero."""
+    sure = np.zeros(len(sizes), bool)
+    while True:
+        rest = np.where(sure, 0, sizes)
+        left = max(n - sizes[sure].sum(), 0)
+        probability = np.where(sure, 1.0, left / np.sqrt(sizes) / max(np.sqrt(rest).sum(), 1e-9))
+        above = ~sure & (probability >= 1)
+        if not above.any():
+            return probability
+        sure |= above
 
 
 def _cell(value: Any) -> str:
@@ -199,11 +202,14 @@ def labels(workdir: Any, runs: Mapping[str, Sequence[str]]) -> dict[str, Any]:
         for row in read_jsonl(workdir / f"responses/{name}.jsonl")
     ]
     rows = [row for row in rows if row["share"] != UNJUDGED]
-    labelled: dict[str, list[tuple[str, str, float]]] = {}
-    for row, label, weight in _found(workdir, given, rows, {*itertools.chain(*runs.values())}):
-        labelled.setdefault(row["arm"], []).append((row["share"], label, weight))
-    if not labelled:
+    found = list(_found(workdir, given, rows, {*itertools.chain(*runs.values())}))
+    if not found:
         return {}
+    # Rows left empty are stood for by the others: weights add up to all responses.
+    scale = len(rows) / sum(weight for *_, weight in found)
+    labelled: dict[str, list[tuple[str, str, float]]] = {}
+    for row, label, weight in found:
+        labelled.setdefault(row["arm"], []).append((row["share"], label, weight * scale))
     counts: dict[str, dict[str, list[float]]] = {}
     for row in rows:
         # By seed: a prompt that is asked again under every seed is no further evidence.
