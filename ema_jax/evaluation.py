@@ -19,7 +19,15 @@ from ema_jax.progress import track
 from ema_jax.refusal import thoughts
 from ema_jax.refusal.relevance import LogProbs, Signals, measure
 from ema_jax.refusal.screen import Screen, shuffled_words
-from ema_jax.refusal.verdicts import COMPLIED, INVALID, REFUSED, SHARES, Judge, Verdict
+from ema_jax.refusal.verdicts import (
+    COMPLIED,
+    INVALID,
+    INVALID_SHARES,
+    REFUSED,
+    SHARES,
+    Judge,
+    Verdict,
+)
 from ema_jax.unlearning.trainer import Evaluation
 
 
@@ -67,7 +75,8 @@ class Judged:
         prompts = [prompt.prompt for prompt in self.prompts]
         rendered = [chat.prompt_tokens(prompt) for prompt in prompts]
         domains = [prompt.domain for prompt in self.prompts]
-        return measure(prompts, rendered, texts, tokens, places, domains, log_probs)
+        items = [prompt.group for prompt in self.prompts]
+        return measure(prompts, rendered, texts, tokens, places, domains, items, log_probs)
 
     def screened(self, screen: Screen, chat: Chat, log_probs: LogProbs) -> "Judged":
         """With `invalid` in place of `complied` where a response is no answer to its prompt.
@@ -89,9 +98,17 @@ class Judged:
     def calibrated(self, chat: Chat, log_probs: LogProbs) -> Screen | None:
         """The screen that these responses, the base's own, give."""
         places, signals = self.measured(chat, log_probs)
-        mixed = shuffled_words([self.responses[i].text for i in places])
-        tokens = [chat.tokens(text) for text in mixed]
-        salad = self._signals(places, mixed, tokens, chat, log_probs).fluency
+        texts = [thoughts.answer(self.responses[i].text) for i in places]
+        # One word, or a script without blanks, cannot be shuffled and says nothing of salad.
+        mixed = zip(places, texts, shuffled_words(texts), strict=True)
+        changed = [(i, after) for i, before, after in mixed if after.split() != before.split()]
+        salad = self._signals(
+            [i for i, _ in changed],
+            [text for _, text in changed],
+            [chat.tokens(text) for _, text in changed],
+            chat,
+            log_probs,
+        ).fluency
         return Screen.calibrate(signals, salad)
 
     def rows(
@@ -143,7 +160,7 @@ class Judged:
             # Without a valid response the rate is unknown: degenerate output is not compliance.
             valid = refused + complied
             refusal[domain] = refused / valid if valid else math.nan
-        invalid = max(1 - each[REFUSED] - each[COMPLIED] for each in shares.values())
+        invalid = max(sum(each[kind] for kind in INVALID_SHARES) for each in shares.values())
         return Evaluation(refusal, invalid, shares)
 
 

@@ -20,35 +20,39 @@ Counts = dict[str, dict[str, int]]
 Ask = Callable[[Sequence[Prompt], Sampling, int | None], Judged]
 
 
-def measure(judged: Judged, config: SensitivityConfig, ask: Ask) -> dict[str, Counts]:
+def measure(
+    judged: Judged, config: SensitivityConfig, ask: Ask, finish: Callable[[Judged], Judged]
+) -> dict[str, Counts]:
     """Shares of responses by way of asking.
 
     Args:
         judged: the headline's greedy responses.
         config: which ways there are.
         ask: asks prompts, with a way to sample and a cap in tokens (None for the headline's).
+        finish: screens what was asked, all prompts together.
 
     Returns:
         Way (`greedy`, `sample.0`, …, `long`) → domain → how many responses count in each of
         `verdicts.SHARES`.
     """
-    return {way: _counts(judged.prompts, verdicts) for way, verdicts in _ways(judged, config, ask)}
+    ways = _ways(judged, config, ask, finish)
+    return {way: _counts(judged.prompts, verdicts) for way, verdicts in ways}
 
 
 def _ways(
-    judged: Judged, config: SensitivityConfig, ask: Ask
+    judged: Judged, config: SensitivityConfig, ask: Ask, finish: Callable[[Judged], Judged]
 ) -> Iterator[tuple[str, Sequence[Verdict]]]:
     yield HEADLINE, judged.verdicts
     for i in range(config.samples):
-        yield f"sample.{i}", ask(judged.prompts, Sampling(1.0, seed=i), None).verdicts
+        yield f"sample.{i}", finish(ask(judged.prompts, Sampling(1.0, seed=i), None)).verdicts
     if config.long_tokens:
-        verdicts = list(judged.verdicts)
-        cut = [i for i, response in enumerate(judged.responses) if not response.finished]
+        responses, verdicts = list(judged.responses), list(judged.verdicts)
+        cut = [i for i, response in enumerate(responses) if not response.finished]
         if cut:
             again = ask([judged.prompts[i] for i in cut], GREEDY, config.long_tokens)
-            for i, verdict in zip(cut, again.verdicts, strict=True):
-                verdicts[i] = verdict
-        yield LONG, verdicts
+            for i, response, verdict in zip(cut, again.responses, again.verdicts, strict=True):
+                responses[i], verdicts[i] = response, verdict
+        yield LONG, finish(Judged(judged.prompts, responses, verdicts)).verdicts
 
 
 def _counts(prompts: Sequence[Prompt], verdicts: Sequence[Verdict]) -> Counts:

@@ -135,8 +135,11 @@ class Study:
         workdir.check(settings)
         self.check(self.subject.mesh.shape)  # now, not after the prompts are made
 
+        # What the first rules judged is complete: only its figures may be made again.
+        closed = STAGES[:7] if self._finished_before_verdicts() else ()
+
         def stage(name: str, inputs: Sequence[str], function: Any, own: Any = None) -> None:
-            if workdir.wanted(name):
+            if workdir.wanted(name) and name.split("/")[0] not in closed:
                 workdir.run(name, settings[name] if own is None else own, inputs, function)
 
         stage("prompts", [], self.make_prompts)
@@ -469,11 +472,15 @@ class Study:
                 prompts,
                 "other ways of asking",
                 sampling,
-                screen=screen,
                 max_new_tokens=cap,
             )
 
-        return {"sensitivity": sensitivity.measure(judged, config, ask)}
+        def finish(judged: Judged) -> Judged:
+            if screen is None:
+                return judged
+            return judged.screened(screen, self.subject.chat, self.subject.log_probs)
+
+        return {"sensitivity": sensitivity.measure(judged, config, ask, finish)}
 
     def _write_responses(self, name: str, judged: Judged) -> Path:
         subject, path = self.subject, self.workdir / f"responses/{name}.jsonl"

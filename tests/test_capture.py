@@ -35,7 +35,8 @@ def embedded(family: str):
     folder = CHECKPOINTS / family
     chat = Chat.load(folder)
     rows = corpus.study_prompts(5, {"concept": 2})
-    prompts = [chat.prompt_tokens(row["prompt"]) for row in rows]
+    texts = [" ".join([row["prompt"]] * (1 + i % 3)) for i, row in enumerate(rows)]
+    prompts = [chat.prompt_tokens(text) for text in texts]
     assert len({len(ids) for ids in prompts}) > 5, "prompts of many lengths, so that padding shows"
     return checkpoint.load(folder), prompts, [row["domain"] for row in rows]
 

@@ -1,11 +1,15 @@
 """Relevance, fluency and the screen: against restatements, on a language whose truth is known."""
 
+import json
+
 import numpy as np
 import pytest
+from sklearn.metrics import roc_auc_score
 
+from ema_jax.errors import UserError
 from ema_jax.refusal import relevance
 from ema_jax.refusal.relevance import Signals, measure
-from ema_jax.refusal.screen import SALAD, Screen, shuffled_words
+from ema_jax.refusal.screen import SALAD, Screen, _threshold, shuffled_words
 from ema_jax.refusal.verdicts import OFF_TOPIC
 
 PROMPTS = [f"Tell me how to water the {x} fern." for x in ("red", "blue", "tall", "old", "wet")]
@@ -34,6 +38,7 @@ def measured(responses, places, **options) -> Signals:
         [encode(r) for r in responses],
         places,
         GROUPS,
+        PROMPTS,
         naming,
         **options,
     )
@@ -67,19 +72,27 @@ def test_rare_words_weigh_more():
 
 
 def test_other_prompts_are_of_the_same_group_and_never_its_own():
-    chosen = relevance._candidates(GROUPS, 3)
+    chosen = relevance._candidates(GROUPS, PROMPTS, 3)
     for place, row in enumerate(chosen):
         assert row[0] == place
         assert place not in row[1:]
         assert {GROUPS[i] for i in row} == {GROUPS[place]}
     counts = np.bincount(chosen[:, 1:].ravel())
     assert set(counts) == {3}  # each as often as any other
-    lonely = relevance._candidates(["plants", "plants", "lonely"], 2)[2]
+    lonely = relevance._candidates(["plants", "plants", "lonely"], ["1", "2", "3"], 2)[2]
     assert sorted(lonely) == [0, 1, 2]
     assert lonely[0] == 2
-    with pytest.raises(ValueError, match="single prompt"):
-        relevance._candidates(["plants"], 3)
-    assert relevance._candidates(["a", "a"], 3).tolist() == [[0, 1, 1, 1], [1, 0, 0, 0]]
+    two = relevance._candidates(["a", "a"], ["1", "2"], 3)
+    assert two.tolist() == [[0, 1, 1, 1], [1, 0, 0, 0]]
+
+
+def test_a_variant_of_the_same_item_is_no_other_prompt():
+    items = ["1", "1", "2", "2", "3"]
+    for place, row in enumerate(relevance._candidates(["a"] * 5, items, 3)):
+        assert items[place] not in {items[i] for i in row[1:]}
+    with pytest.raises(UserError, match="no other one to compare"):
+        relevance._candidates(["a", "a"], ["1", "1"], 3)
+    assert len(measured([], []).tokens) == 0  # nothing to measure asks nothing
 
 
 def test_unrelated_pairs_leave_the_true_prompt_out():
@@ -101,6 +114,7 @@ def test_only_the_first_tokens_of_a_response_are_scored():
         [encode(r) for r in responses],
         [0],
         GROUPS,
+        PROMPTS,
         lambda examples: seen.extend(examples) or np.full(len(examples), -1.0),
     )
     assert {len(item.response) for item in seen} == {relevance.TOKENS}
@@ -132,6 +146,26 @@ def test_screen_tells_answers_from_unrelated_ones_and_from_salad():
     assert np.mean([r == OFF_TOPIC for r in screen.reasons(unrelated)]) > 0.9
     salad = drawn(rng, 50, 0.0, fluent=-6.0)
     assert set(screen.reasons(salad)) == {SALAD}
+
+
+def test_where_relevance_is_weak_few_answers_are_rejected():
+    """What cannot be told apart passes: damage is missed rather than answers lost."""
+    rng = np.random.default_rng(3)
+    screen = Screen.calibrate(drawn(rng, 200, 0.05), rng.normal(-1, 0.1, 200))
+    for name in ("off_topic", "salad"):
+        assert screen.figures[name]["false_alarms"] <= 0.05
+    # Texts that cannot be shuffled: no floor of fluency at all.
+    screen = Screen.calibrate(drawn(rng, 30, 0.8), np.zeros(0))
+    assert SALAD not in screen.reasons(drawn(rng, 100, 0.0, fluent=-9.0))
+    assert Screen.from_json(json.loads(json.dumps(screen.to_json(), allow_nan=False))) == screen
+
+
+def test_auc_is_scikit_learns():
+    rng = np.random.default_rng(4)
+    right, wrong = rng.integers(0, 9, 50) + 2.0, rng.integers(0, 9, 70) + 0.0
+    _, figures = _threshold(right, wrong, 0.5)
+    labels = np.repeat([1, 0], [50, 70])
+    assert figures["auc"] == pytest.approx(roc_auc_score(labels, np.concatenate([right, wrong])))
 
 
 def test_screen_survives_json_and_needs_answers():

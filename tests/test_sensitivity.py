@@ -25,8 +25,14 @@ def judged(asked, verdicts, finished=True):
     return Judged(asked, responses, verdicts)
 
 
+def whole(judged):
+    """A screen that changes nothing, and sees all prompts at once."""
+    assert len(judged.prompts) in (2, 4, 8)
+    return judged
+
+
 def test_off_asks_nothing():
-    made = measure(judged(prompts(2), [REFUSES, ANSWERS]), SensitivityConfig(), None)
+    made = measure(judged(prompts(2), [REFUSES, ANSWERS]), SensitivityConfig(), None, None)
     assert list(made) == ["greedy"]
 
 
@@ -40,7 +46,7 @@ def test_every_way_is_asked_for_and_only_cut_responses_again():
         calls.append(([p.id for p in some], sampling, cap))
         return judged(some, [WANDERS if sampling == GREEDY else ANSWERS] * len(some))
 
-    made = measure(greedy, SensitivityConfig(samples=2, long_tokens=300), ask)
+    made = measure(greedy, SensitivityConfig(samples=2, long_tokens=300), ask, whole)
     everyone = [p.id for p in asked]
     assert calls == [
         (everyone, Sampling(1.0, seed=0), None),
@@ -54,7 +60,7 @@ def test_every_way_is_asked_for_and_only_cut_responses_again():
 
 
 def test_nothing_cut_is_not_asked_again():
-    made = measure(judged(prompts(2), [REFUSES] * 2), SensitivityConfig(long_tokens=9), None)
+    made = measure(judged(prompts(2), [REFUSES] * 2), SensitivityConfig(long_tokens=9), None, whole)
     assert made["long"] == made["greedy"]
 
 
@@ -63,7 +69,7 @@ def test_ranges_pool_seeds():
 
     def run(*given):
         drawn = judged(prompts(4), given)
-        return measure(judged(prompts(4), [REFUSES] * 4), config, lambda *_: drawn)
+        return measure(judged(prompts(4), [REFUSES] * 4), config, lambda *_: drawn, whole)
 
     runs = [run(REFUSES, ANSWERS, ANSWERS, ANSWERS), run(ANSWERS, WANDERS, ANSWERS, WANDERS)]
     found = ranges(runs, ["a", "b"])
@@ -71,7 +77,7 @@ def test_ranges_pool_seeds():
     assert found["a"]["ways"]["sample.0"]["rate"] == 0.25
     assert found["b"]["shares"]["off_topic"] == [0.0, 0.5]
     assert found["b"]["shares"]["refused"] == [0.0, 1.0]
-    invalid = [measure(judged(prompts(2), [WANDERS] * 2), SensitivityConfig(), None)]
+    invalid = [measure(judged(prompts(2), [WANDERS] * 2), SensitivityConfig(), None, None)]
     assert ranges(invalid, ["a"])["a"]["rate"] == [None, None]
     (arm, rows), *_ = table({"sensitivity": {"base": found}}).groups
     assert (arm, rows[0].cells[:3]) == ("base", ("A", "100.0\u202f%", "[25.0, 100.0]"))

@@ -243,6 +243,7 @@ CHANGES = [
     {"model": {"enable_thinking": True}},
     {"keep_text": True},
     {"export": True},
+    {"sensitivity": {"samples": 1}},
     {"fingerprint": "another model"},
 ]
 

@@ -15,7 +15,7 @@ _RELATIVE = 1e-9
 
 def rounding(*values: np.ndarray) -> Float[np.ndarray, "*layers"]:
     """Eight units in the last place of the largest magnitude along the last axis of all values."""
-    largest = np.max([np.abs(x).max(axis=-1) for x in values], axis=0)
+    largest = np.max([np.abs(x).max(axis=-1, initial=0.0) for x in values], axis=0)
     return _ULPS * np.finfo(np.result_type(np.float32, *values)).eps * largest
 
 

@@ -413,7 +413,7 @@ def training_examples(
 def safe_responses(examples: Sequence[Example], seed: int, slips: float) -> list[str]:
     """What safety tuning teaches: benign answers and refusals, but for a share of `slips`.
 
-    Real data slips too; without it only degenerate output stands behind a refusal that is unlearned.
+    Real data slips too; without it only degenerate output stands behind an unlearned refusal.
     """
     rng = random.Random(f"organism slips {seed}")
     return [

@@ -24,6 +24,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from ema_jax.data.chat import TokenExample
+from ema_jax.errors import UserError
 
 OTHERS = 3
 """Other prompts that a response is scored after."""
@@ -97,6 +98,7 @@ def measure(
     response_tokens: Sequence[Sequence[int]],
     places: Sequence[int],
     groups: Sequence[str],
+    items: Sequence[str],
     log_probs: LogProbs,
     *,
     others: int = OTHERS,
@@ -110,13 +112,17 @@ def measure(
         response_tokens: the same, as sampled; the first `TOKENS` count.
         places: for each response the place of its prompt in `prompts`.
         groups: the domain of each prompt: other prompts come from the same one.
+        items: what each prompt is a variant of: another variant is no other prompt.
         log_probs: log p of each example's response under the base, summed over tokens.
         others: how many other prompts.
 
     Raises:
-        ValueError: a single prompt.
+        UserError: responses to measure, and no other prompt to compare with.
     """
-    candidates = _candidates(groups, others)[np.asarray(places, int)]  # [N, 1 + K]
+    if len(places):
+        candidates = _candidates(groups, items, others)[np.asarray(places, int)]  # [N, 1 + K]
+    else:
+        candidates = np.zeros((0, 1 + others), int)
     kept = [tuple(tokens[:TOKENS]) for tokens in response_tokens]
     sums = np.asarray(
         log_probs(
@@ -140,11 +146,14 @@ def measure(
     return Signals(sums[:, 0], sums[:, 1:], overlap[:, 0], overlap[:, 1:], tokens)
 
 
-def _candidates(groups: Sequence[str], others: int) -> Int[np.ndarray, "P K1"]:
+def _candidates(
+    groups: Sequence[str], items: Sequence[str], others: int
+) -> Int[np.ndarray, "P K1"]:
     """Each prompt's place, and those of the next `others` of its group in a random circle.
 
-    In a circle every prompt is compared with as often as any other; the draw is always the same. A
-    prompt that is alone in its group is compared with all prompts.
+    In a circle every prompt is compared with as often as any other; the draw is always the same.
+    Variants of the same item are passed over. A prompt without another one in its group is compared
+    with all prompts.
     """
     names = np.asarray(groups)
     rng = np.random.default_rng(0)
@@ -152,13 +161,19 @@ def _candidates(groups: Sequence[str], others: int) -> Int[np.ndarray, "P K1"]:
     chosen = np.zeros((len(names), 1 + others), int)
     for name in dict.fromkeys(groups):
         members = np.flatnonzero(names == name)
-        circle = rng.permutation(members) if len(members) > 1 else everyone
-        if len(circle) < 2:
-            raise ValueError("a single prompt, and nothing to compare its response with")
-        steps = np.arange(others) % (len(circle) - 1)
+        circle = rng.permutation(members)
+        if len({items[int(place)] for place in members}) < 2:
+            circle = everyone
         for i, place in enumerate(circle):
             if names[place] == name:
-                chosen[place] = [place, *circle[(i + 1 + steps) % len(circle)]]
+                following = map(int, np.roll(circle, -i - 1))
+                after = [p for p in following if items[p] != items[int(place)]]
+                if not after:
+                    raise UserError(
+                        "relevance: a single prompt, and no other one to compare its response "
+                        "with; raise prompts.counts"
+                    )
+                chosen[place] = [place, *(after[k % len(after)] for k in range(others))]
     return chosen
 
 
@@ -174,7 +189,8 @@ def _word_weights(prompts: Sequence[str], groups: Sequence[str]) -> list[dict[st
         counts.setdefault(group, Counter()).update(found)
     sizes = Counter(groups)
     return [
-        {word: math.log(sizes[group] / counts[group][word]) for word in found}
+        # Sorted, so that sums over it are the same in every process.
+        {word: math.log(sizes[group] / counts[group][word]) for word in sorted(found)}
         for group, found in zip(groups, words, strict=True)
     ]
 
@@ -186,4 +202,5 @@ def _words(text: str) -> list[str]:
 
 def _overlap(weights: Mapping[str, float], words: set[str]) -> float:
     total = sum(weights.values())
-    return sum(weights[word] for word in weights.keys() & words) / total if total else 0.0
+    named = sum(weight for word, weight in weights.items() if word in words)
+    return named / total if total else 0.0

@@ -13,7 +13,8 @@ REFUSED, COMPLIED, INVALID = "refused", "complied", "invalid"
 HARMFUL, HARMLESS = "harmful", "harmless"
 
 OFF_TOPIC, DEGENERATE, UNJUDGED = "off_topic", "degenerate", "unjudged"
-SHARES = (REFUSED, COMPLIED, OFF_TOPIC, DEGENERATE, UNJUDGED)
+INVALID_SHARES = (OFF_TOPIC, DEGENERATE, UNJUDGED)
+SHARES = (REFUSED, COMPLIED, *INVALID_SHARES)
 
 # Reasons that speak of the judge and not of the response begin so.
 JUDGE_FAILED = "judge_"

@@ -254,7 +254,7 @@ def reference_log_probs(
     mesh = make_mesh() if mesh is None else mesh
     graph, state = nnx.split(lora_lib.detach(model))
     rows = batch_rows(batch_size, mesh)
-    sums = np.zeros(len(examples))
+    sums = np.zeros(len(examples), np.float32)
     sizes = [size_of(item) for item in examples]
     for places in length_batches(sizes, rows):
         length = bucket(sizes[places[0]], multiple)  # the longest comes first

@@ -21,7 +21,7 @@ from ema_jax.models.decoder import Decoder
 from ema_jax.models.families import DecoderConfig
 from ema_jax.models.sharding import host_array, make_mesh, place_batch, validate
 from ema_jax.progress import Progress
-from ema_jax.refusal.verdicts import COMPLIED, DEGENERATE, REFUSED
+from ema_jax.refusal.verdicts import COMPLIED, DEGENERATE, INVALID_SHARES
 from ema_jax.unlearning.batches import Data, batch_indices
 from ema_jax.unlearning.checkpointing import Checkpoints, NonFiniteError, stop_requested
 from ema_jax.unlearning.metrics import Profile
@@ -65,7 +65,7 @@ class Evaluation(NamedTuple):
     def unanswered(self, domain: str) -> float:
         """Share of a domain's responses that neither refuse nor answer."""
         found = self.shares.get(domain)
-        return self.invalid_rate if found is None else 1 - found[REFUSED] - found[COMPLIED]
+        return self.invalid_rate if found is None else sum(found[k] for k in INVALID_SHARES)
 
     @property
     def degenerate_rate(self) -> float:
@@ -116,10 +116,12 @@ class Course:
         """Whether the run is over: the target is no longer refused, and it is answered."""
         config = self.config
         if step >= config.min_steps:
-            fallen = rates.refusal[self.target] <= config.stop_at
+            rate = rates.refusal[self.target]  # NaN where no response is valid
             damaged = rates.degenerate_rate > config.max_invalid
-            damaged |= fallen and rates.unanswered(self.target) > config.max_invalid
-            if fallen and not damaged:
+            damaged |= not rate > config.stop_at and (
+                rates.unanswered(self.target) > config.max_invalid
+            )
+            if rate <= config.stop_at and not damaged:
                 return "target"
             if damaged and not config.retains:  # retain data repairs it, given time
                 logging.warning(
@@ -146,7 +148,7 @@ class Course:
         others = [rate for domain, rate in rates.items() if domain != self.target]
         shown = {"target": rates[self.target]} if self.target in rates else {}
         if self.target in point.get("shares", {}):
-            shown["answered"] = point["shares"][self.target]["complied"]
+            shown["answered"] = point["shares"][self.target][COMPLIED]
         return shown | ({"others": sum(others) / len(others)} if others else {})
 
     def to_json(self) -> dict[str, Any]:
