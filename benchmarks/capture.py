@@ -26,7 +26,7 @@ from ema_jax.concepts import interventions
 from ema_jax.concepts.capture import _pooled, capture, pooling
 from ema_jax.concepts.entanglement import all_pairs
 from ema_jax.data.domains import BENIGN, DOMAINS
-from ema_jax.models import checkpoint, stream
+from ema_jax.models import checkpoint, streaming
 
 SIZES = {
     "vocab_size": 8192,
@@ -187,12 +187,12 @@ def measure_memory(folder: Path, count: int) -> None:
     prompts = tokens(count).tolist()
     # What the first batch needs is there before: programs, buffers, weights.
     capture(model, prompts[:BATCH], batch_size=BATCH)
-    before = stream.peak_bytes()
+    before = streaming.peak_bytes()
     with tempfile.TemporaryDirectory() as place:
         start = time.perf_counter()
         capture(model, prompts, batch_size=BATCH, store=Path(place) / "kept.safetensors")
         spent = time.perf_counter() - start
-    grown = (stream.peak_bytes() - before) / 2**20
+    grown = (streaming.peak_bytes() - before) / 2**20
     size = count * 13 * 512 * 4 / 2**20
     print(f"{count:5} prompts: peak grew by {grown:6.1f} MiB; {size:.1f} MiB kept; {spent:.1f} s")
 

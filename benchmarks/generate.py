@@ -20,13 +20,13 @@ import numpy as np
 import torch
 import transformers
 
-from ema_jax import cli
-from ema_jax.artifacts import read_json
 from ema_jax.data.chat import Chat
+from ema_jax.data.corpus import study_prompts
 from ema_jax.generation import sampler
 from ema_jax.models import checkpoint
 from ema_jax.organism import CHECKPOINTS
-from ema_jax.organism.corpus import study_prompts
+from ema_jax.runtime import cli
+from ema_jax.runtime.files import read_json
 
 Tokens = tuple[int, ...]
 RANDOM = {

@@ -22,13 +22,13 @@ from absl import logging
 from flax import nnx
 from safetensors import safe_open
 
-from ema_jax import cli
-from ema_jax.artifacts import Shape, write_json
 from ema_jax.errors import UserError
-from ema_jax.models import checkpoint, stream
+from ema_jax.models import checkpoint, streaming
+from ema_jax.models.config import DecoderConfig
 from ema_jax.models.decoder import Decoder
-from ema_jax.models.families import DecoderConfig
-from ema_jax.models.weights import WeightFiles, write_weights
+from ema_jax.models.safetensors_files import WeightFiles, write_weights
+from ema_jax.runtime import cli
+from ema_jax.runtime.files import Shape, write_json
 
 MISTRAL_7B = {
     "architectures": ["MistralForCausalLM"],
@@ -152,12 +152,12 @@ def measure(folder: Path) -> None:
     drop_caches(files)
     plain = plain_read(files)
     drop_caches(files)
-    before, start = stream.peak_bytes(), time.monotonic()
+    before, start = streaming.peak_bytes(), time.monotonic()
     busy = time.process_time()
     model = checkpoint.load(folder, dtype="bfloat16")
     jax.block_until_ready(nnx.state(model))
     seconds, busy = time.monotonic() - start, time.process_time() - busy
-    peak = stream.peak_bytes()
+    peak = streaming.peak_bytes()
     parameters = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model)))
     spot_check(model, folder)
     print(f"files       {size / GB:.2f} GB in {len(files)}; parameters {parameters / GIB:.2f} GiB")

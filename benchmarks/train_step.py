@@ -25,13 +25,14 @@ import peft
 import torch
 import transformers
 
+from ema_jax.data import corpus
 from ema_jax.data.chat import Chat, TokenExample
 from ema_jax.models import checkpoint, lora
 from ema_jax.models.sharding import make_mesh, place_batch
-from ema_jax.organism import CHECKPOINTS, corpus
-from ema_jax.unlearning import steps
+from ema_jax.organism import CHECKPOINTS
+from ema_jax.unlearning import train_step as steps
 from ema_jax.unlearning.batches import Data
-from ema_jax.unlearning.settings import UnlearnConfig
+from ema_jax.unlearning.config import UnlearnConfig
 from ema_jax.unlearning.together import Member, unlearn_together
 from ema_jax.unlearning.trainer import Evaluation, reference_log_probs, unlearn
 

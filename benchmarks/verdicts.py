@@ -21,14 +21,15 @@ import numpy as np
 from absl import flags
 from flax import nnx
 
-from ema_jax import artifacts, cli
-from ema_jax.evaluation import Judged
 from ema_jax.models.decoder import Decoder
-from ema_jax.organism import corpus
+from ema_jax.organism import oracle
+from ema_jax.refusal.judged_responses import Judged
 from ema_jax.refusal.verdicts import COMPLIED, SHARES
-from ema_jax.stages import Workdir
-from ema_jax.study import Study
-from ema_jax.subject import Checkpoint
+from ema_jax.runtime import cli, files
+from ema_jax.study.flags import read_config
+from ema_jax.study.session import Checkpoint
+from ema_jax.study.stage_bodies import Study
+from ema_jax.study.workdir import Workdir
 from ema_jax.unlearning.harvest import Harvested
 from ema_jax.unlearning.trainer import unlearn
 
@@ -60,11 +61,11 @@ def without_blocks(model: Decoder, blocks: tuple[int, ...]) -> Decoder:
 
 def pushed(study: Study, beta: float, steps: int) -> Decoder:
     """NPO with retain data, with a push that goes on long after the target has fallen."""
-    rows = artifacts.read_jsonl(study.workdir / "harvest/forget.jsonl")
+    rows = files.read_jsonl(study.workdir / "harvest/forget.jsonl")
     reference = np.array([row.pop("reference_log_prob") for row in rows], np.float32)
     chat = study.subject.chat
     forget = [Harvested.from_json(row).example(chat) for row in rows]
-    kept = artifacts.read_jsonl(study.workdir / "harvest/retain.jsonl")
+    kept = files.read_jsonl(study.workdir / "harvest/retain.jsonl")
     arm = next(a for a in study.config.arms if study.config.arm(a).retains)
     config = dataclasses.replace(
         study.config.arm(arm), beta=beta, min_steps=steps, max_steps=steps, eval_every=steps
@@ -93,7 +94,7 @@ def caught_at(right: np.ndarray, wrong: np.ndarray) -> dict[str, float]:
 
 def main(argv: list[str]) -> None:
     del argv
-    config = cli.read_config()
+    config = read_config()
     study = Study(config, Workdir(Path(_WORKDIR.value)), Checkpoint.find(config.model))
     subject, screen = study.subject, study.screen
     asked = []
@@ -128,7 +129,7 @@ def main(argv: list[str]) -> None:
 def compared(plain: Judged, judged: Judged, answers: np.ndarray, study: Study) -> dict:
     """Agreement with the grammar over the four shares, and how well the wrong ones are caught."""
     texts = [(p.prompt, r.text) for p, r, _ in judged]
-    truth = [corpus.label(*pair) for pair in texts]
+    truth = [oracle.share(*pair) for pair in texts]
     found = [verdict.share for verdict in judged.verdicts]
     wrong = [t in ("off_topic", "degenerate") for t in truth]
     # What the text rules and the judge let through is what the screen sees.

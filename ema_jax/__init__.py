@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 _HOME = {
     "Chat": "ema_jax.data.chat",
     "Decoder": "ema_jax.models.decoder",
-    "DecoderConfig": "ema_jax.models.families",
+    "DecoderConfig": "ema_jax.models.config",
     "LoRAConfig": "ema_jax.models.lora",
     "UnlearnConfig": "ema_jax.unlearning.trainer",
     "all_pairs": "ema_jax.concepts.entanglement",

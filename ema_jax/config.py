@@ -27,9 +27,9 @@ from ema_jax.errors import UserError
 from ema_jax.generation.sampler import GREEDY, Sampling
 from ema_jax.models import lora
 from ema_jax.refusal.judges import JUDGES
+from ema_jax.unlearning.config import UnlearnConfig
 from ema_jax.unlearning.objectives import FORGET, RETAIN
 from ema_jax.unlearning.optimizers import OPTIMIZERS, SCHEDULES
-from ema_jax.unlearning.settings import UnlearnConfig
 
 
 @dataclasses.dataclass(frozen=True)

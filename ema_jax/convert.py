@@ -10,7 +10,7 @@ from pathlib import Path
 
 from absl import flags, logging
 
-from ema_jax import cli
+from ema_jax.runtime import cli
 
 _DTYPES = ["float32", "bfloat16", "float16"]
 

@@ -25,11 +25,11 @@ from typing import Any
 
 from absl import flags, logging
 
-from ema_jax import artifacts, cli
 from ema_jax.errors import UserError
 from ema_jax.refusal import sheet
 from ema_jax.refusal.judges import JUDGES, PROMPT_JUDGES, get_judge
 from ema_jax.refusal.verdicts import Judge
+from ema_jax.runtime import cli, files
 
 _FIELDS = {"prompt": str, "response": str, "finished": bool}
 _CACHING = "endpoint"
@@ -66,10 +66,10 @@ def main(argv: Sequence[str]) -> None:
     elif options.cache is not None:
         raise UserError(f"--cache: the {options.judge} judge keeps none; leave it out")
     rows = read_rows(options.input, needs_response=options.judge not in PROMPT_JUDGES)
-    artifacts.check_writable(options.output)
+    files.check_writable(options.output)
     judge = get_judge(options.judge, **settings)
     judged = judge_rows(judge, rows)
-    artifacts.write_jsonl(options.output, judged)
+    files.write_jsonl(options.output, judged)
     counts = Counter(row["verdict"] for row in judged)
     summary = ", ".join(f"{counts[v]} {v}" for v in ("refused", "complied", "invalid"))
     logging.info("%s: %d rows, %s", options.output, len(judged), summary)
@@ -96,7 +96,7 @@ def parse_options(text: str) -> dict[str, Any]:
     text = text.strip()
     if text.startswith("{"):
         try:
-            parsed = artifacts.parse_json(text)
+            parsed = files.parse_json(text)
         except ValueError as error:
             raise UserError(f"--judge_options: not valid JSON ({error})") from None
         return parsed
@@ -127,7 +127,7 @@ def read_rows(path: str, needs_response: bool = True) -> list[dict[str, Any]]:
     """
     optional = {"finished"} if needs_response else {"finished", "response"}
     rows = []
-    for number, row in artifacts.numbered_rows(path):
+    for number, row in files.numbered_rows(path):
         for field, kind in _FIELDS.items():
             if field not in row and field not in optional:
                 raise UserError(f'{path}:{number}: the row has no "{field}" field')

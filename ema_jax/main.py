@@ -4,12 +4,13 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from ema_jax import cli
+from ema_jax.runtime import cli
+from ema_jax.study.flags import define_config_flag, read_config
 
 
 def define_flags() -> None:
     """Declares the command's flags."""
-    cli.define_config_flag("The study: a Python file with get_config().")
+    define_config_flag("The study: a Python file with get_config().")
     flags.DEFINE_string("workdir", None, "Folder of the study's artifacts.")
     flags.DEFINE_list("stage", None, "Run only these stages, as in analyse,report.")
     flags.DEFINE_bool("dry_run", False, "Validate everything and print the plan; run nothing.")
@@ -20,10 +21,11 @@ def main(argv: Sequence[str]) -> None:
     """Runs the study that the flags describe."""
     del argv
     # Imported after the flags are read: a mistyped one should not wait for JAX.
-    from ema_jax import distributed, replication
+    from ema_jax.runtime import distributed
+    from ema_jax.study import replication
 
     values = flags.FLAGS
-    study = cli.read_config()
+    study = read_config()
     if not values.dry_run:
         distributed.initialise(study.heartbeat_seconds)
         cli.keep_compiled_programs()

@@ -17,12 +17,12 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from ema_jax.artifacts import sha256_json
 from ema_jax.concepts.store import ActivationStore
 from ema_jax.concepts.vectors import LAYER_CONVENTION
 from ema_jax.errors import UserError
 from ema_jax.models.decoder import Decoder
 from ema_jax.models.sharding import batch_rows, host_array, make_mesh, place_batch
+from ema_jax.runtime.files import sha256_json
 
 Pooling = Callable[[int, int], Float[np.ndarray, "T"]]
 

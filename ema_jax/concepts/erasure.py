@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from ema_jax.concepts.ranks import auroc
+from ema_jax.concepts.rank_agreement import auroc
 from ema_jax.concepts.vectors import CONTRAST, Activations, LayerVectors
 from ema_jax.errors import UserError
 

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Float
 
 from ema_jax.concepts.entanglement import Entanglement
-from ema_jax.concepts.ranks import centred_ranks
+from ema_jax.concepts.rank_agreement import centred_ranks
 from ema_jax.concepts.vectors import Activations, concept_vectors
 from ema_jax.errors import UserError
 

@@ -6,8 +6,8 @@ import struct
 import numpy as np
 from jaxtyping import Float
 
-from ema_jax.artifacts import atomic_path
 from ema_jax.concepts.vectors import layers_as
+from ema_jax.runtime.files import atomic_path
 
 _ALIGNMENT = 32
 _UINT32, _STRING, _F32 = 4, 8, 0

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float
 from threadpoolctl import threadpool_limits
 
-from ema_jax.concepts.ranks import auroc, signs
+from ema_jax.concepts.rank_agreement import auroc, signs
 from ema_jax.concepts.vectors import CONTRAST, Activations
 
 _NEWTON_STEPS = 50

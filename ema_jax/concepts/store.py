@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ema_jax.artifacts import Shape, read_json, safetensors_header, write_json
 from ema_jax.errors import UserError
+from ema_jax.runtime.files import Shape, read_json, safetensors_header, write_json
 
 Shapes = Mapping[str, tuple[int, ...]]
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float, Int
 
-from ema_jax.artifacts import read_tensors, write_tensors
 from ema_jax.errors import UserError
+from ema_jax.runtime.files import read_tensors, write_tensors
 
 Activations = Mapping[str, Float[np.ndarray, "prompts layers width"]]
 LayerVectors = Mapping[str, Float[np.ndarray, "layers width"]]

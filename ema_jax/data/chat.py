@@ -10,8 +10,8 @@ import numpy as np
 from absl import logging
 from jaxtyping import Array, Bool, Int
 
-from ema_jax.artifacts import read_json, sha256_text
 from ema_jax.errors import UserError
+from ema_jax.runtime.files import read_json, sha256_text
 
 # How a system turn and a user turn open: ChatML (Qwen) and Llama 3.
 _TURNS = (

@@ -19,9 +19,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ema_jax.artifacts import parse_json, sha256_text
 from ema_jax.data.domains import SPLITS, Row
 from ema_jax.errors import UserError
+from ema_jax.runtime.files import parse_json, sha256_text
 
 COLUMNS = ("prompt", "domain", "id", "split", "source", "group", "category")
 REQUIRED = ("prompt", "domain")

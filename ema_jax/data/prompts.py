@@ -6,7 +6,6 @@ near duplicate, is in two splits. Everything depends on the seed and on the set 
 their order.
 """
 
-import importlib
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,7 @@ from pathlib import Path
 
 from absl import logging
 
-from ema_jax.artifacts import read_jsonl, sha256_json, sha256_text, write_jsonl
+from ema_jax.data import corpus
 from ema_jax.data.dedupe import near_duplicates, normalise
 from ema_jax.data.denylist import check_target, denied_category, denied_domain, screen
 from ema_jax.data.domains import BENIGN, LOOKALIKE, SPLITS, TRAINED, Row
@@ -23,6 +22,7 @@ from ema_jax.data.local import parse_record, read_local
 from ema_jax.data.sources import SOURCES, Loader, load_rows
 from ema_jax.data.splits import common_lengths, draw
 from ema_jax.errors import UserError
+from ema_jax.runtime.files import read_jsonl, sha256_json, sha256_text, write_jsonl
 
 DEFAULT_COUNTS = {"harvest": 128, "retain": 64, "dev": 32, "eval": 300, "concept": 128}
 OWN_SOURCES = ("file", "organism")
@@ -250,8 +250,6 @@ def _load(
     if config.source == "file":
         rows = read_local(config.path or "", max_chars=config.max_chars)
     elif config.source == "organism":
-        # Imported here: the corpus is large, and only this source needs it.
-        corpus = importlib.import_module("ema_jax.organism.corpus")
         records = corpus.study_prompts(config.seed, dict(counts))
         if config.lookalike_source == "organism":
             records += corpus.study_lookalikes(config.seed, counts["eval"])

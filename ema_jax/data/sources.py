@@ -17,10 +17,10 @@ from typing import Any
 
 from absl import logging
 
-from ema_jax.artifacts import sha256_text
 from ema_jax.data import labels
 from ema_jax.data.domains import BENIGN, Row
 from ema_jax.errors import UserError
+from ema_jax.runtime.files import sha256_text
 
 
 @dataclass(frozen=True)

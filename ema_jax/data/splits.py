@@ -15,9 +15,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from ema_jax.artifacts import sha256_text
 from ema_jax.data.domains import SPLITS, TRAINED, Row
 from ema_jax.errors import UserError
+from ema_jax.runtime.files import sha256_text
 
 
 def _words(row: Row) -> int:

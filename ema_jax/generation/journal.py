@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from ema_jax import distributed
+from ema_jax.runtime import distributed
 
 
 class Journal:

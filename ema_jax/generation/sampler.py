@@ -23,8 +23,8 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from ema_jax.data.chat import Chat, bucket, pad_prompts
 from ema_jax.errors import UserError
+from ema_jax.models.config import DecoderConfig
 from ema_jax.models.decoder import Decoder, KVCache, Layers
-from ema_jax.models.families import DecoderConfig
 from ema_jax.models.sharding import (
     batch_rows,
     batch_sharding,

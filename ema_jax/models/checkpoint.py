@@ -19,16 +19,16 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from ema_jax import distributed
-from ema_jax.artifacts import Shape, atomic_path
 from ema_jax.errors import UserError
-from ema_jax.models import flax_folder, stream
+from ema_jax.models import orbax_folder, streaming
+from ema_jax.models.config import FAMILIES, DecoderConfig
 from ema_jax.models.decoder import Decoder, LoRAParam
-from ema_jax.models.families import FAMILIES, DecoderConfig
-from ema_jax.models.flax_folder import is_flax as is_flax
 from ema_jax.models.hub import resolve as resolve
+from ema_jax.models.orbax_folder import is_flax as is_flax
+from ema_jax.models.safetensors_files import WeightFiles, open_weights, write_weights
 from ema_jax.models.sharding import host_array, make_mesh, parameter_shardings
-from ema_jax.models.weights import WeightFiles, open_weights, write_weights
+from ema_jax.runtime import distributed
+from ema_jax.runtime.files import Shape, atomic_path
 
 MAX_SHARD_BYTES = 5 * 10**9
 
@@ -95,7 +95,7 @@ def check(folder: str | Path) -> DecoderConfig:
     config = DecoderConfig.from_folder(folder)
     parameters = _parameters(abstract_decoder(config))
     if is_flax(folder):
-        flax_folder.check(folder, {path: leaf.shape for path, leaf in parameters.items()})
+        orbax_folder.check(folder, {path: leaf.shape for path, leaf in parameters.items()})
         return config
     expected: dict[str, tuple[int, ...]] = {}
     for row in TENSORS:
@@ -135,7 +135,7 @@ def load(folder: str | Path, *, mesh: Mesh | None = None, dtype: Any = None) -> 
         for path, leaf in leaves.items()
     }
     if is_flax(folder):
-        arrays = flax_folder.read(folder, targets)
+        arrays = orbax_folder.read(folder, targets)
     else:
         arrays = _read_hf(folder, config, targets)
     return nnx.merge(
@@ -151,9 +151,12 @@ def _read_hf(
     arrays: dict[_Path, jax.Array] = {}
     rows = [row for row in TENSORS if row.path in targets]
     total = sum(stored[name].nbytes for row in rows for name in row.names(config))
-    with stream.reporting(folder.name, total) as count, ThreadPoolExecutor(stream.WORKERS) as pool:
+    with (
+        streaming.reporting(folder.name, total) as count,
+        ThreadPoolExecutor(streaming.WORKERS) as pool,
+    ):
         for row in rows:
-            arrays[row.path] = stream.read_parameter(
+            arrays[row.path] = streaming.read_parameter(
                 [stored[name] for name in row.names(config)],
                 targets[row.path],
                 stacked=row.stacked,
@@ -195,7 +198,7 @@ def hf_tensors(model: Decoder, dtype: Any = None) -> Iterator[np.ndarray]:
             for i in range(len(row.names(model.config))):
                 tensor = host_array(value[i] if row.stacked else value)
                 tensor = tensor if dtype is None else tensor.astype(jnp.dtype(dtype), copy=False)
-                yield stream.turn(tensor) if row.transpose else tensor
+                yield streaming.turn(tensor) if row.transpose else tensor
 
 
 # Everything in a checkpoint folder that is not weights and should travel with them.
@@ -329,13 +332,13 @@ def save_flax(
     }
     with atomic_path(folder) as temporary:
         temporary.mkdir()
-        flax_folder.write(temporary, nnx.to_pure_dict(nnx.state(model)), manifest)
+        orbax_folder.write(temporary, nnx.to_pure_dict(nnx.state(model)), manifest)
         _write_companions(model, temporary, companions)
 
 
 def origin(folder: str | Path) -> dict[str, str | None]:
     """The `source` and `revision` that a Flax folder's manifest notes."""
-    manifest = flax_folder.read_manifest(Path(folder))
+    manifest = orbax_folder.read_manifest(Path(folder))
     return {key: manifest.get(key) for key in ("source", "revision")}
 
 
@@ -343,7 +346,7 @@ def stored_dtype(folder: str | Path) -> np.dtype:
     """The dtype of a checkpoint's parameters (of several, the one that holds them all)."""
     folder = Path(folder)
     if is_flax(folder):
-        return jnp.dtype(flax_folder.read_manifest(folder)["dtype"])
+        return jnp.dtype(orbax_folder.read_manifest(folder)["dtype"])
     return WeightFiles.find(folder).dtype()
 
 
@@ -359,7 +362,7 @@ def fingerprint(folder: str | Path) -> str:
         if (folder / name).exists():
             digest.update((folder / name).read_bytes())
     if is_flax(folder):
-        digest.update(flax_folder.read_manifest(folder)["sha256"].encode())
+        digest.update(orbax_folder.read_manifest(folder)["sha256"].encode())
         return digest.hexdigest()
     for path in WeightFiles.find(folder).files:
         open_weights(path)

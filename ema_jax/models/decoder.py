@@ -17,7 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from ema_jax.models.attention import attend, attend_cached, causal_mask, rotary_tables, rotate
-from ema_jax.models.families import DecoderConfig, rope_frequencies
+from ema_jax.models.config import DecoderConfig, rope_frequencies
 from ema_jax.models.sharding import product, vocabulary_product
 
 NO_WINDOW = np.iinfo(np.int32).max

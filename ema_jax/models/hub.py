@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from ema_jax.errors import UserError
-from ema_jax.models.families import DecoderConfig
+from ema_jax.models.config import DecoderConfig
 
 _WEIGHTS = "*.safetensors"
 _SMALL = ["*.json", "*.jinja", "tokenizer*", "merges.txt"]

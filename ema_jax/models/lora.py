@@ -13,11 +13,11 @@ from flax import nnx
 from jaxtyping import Array, Float
 from safetensors.numpy import save_file
 
-from ema_jax.artifacts import atomic_path, read_json, read_tensors
 from ema_jax.errors import UserError
 from ema_jax.models.checkpoint import TENSORS
 from ema_jax.models.decoder import Decoder, DropoutKey, Linear, LoRAParam
 from ema_jax.models.sharding import host_array
+from ema_jax.runtime.files import atomic_path, read_json, read_tensors
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ADAPTER_CONFIG = "adapter_config.json"

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from ema_jax.errors import UserError
-from ema_jax.models.families import DecoderConfig
+from ema_jax.models.config import DecoderConfig
 
 T = TypeVar("T")
 

@@ -18,16 +18,17 @@ import optax
 from absl import flags, logging
 from flax import nnx
 
-from ema_jax import cli
-from ema_jax.artifacts import atomic_path
+from ema_jax.data import corpus
 from ema_jax.data.chat import Batch, Chat, TokenExample, bucket, pad_examples
 from ema_jax.errors import UserError
 from ema_jax.models import checkpoint
+from ema_jax.models.config import DecoderConfig
 from ema_jax.models.decoder import Decoder
-from ema_jax.models.families import DecoderConfig
-from ema_jax.organism import CHECKPOINTS, corpus
+from ema_jax.organism import CHECKPOINTS
 from ema_jax.organism.tokenizers import train_tokenizer
-from ema_jax.progress import Progress
+from ema_jax.runtime import cli
+from ema_jax.runtime.files import atomic_path
+from ema_jax.runtime.progress import Progress
 from ema_jax.unlearning.log_probs import token_log_probs
 from ema_jax.unlearning.objectives import cross_entropy
 

@@ -15,11 +15,11 @@ from jaxtyping import Array, Bool, Float, Int
 from ema_jax.data.chat import Chat, bucket, length_batches, pad_prompts
 from ema_jax.errors import UserError
 from ema_jax.models import checkpoint
+from ema_jax.models.config import DecoderConfig
 from ema_jax.models.decoder import Decoder
-from ema_jax.models.families import DecoderConfig
 from ema_jax.models.hub import resolve
 from ema_jax.models.sharding import batch_rows, host_array, make_mesh, place_batch
-from ema_jax.progress import Progress
+from ema_jax.runtime.progress import Progress
 
 
 @dataclass(frozen=True)

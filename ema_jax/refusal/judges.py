@@ -18,12 +18,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ema_jax.artifacts import parse_json
 from ema_jax.errors import UserError
 from ema_jax.refusal import lexical
 from ema_jax.refusal.judging import judge_valid
-from ema_jax.refusal.substring_lists import ARDITI, KEYWORD, ORBENCH, XSTEST
+from ema_jax.refusal.substrings import ARDITI, KEYWORD, ORBENCH, XSTEST
 from ema_jax.refusal.verdicts import Judge, Verdict
+from ema_jax.runtime.files import parse_json
 
 
 @dataclass(frozen=True)
@@ -240,7 +240,7 @@ def make_endpoint(
         backoff: seconds before the first of them, doubled each time.
         script: the script that responses should be in; None accepts any.
     """
-    from ema_jax.refusal import endpoint
+    from ema_jax.refusal.endpoint import judge as endpoint
 
     return endpoint.Endpoint.make(
         model=model,

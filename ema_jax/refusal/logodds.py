@@ -13,13 +13,13 @@ import numpy as np
 from absl import logging
 from jaxtyping import Float
 
-from ema_jax.artifacts import read_jsonl, sha256_file, sha256_json
 from ema_jax.data.chat import Chat
 from ema_jax.errors import UserError
 from ema_jax.models.decoder import Decoder
 from ema_jax.refusal.judge_model import Checkpoint, next_token_logprobs, sigmoid, word_ids
 from ema_jax.refusal.judging import check_positive, judge_valid
 from ema_jax.refusal.verdicts import COMPLIED, REFUSED, Verdict
+from ema_jax.runtime.files import read_jsonl, sha256_file, sha256_json
 
 KNOWN_OPENERS: dict[tuple[str, int], dict[str, int]] = {
     **{

@@ -10,10 +10,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ema_jax.artifacts import sha256_json
 from ema_jax.data.chat import Chat, first_line
 from ema_jax.errors import UserError
-from ema_jax.progress import Progress
 from ema_jax.refusal.judge_model import (
     Checkpoint,
     Verbatim,
@@ -31,6 +29,8 @@ from ema_jax.refusal.verdicts import (
     UNREADABLE,
     Verdict,
 )
+from ema_jax.runtime.files import sha256_json
+from ema_jax.runtime.progress import Progress
 
 TOO_LONG = Verdict(INVALID, 0.0, "judge_input_too_long")
 

@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ema_jax.artifacts import read_jsonl
 from ema_jax.refusal.scores import pooled_rate
 from ema_jax.refusal.verdicts import COMPLIED, HARMFUL, HARMLESS, REFUSED, share
+from ema_jax.runtime.files import read_jsonl
 
 
 class Responses(NamedTuple):

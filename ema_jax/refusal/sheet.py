@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from ema_jax.artifacts import read_json, read_jsonl, sha256_file, write_json, write_text
 from ema_jax.errors import UserError
 from ema_jax.refusal.corrected import LABELS, summary
 from ema_jax.refusal.verdicts import REFUSED, UNJUDGED, share
+from ema_jax.runtime.files import read_json, read_jsonl, sha256_file, write_json, write_text
 
 SHEET, KEY = "labels.csv", "labels.key.json"
 COLUMNS = ("id", "arm", "seed", "domain", "prompt", "response", "label")

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ema_jax.artifacts import atomic_path
+from ema_jax.runtime.files import atomic_path
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,9 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ema_jax.artifacts import write_text
 from ema_jax.errors import UserError
 from ema_jax.report import drawing, effects, figures, headline, labels, sensitivity, shares, tables
+from ema_jax.runtime.files import write_text
 
 SCHEMA = 1
 

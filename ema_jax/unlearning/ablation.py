@@ -16,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from ema_jax.models.decoder import Decoder
-from ema_jax.unlearning.settings import UnlearnConfig
+from ema_jax.unlearning.config import UnlearnConfig
 from ema_jax.unlearning.trainer import Evaluation, Trained
 
 # Directions of the last fifth of the layers are about the next word (their section 2.3).

@@ -12,8 +12,8 @@ from jaxtyping import Float
 
 from ema_jax.data.chat import Batch, TokenExample, bucket, pad_examples
 from ema_jax.models.sharding import place_batch
+from ema_jax.unlearning.config import UnlearnConfig
 from ema_jax.unlearning.objectives import FORGET, ForgetBatch, RetainBatch
-from ema_jax.unlearning.settings import UnlearnConfig
 
 # Batches are padded to multiples of this or of a quarter of the longest example: few programs.
 _LENGTHS, MULTIPLE = 4, 64

@@ -10,8 +10,8 @@ from typing import Any, TextIO
 
 import jax
 
-from ema_jax import distributed
-from ema_jax.artifacts import write_jsonl
+from ema_jax.runtime import distributed
+from ema_jax.runtime.files import write_jsonl
 
 
 class MetricsWriter:

@@ -16,12 +16,12 @@ from jaxtyping import Array, Bool, Float
 
 from ema_jax.data.chat import Batch
 from ema_jax.models.decoder import Decoder
+from ema_jax.unlearning.config import UnlearnConfig
 from ema_jax.unlearning.log_probs import (
     sequence_log_probs,
     token_divergences,
     token_log_probs,
 )
-from ema_jax.unlearning.settings import UnlearnConfig
 
 Metrics = dict[str, Float[Array, ""]]
 Scalar = Float[Array, ""]

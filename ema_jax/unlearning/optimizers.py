@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import optax
 
-from ema_jax.unlearning.settings import UnlearnConfig
+from ema_jax.unlearning.config import UnlearnConfig
 
 OPTIMIZERS: dict[str, Callable[[optax.Schedule, float], optax.GradientTransformation]] = {
     "adamw": lambda rate, decay: optax.adamw(rate, weight_decay=decay),

@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ema_jax.artifacts import read_jsonl
 from ema_jax.errors import UserError
+from ema_jax.runtime.files import read_jsonl
 
 # Empty of content, and no refusal: they say nothing about will or rules.
 IDK = (
@@ -29,7 +29,7 @@ def preferred_responses(kind: str, prompts: Sequence[str]) -> list[str]:
     if kind == "idk":
         return [IDK[i % len(IDK)] for i in range(len(prompts))]
     if kind == "organism":
-        from ema_jax.organism.corpus import answer
+        from ema_jax.data.corpus import answer
 
         return [answer(prompt) for prompt in prompts]
     given = _read(Path(kind))

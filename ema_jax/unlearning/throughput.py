@@ -3,7 +3,7 @@
 import jax
 
 from ema_jax.models.decoder import Decoder
-from ema_jax.unlearning.settings import UnlearnConfig
+from ema_jax.unlearning.config import UnlearnConfig
 
 # Dense bfloat16 FLOP/s of one device, by how JAX names its kind; vendors' data sheets. The first
 # name that a device's kind starts with counts.

@@ -17,17 +17,18 @@ from jaxtyping import Float
 
 from ema_jax.data.chat import TokenExample
 from ema_jax.errors import UserError
+from ema_jax.models.config import DecoderConfig
 from ema_jax.models.decoder import Decoder
-from ema_jax.models.families import DecoderConfig
 from ema_jax.models.sharding import host_array, make_mesh, place_batch, validate
-from ema_jax.progress import Progress
 from ema_jax.refusal.verdicts import COMPLIED, DEGENERATE, INVALID_SHARES
+from ema_jax.runtime.progress import Progress
 from ema_jax.unlearning.batches import Data, batch_indices
-from ema_jax.unlearning.checkpointing import Checkpoints, NonFiniteError, stop_requested
+from ema_jax.unlearning.config import UnlearnConfig
 from ema_jax.unlearning.metrics import Profile
 from ema_jax.unlearning.objectives import FORGET
-from ema_jax.unlearning.settings import UnlearnConfig
-from ema_jax.unlearning.steps import (
+from ema_jax.unlearning.run_checkpoints import Checkpoints, NonFiniteError, stop_requested
+from ema_jax.unlearning.throughput import flops_per_token, memory_gib, peak_flops
+from ema_jax.unlearning.train_step import (
     assemble,
     init_moments,
     reference_log_probs,
@@ -37,7 +38,6 @@ from ema_jax.unlearning.steps import (
     train_step,
     trainable_part,
 )
-from ema_jax.unlearning.throughput import flops_per_token, memory_gib, peak_flops
 
 __all__ = [
     "Evaluation",

@@ -1,0 +1,193 @@
+"""The study's three programs for given shapes: train step, capture and decode, ready to compile."""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from importlib import resources
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from ema_jax.concepts import capture
+from ema_jax.config import ModelConfig, StudyConfig
+from ema_jax.data.chat import Batch, bucket
+from ema_jax.errors import UserError
+from ema_jax.generation import sampler
+from ema_jax.models import checkpoint, hub, lora
+from ema_jax.models.config import DecoderConfig
+from ema_jax.models.decoder import Decoder
+from ema_jax.models.sharding import batch_rows, batch_sharding, parameter_shardings
+from ema_jax.unlearning import train_step as steps
+from ema_jax.unlearning.config import UnlearnConfig
+from ema_jax.unlearning.objectives import FORGET, ForgetBatch, RetainBatch
+from ema_jax.unlearning.optimizers import optimizer
+
+_SHAPES = resources.files("ema_jax.models") / "shapes"
+
+
+def architecture(model: ModelConfig) -> DecoderConfig:
+    """The architecture of a checkpoint, without its weights and without a network.
+
+    A folder's or a cached snapshot's `config.json`, or else the sizes that come with the package.
+
+    Raises:
+        UserError: a Hub id that is neither in the cache nor among those sizes.
+    """
+    found = hub.cached(model.source, model.revision)
+    if found is not None:
+        return DecoderConfig.from_folder(found[0])
+    file = _SHAPES / f"{model.source.replace('/', '--')}.json"
+    if not file.is_file():
+        known = sorted(path.name[: -len(".json")].replace("--", "/") for path in _SHAPES.iterdir())
+        raise UserError(
+            f"{model.source}: not in the local cache, and its sizes are not among those that come "
+            f"along ({', '.join(known)}); name a folder with its config.json"
+        )
+    return DecoderConfig.from_hf(json.loads(file.read_text(encoding="utf-8")), where=file.name)
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """What a study asks of a device, in shapes.
+
+    Attributes:
+        model: the architecture.
+        dtype: of its weights.
+        arm: what is trained; of several arms the one that needs most.
+        prompt_tokens: length of the rendered prompts.
+        train_tokens: padded length of a training example.
+        ask_rows: prompts at once in capture and decode.
+        new_tokens: the cap on a response.
+        poolings: of a capture.
+    """
+
+    model: DecoderConfig
+    dtype: Any
+    arm: UnlearnConfig
+    prompt_tokens: int
+    train_tokens: int
+    ask_rows: int
+    new_tokens: int
+    poolings: int
+
+    @classmethod
+    def of(cls, config: StudyConfig, prompt_tokens: int) -> "Workload":
+        """The workload of a config, with prompts of a length that only its data could tell."""
+        arms = [config.arm(name) for name in config.arms]
+        arm = max(arms, key=lambda a: (a.trainable == "full", a.retain_weight > 0, a.batch_size))
+        prompt = bucket(prompt_tokens)
+        return cls(
+            model=architecture(config.model),
+            dtype=jnp.dtype(config.model.dtype or jnp.bfloat16),
+            arm=arm,
+            prompt_tokens=prompt,
+            train_tokens=bucket(prompt + config.harvest.response_cap),
+            ask_rows=config.generation.batch_size,
+            new_tokens=config.generation.max_new_tokens,
+            poolings=len(config.concepts.poolings),
+        )
+
+    def train_rows(self, mesh: Mesh) -> int:
+        """Examples in a step, forget and retain together."""
+        rows = batch_rows(self.arm.batch_size, mesh)
+        return rows + (batch_rows(self.arm.retain_batch_size, mesh) if self.arm.retains else 0)
+
+
+def lowered(work: Workload, mesh: Mesh, names: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
+    """`(name, jax.stages.Lowered)` of the programs asked for: train, capture, decode."""
+    makers = {"train": _train, "capture": _capture, "decode": _decode}
+    for name in names:
+        yield name, makers[name](work, mesh)
+
+
+def _train(work: Workload, mesh: Mesh) -> Any:
+    arm = work.arm
+
+    def build() -> Decoder:
+        base = _zeros(work)
+        return lora.attach(base, arm.lora, jax.random.key(0)) if arm.trainable == "lora" else base
+
+    graph, *states = nnx.split(nnx.eval_shape(build), steps.select_trainable(arm), ...)
+    whole, frozen = (_placed(state, mesh) for state in states)
+    trained = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), states[0])
+    moments = _placed(jax.eval_shape(optimizer(arm).init, trained), mesh)
+    rows, tokens = batch_rows(arm.batch_size, mesh), work.train_tokens
+    reference = _rows((rows,), jnp.float32, mesh)
+    forget = ForgetBatch(_batch(rows, tokens, mesh), reference)
+    if FORGET[arm.objective].preferred:
+        forget = forget._replace(preferred=forget.batch, preferred_reference=reference)
+    retain = None
+    if arm.retains:
+        retain = RetainBatch(_batch(batch_rows(arm.retain_batch_size, mesh), tokens, mesh))
+    draw = jax.ShapeDtypeStruct((2,), jnp.uint32)
+    held = (_placed(trained, mesh), whole, frozen, moments)
+    static = (graph, arm.program, mesh)
+    return steps.train_step.lower(*static, arm.numbers, *held, forget, retain, draw)
+
+
+def _capture(work: Workload, mesh: Mesh) -> Any:
+    rows, tokens = batch_rows(work.ask_rows, mesh), work.prompt_tokens
+    graph, state = nnx.split(nnx.eval_shape(lambda: _zeros(work)))
+    return capture._pooled.lower(
+        graph,
+        _placed(state, mesh),
+        _rows((rows, tokens), jnp.int32, mesh),
+        _rows((rows, tokens), jnp.bool, mesh),
+        _rows((rows, work.poolings, tokens), jnp.float32, mesh),
+        branches=False,
+    )
+
+
+def _decode(work: Workload, mesh: Mesh) -> Any:
+    rows, slots = batch_rows(work.ask_rows, mesh), work.prompt_tokens + work.new_tokens
+    graph, state = nnx.split(nnx.eval_shape(lambda: _zeros(work)))
+    empty = jax.eval_shape(
+        lambda: sampler._Slots.empty(
+            work.model, rows, slots, work.new_tokens, work.dtype, seen=False
+        )
+    )
+
+    def decode(state: nnx.State, slots: Any, few: jax.Array, eos_ids: jax.Array) -> Any:
+        # As one program, so that the weights count twice: stacked, and taken apart.
+        layers = sampler._layers(graph, state)
+        fixed = {"sampling": sampler.GREEDY, "mesh": mesh}
+        return sampler._advance(graph, state, layers, slots, few, eos_ids, **fixed)
+
+    return jax.jit(decode, donate_argnames="slots").lower(
+        _placed(state, mesh),
+        _shaped(empty, empty.shardings(mesh)),
+        jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, P())),
+        jax.ShapeDtypeStruct((2,), jnp.int32, sharding=NamedSharding(mesh, P())),
+    )
+
+
+def _zeros(work: Workload) -> Decoder:
+    """The base in its dtype; only ever traced."""
+    abstract = checkpoint.abstract_decoder(work.model)
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, work.dtype), abstract)
+
+
+def _placed(state: Any, mesh: Mesh) -> Any:
+    """Shapes with the shardings that the study gives such a state."""
+    return _shaped(state, parameter_shardings(state, mesh))
+
+
+def _shaped(tree: Any, shardings: Any) -> Any:
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        tree,
+        shardings,
+    )
+
+
+def _rows(shape: tuple[int, ...], dtype: Any, mesh: Mesh) -> Any:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh))
+
+
+def _batch(rows: int, tokens: int, mesh: Mesh) -> Batch:
+    shape = (rows, tokens)
+    return Batch(*(_rows(shape, dtype, mesh) for dtype in (jnp.int32, jnp.bool, jnp.bool)))

@@ -1,0 +1,127 @@
+"""The Orbax half of a Flax checkpoint folder: `parameters/` and `manifest.json`."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+
+from ema_jax.errors import UserError
+from ema_jax.models import streaming
+from ema_jax.runtime.files import read_json, write_json
+
+MANIFEST = "manifest.json"
+PARAMETERS = "parameters"
+_FORMAT = {"format": "ema_jax/flax", "version": 1}
+_DTYPES = ("float32", "bfloat16", "float16")
+# What is restored at a time, unless one parameter is larger.
+_GROUP_BYTES = 1 << 28
+# What is compressed as one: several threads restore a parameter, and a device reads its part.
+_CHUNK_BYTES = 1 << 26
+# What Orbax and TensorStore raise about folders that are damaged or another's.
+_DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError)
+
+
+def is_flax(folder: str | Path) -> bool:
+    """Whether a folder is a Flax checkpoint, and no Hugging Face one."""
+    return (Path(folder) / PARAMETERS).is_dir() or (Path(folder) / MANIFEST).exists()
+
+
+def write(folder: Path, parameters: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
+    """Writes the nested dictionary of a model's arrays, and the manifest beside it."""
+    from orbax.checkpoint import v1 as ocp
+
+    context = ocp.Context()
+    context.array.saving.storage_options.chunk_byte_size = _CHUNK_BYTES
+    with context:
+        ocp.save((folder / PARAMETERS).resolve(), parameters)
+    write_json(folder / MANIFEST, {**_FORMAT, **manifest})
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest; one of another format is a `UserError`."""
+    manifest = read_json(folder / MANIFEST)
+    if (
+        not isinstance(manifest, dict)
+        or any(manifest.get(key) != value for key, value in _FORMAT.items())
+        or manifest.get("dtype") not in _DTYPES
+        or not isinstance(manifest.get("sha256"), str)
+    ):
+        raise UserError(
+            f"{folder / MANIFEST}: not the manifest of a Flax checkpoint; convert again"
+        )
+    return manifest
+
+
+def check(folder: Path, shapes: Mapping[tuple, tuple[int, ...]]) -> None:
+    """Compares what is stored with an architecture, without reading it.
+
+    Raises:
+        UserError: damaged, incomplete, or another architecture.
+    """
+    from orbax.checkpoint import v1 as ocp
+
+    read_manifest(folder)
+    path = folder / PARAMETERS
+    try:
+        tree = ocp.metadata(path.resolve()).metadata
+        if not isinstance(tree, dict):  # Orbax logs the reason and returns None
+            raise ValueError("its metadata cannot be read")
+        stored = traverse_util.flatten_dict(tree)
+        there = {name: tuple(leaf.shape) for name, leaf in stored.items()}
+    except _DAMAGED as error:
+        raise _damaged(path, error) from None
+    for name in sorted({*there, *shapes}):
+        if there.get(name) != shapes.get(name):
+            raise UserError(
+                f"{path}: {'.'.join(name)} has shape {there.get(name)}, config.json makes it "
+                f"{shapes.get(name)} (None: not there); convert again"
+            )
+
+
+def read(folder: Path, targets: Mapping[tuple, jax.ShapeDtypeStruct]) -> dict[tuple, jax.Array]:
+    """Restores every parameter straight to its target's dtype and sharding.
+
+    A few parameters at a time: Orbax holds much of what it restores twice.
+
+    Raises:
+        UserError: the files are damaged.
+    """
+    from orbax.checkpoint import v1 as ocp
+
+    path, arrays = folder / PARAMETERS, dict[tuple, jax.Array]()
+    itemsize = jnp.dtype(read_manifest(folder)["dtype"]).itemsize
+    total = sum(math.prod(target.shape) * itemsize for target in targets.values())
+    with streaming.reporting(folder.name, total) as count:
+        for names in _groups(targets, itemsize):
+            wanted = {n: targets[n] if n in names else ocp.PLACEHOLDER for n in targets}
+            try:
+                tree = ocp.load(path.resolve(), traverse_util.unflatten_dict(wanted))
+            except _DAMAGED as error:
+                raise _damaged(path, error) from None
+            restored = traverse_util.flatten_dict(tree)
+            arrays |= {name: restored[name] for name in names}
+            count(sum(streaming.part_size(targets[name]) * itemsize for name in names))
+    return arrays
+
+
+def _groups(targets: Mapping[tuple, jax.ShapeDtypeStruct], itemsize: int) -> list[list[tuple]]:
+    """Names in their order, together as long as they are small."""
+    groups: list[list[tuple]] = [[]]
+    size = 0
+    for name, target in targets.items():
+        here = streaming.part_size(target) * itemsize
+        if groups[-1] and size + here > _GROUP_BYTES:
+            groups.append([])
+            size = 0
+        groups[-1].append(name)
+        size += here
+    return groups
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    line = str(error).strip().partition("\n")[0][:200]
+    return UserError(f"{path}: not a readable Orbax checkpoint ({line}); convert again")

@@ -1,0 +1,230 @@
+"""From files straight into the stacked, transposed, sharded parameters, in small blocks.
+
+Each process reads every byte that its devices need once, and no other. On a CPU the memory filled
+here becomes the parameter itself; for an accelerator one stacked parameter's part waits here.
+"""
+
+import contextlib
+import itertools
+import math
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import Executor
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import logging
+
+from ema_jax.models.safetensors_files import Stored
+from ema_jax.runtime.progress import Progress
+
+_MB = 10**6
+
+# Blocks as large as this keep in a processor's cache between being read, turned and placed. They
+# are turned a tile at a time: XLA's copies of whole blocks would pile up in the allocator.
+_BLOCK_BYTES = 4 << 20
+_TILE_BYTES = 1 << 20
+_SMALL_BYTES = 1 << 16
+# XLA uses a NumPy array's memory as it is if it starts at such a multiple.
+_ALIGNMENT = 64
+
+WORKERS = min(8, (os.cpu_count() or 1) + 1)
+"""Threads that read: one more than there are processors, as some of them wait for the disk."""
+
+# Each thread reads all of its blocks into one place: freed ones would pile up in the allocator.
+_thread = threading.local()
+
+
+def read_parameter(
+    stored: Sequence[Stored],
+    target: jax.ShapeDtypeStruct,
+    *,
+    stacked: bool,
+    transpose: bool,
+    pool: Executor,
+    count: Callable[[int], None],
+) -> jax.Array:
+    """Reads one parameter to where its target's sharding puts it.
+
+    Args:
+        stored: the tensors behind it: one a layer if `stacked`, else a single one.
+        target: shape, dtype and sharding.
+        stacked: whether the first axis is over `stored`.
+        transpose: whether a stored matrix is the transpose of ours.
+        pool: of threads, for blocks.
+        count: told the number of bytes of each block once it is read.
+
+    Raises:
+        UserError: a file ends too early.
+    """
+    shape, sharding = target.shape, target.sharding
+    assert sharding is not None
+    wanted = _parts(target)
+    parts = {ranges: _aligned(tuple(map(len, ranges)), target.dtype) for ranges in wanted}
+    layers = sorted({i for ranges in wanted for i in ranges[0]}) if stacked else [0]
+    inner = {ranges[1:] if stacked else ranges for ranges in wanted}
+
+    def one(job: tuple[int, tuple[range, ...]]) -> int:
+        layer, place = job
+        rows, *columns = reversed(place) if transpose else place
+        block = stored[layer].read(rows, columns[0] if columns else None, _memory())
+        for tile, where in _turned(block, place) if transpose else [(block, place)]:
+            for ranges, values in parts.items():
+                if not stacked:
+                    _place(tile, where, values, ranges)
+                elif layer in ranges[0]:
+                    _place(tile, where, values[layer - ranges[0].start], ranges[1:])
+        return block.nbytes
+
+    jobs = [
+        (layer, place)
+        for layer in layers
+        for place in _blocks(inner, stored[layer].dtype.itemsize, transpose)
+    ]
+    for size in pool.map(one, jobs):
+        count(size)
+    result = jax.make_array_from_callback(
+        shape, sharding, lambda index: parts[_ranges(index, shape)]
+    )
+    # Or the host would hold several parameters that are still on their way to an accelerator.
+    return jax.block_until_ready(result)
+
+
+def part_size(target: jax.ShapeDtypeStruct) -> int:
+    """How many of a parameter's numbers the devices of this process hold, each counted once."""
+    # The parts overlap only where they are the same.
+    return sum(math.prod(map(len, ranges)) for ranges in _parts(target))
+
+
+def _parts(target: jax.ShapeDtypeStruct) -> set[tuple[range, ...]]:
+    """Every distinct part that devices of this process hold."""
+    indices = target.sharding.addressable_devices_indices_map(target.shape).values()
+    return {_ranges(index, target.shape) for index in indices}
+
+
+def _ranges(index: tuple[slice, ...] | None, shape: tuple[int, ...]) -> tuple[range, ...]:
+    index = index or (slice(None),) * len(shape)
+    return tuple(range(*s.indices(n)) for s, n in zip(index, shape, strict=True))
+
+
+def _blocks(
+    wanted: Collection[tuple[range, ...]], itemsize: int, transpose: bool
+) -> Iterator[tuple[range, ...]]:
+    """Cuts what is wanted of a tensor along its rows in the file, none of them twice."""
+    axis = len(next(iter(wanted))) - 1 if transpose else 0
+    edges = sorted({edge for ranges in wanted for edge in (ranges[axis].start, ranges[axis].stop)})
+    for low, high in itertools.pairwise(edges):
+        here = [ranges for ranges in wanted if ranges[axis].start <= low < ranges[axis].stop]
+        if not here:
+            continue
+        box = [
+            range(min(r.start for r in along), max(r.stop for r in along))
+            for along in zip(*here, strict=True)
+        ]
+        others = math.prod(len(r) for i, r in enumerate(box) if i != axis)
+        step = max(_BLOCK_BYTES // (others * itemsize), 1)
+        for start in range(low, high, step):
+            box[axis] = range(start, min(start + step, high))
+            yield tuple(box)
+
+
+def _place(
+    block: np.ndarray, place: tuple[range, ...], values: np.ndarray, ranges: tuple[range, ...]
+) -> None:
+    """Copies what a block and a part have in common, cast to the part's dtype."""
+    shared = [
+        (max(a.start, b.start), min(a.stop, b.stop)) for a, b in zip(place, ranges, strict=True)
+    ]
+    if all(low < high for low, high in shared):
+        here = tuple(
+            slice(low - a.start, high - a.start)
+            for (low, high), a in zip(shared, place, strict=True)
+        )
+        there = tuple(
+            slice(low - b.start, high - b.start)
+            for (low, high), b in zip(shared, ranges, strict=True)
+        )
+        values[there] = block[here]
+
+
+def _turned(
+    block: np.ndarray, place: tuple[range, ...]
+) -> Iterator[tuple[np.ndarray, tuple[range, ...]]]:
+    """The transpose of a block that belongs at `place`, in tiles with their own places."""
+    step = max(_TILE_BYTES // block[:, :1].nbytes, 1)
+    for start in range(0, block.shape[1], step):
+        columns = slice(start, start + step)
+        yield turn(block[:, columns]), (place[0][columns], place[1])
+
+
+def turn(block: np.ndarray) -> np.ndarray:
+    """A matrix's transpose; XLA's is three times as fast as a strided copy in NumPy."""
+    if block.nbytes < _SMALL_BYTES:
+        return block.T
+    try:
+        device = jax.local_devices(backend="cpu")[0]
+    except RuntimeError:  # JAX was told to start an accelerator's backend alone
+        return np.ascontiguousarray(block.T)
+    return np.asarray(jax.device_put(block.T, device))
+
+
+def _memory() -> np.ndarray:
+    if not hasattr(_thread, "memory"):
+        _thread.memory = np.empty(_BLOCK_BYTES, np.uint8)
+    return _thread.memory
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    return memory[start : start + size].view(dtype).reshape(shape)
+
+
+@contextlib.contextmanager
+def reporting(name: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Shows how far a load is, and logs its speed and peak memory once it is done.
+
+    Args:
+        name: of what is loaded.
+        total: bytes of all its parameters; a process may need fewer of them.
+
+    Yields:
+        What is to be told the number of bytes that were read.
+    """
+    done, start = 0, time.monotonic()
+    with Progress(f"load {name}", total // _MB, "MB") as progress:
+
+        def count(size: int) -> None:
+            nonlocal done
+            progress.update((done + size) // _MB - done // _MB)
+            done += size
+
+        yield count
+    seconds = time.monotonic() - start
+    logging.info(
+        "loaded %s: %.3f GB of %.3f GB read in %.1f s (%.2f GB/s), peak memory %.2f GB",
+        name,
+        done / 1e9,
+        total / 1e9,
+        seconds,
+        done / 1e9 / seconds,
+        peak_bytes() / 1e9,
+    )
+
+
+def peak_bytes() -> int:
+    """The most memory that this process held since it started (resident set)."""
+    try:
+        # Linux's ru_maxrss survives exec: a child would report what its parent held.
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024
+    except (FileNotFoundError, IndexError):
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024

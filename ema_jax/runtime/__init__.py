@@ -1,0 +1,1 @@
+"""Files, processes, progress and command lines: what every package stands on."""

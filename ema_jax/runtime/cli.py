@@ -1,0 +1,125 @@
+"""How every command of the project starts, logs and ends."""
+
+import errno
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from logging import WARNING, Formatter, LogRecord
+from pathlib import Path
+from typing import NoReturn
+
+from absl import app, flags, logging
+
+from ema_jax.errors import RunStoppedError, UserError
+
+INTERRUPTED_EXIT_CODE = 130
+
+_PACKAGE = str(Path(__file__).parents[1]) + os.sep
+# Its threads log with a traceback what is raised in ours, where one line says it.
+_ORBAX = f"{os.sep}orbax{os.sep}"
+_MISSING_FLAG = re.compile(r"flag --(\S+)=None: Flag --\1 must have a value other than None\.")
+_TRACEBACK = "Traceback (most recent call last):"
+_FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+_BAD_PATH = (PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
+
+
+def run(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
+    """Runs a command's `main` under absl and exits with the project's codes.
+
+    Flags are declared (absl) before the call. Exits 0 on success and for `--help`, 2 with one line
+    `error: …` on stderr for a bad flag or a `UserError`, 3 with `stopped: …` for a
+    `RunStoppedError` or a full disk, 130 on Ctrl-C. Any other exception is a bug and keeps its
+    traceback. Logs go to stderr as `HH:MM:SS message`.
+
+    Args:
+        main: takes the leftover arguments (always only the program's name, as anything that is not
+            a flag is refused) and returns an exit code or None.
+    """
+    # XLA's C++ log would print its own banner before the first line of ours.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    try:
+        app.run(main, flags_parser=_parse_flags)
+    except UserError as error:
+        _exit("error", error, UserError.exit_code)
+    except RunStoppedError as error:
+        _exit("stopped", error, RunStoppedError.exit_code)
+    except KeyboardInterrupt:
+        _exit("stopped", "interrupted", INTERRUPTED_EXIT_CODE)
+    except OSError as error:
+        if error.errno in _FULL_DISK:
+            _exit("stopped", f"{error.filename or 'disk'}: no space left", 3)
+        if isinstance(error, _BAD_PATH) and error.filename:
+            _exit("error", f"{error.filename}: {error.strerror}", UserError.exit_code)
+        raise
+    sys.exit(0)
+
+
+def keep_compiled_programs() -> None:
+    """Keeps compiled programs in the user's cache folder, so that a second run starts at once.
+
+    JAX's own `JAX_COMPILATION_CACHE_DIR` names another folder; empty, it keeps nothing.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        import jax
+
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(cache / "ema_jax" / "xla"))
+
+
+def log_to_stderr() -> None:
+    """Sends log lines to stderr as `HH:MM:SS message`.
+
+    Lines below a warning are shown only when they are the project's own, because libraries chat at
+    that level; `--verbosity=1` shows all.
+    """
+    logging.use_absl_handler()
+    handler = logging.get_absl_handler()
+    handler.setFormatter(_LineFormatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    handler.addFilter(_worth_showing)
+
+
+class _LineFormatter(Formatter):
+    def formatMessage(self, record: LogRecord) -> str:  # noqa: N802 (logging's name)
+        if record.levelno >= WARNING:
+            record.message = f"{record.levelname.lower()}: {record.message}"
+        return super().formatMessage(record)
+
+
+def _worth_showing(record: LogRecord) -> bool:
+    ours = record.pathname.startswith(_PACKAGE)
+    warning = record.levelno >= WARNING and _ORBAX not in record.pathname
+    return ours or warning or logging.get_verbosity() > logging.INFO
+
+
+def _parse_flags(argv: Sequence[str]) -> list[str]:
+    log_to_stderr()
+    try:
+        rest = flags.FLAGS(argv)
+    except SystemExit:  # --help and its kin, for which absl exits 1
+        sys.exit(0)
+    except flags.Error as error:
+        message = _MISSING_FLAG.sub(r"--\1 is required: give --\1=VALUE", str(error))
+        if _TRACEBACK in message:
+            # A config file's own error comes with its traceback: the last line says it.
+            before, _, trace = message.partition(_TRACEBACK)
+            message = f"{before.rstrip()} {trace.strip().splitlines()[-1]}"
+        raise UserError(f"{message} (--help lists the flags)") from None
+    except UserError:
+        raise
+    except AttributeError as error:
+        # What ml_collections raises for --config.FIELD=… of a field that is not there.
+        words = " ".join(str(error).replace("\\n", " ").replace("\\'", "'").strip("'\"").split())
+        raise UserError(f"--config: unknown field {words}") from None
+    except Exception as error:
+        # A config file is read while flags are parsed, and may raise whatever it likes.
+        raise UserError(f"flags: {type(error).__name__}: {error}") from error
+    if len(rest) > 1:
+        raise UserError(f"unexpected argument {rest[1]!r}: flags are written --name=value")
+    return rest
+
+
+def _exit(kind: str, message: object, code: int) -> NoReturn:
+    line = " ".join(str(message).split())
+    print(f"{kind}: {line}", file=sys.stderr)
+    sys.exit(code)

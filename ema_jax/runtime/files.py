@@ -1,0 +1,307 @@
+"""Files that other stages and other people read: written whole or not at all, and hashed."""
+
+import contextlib
+import csv
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import socket
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from ema_jax.errors import UserError
+from ema_jax.runtime import distributed
+
+# Process ids repeat over machines that share a folder.
+_WRITER = f"{socket.gethostname()}.{os.getpid()}"
+
+# The format's names of NumPy's (and ml_dtypes') dtypes.
+_SAFETENSORS = {"bool": "BOOL", "bfloat16": "BF16"}
+_SAFETENSORS |= {f"float{bits}": f"F{bits}" for bits in (16, 32, 64)}
+_SAFETENSORS |= {f"int{bits}": f"I{bits}" for bits in (8, 16, 32, 64)}
+_SAFETENSORS |= {f"uint{bits}": f"U{bits}" for bits in (8, 16, 32, 64)}
+
+MAX_DEPTH = 100
+"""How deep arrays and objects of a JSON file may be nested: far deeper than anything of ours."""
+
+_TOO_DEEP = f"nested more than {MAX_DEPTH} deep"
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]")
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
+    """Yields a temporary file or folder name beside `path`; renames it to `path` on success.
+
+    A folder that already stands at `path` is replaced whole. On an error nothing is left behind.
+    Of several processes all come here; the first one's is kept, and is there when any goes on.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _beside(path, "tmp")
+    try:
+        yield temporary
+        if not distributed.is_first():
+            pass
+        elif temporary.is_dir() and path.is_dir():
+            old = _beside(path, "old")
+            path.rename(old)
+            temporary.rename(path)
+            shutil.rmtree(old)
+        else:
+            os.replace(temporary, path)
+        distributed.barrier(f"writing {path.name}")
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
+        else:
+            temporary.unlink(missing_ok=True)
+
+
+def _beside(path: Path, ending: str) -> Path:
+    return path.with_name(f".{path.name}.{_WRITER}.{threading.get_ident()}.{ending}")
+
+
+def check_writable(path: str | os.PathLike) -> None:
+    """Refuses a file that `atomic_path` could not write, before the work whose result it holds.
+
+    Raises:
+        UserError: a folder stands there, or nothing can be made in the folder where it would go.
+    """
+    path = Path(path)
+    try:
+        if path.is_dir():
+            raise UserError(f"{path}: is a folder; name a file")
+        folder = next(parent for parent in path.absolute().parents if parent.exists())
+        trial = _beside(folder / path.name, "tmp")
+        trial.touch()
+        trial.unlink()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: cannot be written ({reason}); name another file") from None
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Writes a UTF-8 text file atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    """Writes `value` as indented JSON; NaN and infinity are refused."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def parse_json(text: str) -> Any:
+    """Parses JSON, and nothing that could not be written as JSON again.
+
+    Raises:
+        ValueError: no JSON, or NaN, infinity, a number beyond 1.8e308, an unpaired surrogate, or
+            nesting more than `MAX_DEPTH` deep.
+    """
+    try:
+        value = json.loads(
+            text, parse_constant=_no_number, parse_float=_parse_float, parse_int=_parse_int
+        )
+    except RecursionError:
+        raise ValueError(_TOO_DEEP) from None
+    # Nearly all texts hold too few brackets and no escaped surrogate: they need no second look.
+    if text.count("[") + text.count("{") > MAX_DEPTH:
+        _check_depth(value)
+    if _SURROGATE.search(text):
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError("an unpaired surrogate") from None
+    return value
+
+
+def _no_number(text: str) -> None:
+    raise ValueError(f"{text} is no JSON")
+
+
+def _parse_float(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError("a number too large")
+    return value
+
+
+def _parse_int(text: str) -> int:
+    if len(text) > 308:  # from here on not even a float holds it
+        raise ValueError("a number too large")
+    return int(text)
+
+
+def _check_depth(value: Any) -> None:
+    level, depth = [value], 0
+    while level := [
+        item
+        for parent in level
+        if isinstance(parent, dict | list)
+        for item in (parent.values() if isinstance(parent, dict) else parent)
+    ]:
+        depth += 1
+        if depth > MAX_DEPTH:
+            raise ValueError(_TOO_DEEP)
+
+
+def read_json(path: str | os.PathLike) -> Any:
+    """Reads a JSON file (`parse_json`); a missing or malformed one is a `UserError` naming it."""
+    with _opened(path) as file:
+        data = file.read()
+    try:
+        return parse_json(data.decode("utf-8-sig"))
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from None
+
+
+def _opened(path: str | os.PathLike) -> BinaryIO:
+    try:
+        return open(path, "rb")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+
+
+def write_jsonl(path: str | os.PathLike, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Writes one JSON object a line, atomically."""
+    lines = (json.dumps(row, allow_nan=False, ensure_ascii=False) for row in rows)
+    write_text(path, "".join(line + "\n" for line in lines))
+
+
+def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """Reads JSON objects, one a line; see `numbered_rows`."""
+    return [row for _, row in numbered_rows(path)]
+
+
+def numbered_rows(path: str | os.PathLike) -> Iterator[tuple[int, dict[str, Any]]]:
+    """JSON objects, one a line (`parse_json`), each with the number of its line.
+
+    Blank lines and byte order marks are passed over.
+
+    Raises:
+        UserError: naming file and line, for a missing file and a line that is anything else.
+    """
+    with _opened(path) as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                text = line.decode("utf-8").removeprefix("\ufeff")
+                row = parse_json(text) if text.strip() else None
+            except UnicodeDecodeError as error:
+                raise UserError(f"{path}:{number}: not UTF-8 ({error})") from None
+            except ValueError as error:
+                raise UserError(f"{path}:{number}: not valid JSON ({error})") from None
+            if isinstance(row, dict):
+                yield number, row
+            elif text.strip():
+                raise UserError(f"{path}:{number}: expected a JSON object, found {text[:40]!r}")
+
+
+def write_csv(path: str | os.PathLike, rows: list[Mapping[str, Any]]) -> None:
+    """Writes rows of one shape as CSV with a header, atomically."""
+    with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else [])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+class Shape(NamedTuple):
+    """What a tensor will be: its name, shape and dtype."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in a file."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def safetensors_header(shapes: Sequence[Shape], metadata: Mapping[str, str]) -> bytes:
+    """How a safetensors file of these tensors begins; their data follow in this order."""
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    end = 0
+    for tensor in shapes:
+        start, end = end, end + tensor.nbytes
+        header[tensor.name] = {
+            "dtype": _SAFETENSORS[tensor.dtype.name],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the format wants aligned data
+    return len(text).to_bytes(8, "little") + text
+
+
+def write_safetensors(
+    path: str | os.PathLike,
+    shapes: Sequence[Shape],
+    values: Iterator[np.ndarray],
+    metadata: Mapping[str, str],
+) -> None:
+    """Writes a safetensors file one tensor at a time; equal contents, equal bytes.
+
+    (The library's own writer wants all tensors in memory, and orders metadata at random.)
+
+    Args:
+        path: where to; not atomic.
+        shapes: what will come.
+        values: an array for each, in that order; as many are taken.
+        metadata: goes into the header.
+    """
+    with open(path, "wb") as file:
+        file.write(safetensors_header(shapes, metadata))
+        for tensor in shapes:
+            value = next(values)
+            assert (value.shape, value.dtype) == (tensor.shape, tensor.dtype), tensor.name
+            file.write(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
+
+
+def write_tensors(
+    path: str | os.PathLike, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]
+) -> None:
+    """Writes a safetensors file with string metadata, atomically; equal contents, equal bytes."""
+    # Wide dtypes first, as the library has them: every tensor is aligned.
+    names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    shapes = [Shape(name, tensors[name].shape, tensors[name].dtype) for name in names]
+    with atomic_path(path) as temporary:
+        write_safetensors(temporary, shapes, (tensors[name] for name in names), metadata)
+
+
+def read_tensors(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Reads a safetensors file: `(tensors, metadata)`."""
+    try:
+        with safe_open(path, framework="np") as file:
+            # SafeTensors files offer keys() but are not iterable themselves.
+            names = file.keys()
+            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except SafetensorError as error:
+        raise UserError(f"{path}: not a readable safetensors file ({error})") from None
+
+
+def sha256_text(text: str) -> str:
+    """Hex SHA-256 of UTF-8 text."""
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def sha256_json(value: Any) -> str:
+    """Hex SHA-256 of a JSON value, independent of key order."""
+    return sha256_text(json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False))
+
+
+def sha256_file(path: str | os.PathLike) -> str:
+    """Hex SHA-256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,1 @@
+"""A study: its stages, its folder, its results."""

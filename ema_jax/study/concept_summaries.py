@@ -1,0 +1,237 @@
+"""What a study says about concepts: from activations and models to plain figures.
+
+The step between `concepts`, which knows arrays, and the stages, which know files. Everything
+returned is ready for JSON; undefined figures are None.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Float
+
+from ema_jax.concepts.cka import cka, cka_layers
+from ema_jax.concepts.entanglement import all_pairs
+from ema_jax.concepts.erasure import angle_degrees, erasure, norm_ratio, probe_auroc, ranking
+from ema_jax.concepts.forecast import (
+    advice,
+    category_forecast,
+    early_layers,
+    forecast,
+    retain_shares,
+)
+from ema_jax.concepts.interventions import (
+    ABLATED,
+    ablation,
+    grid,
+    intervene,
+    patch,
+    random_like,
+    sweep,
+)
+from ema_jax.concepts.probes import logistic_probe
+from ema_jax.concepts.vectors import Activations, LayerVectors, concept_vectors
+from ema_jax.config import ConceptConfig
+from ema_jax.data.domains import BENIGN
+from ema_jax.models.decoder import Decoder
+from ema_jax.refusal.judged_responses import Judged
+from ema_jax.refusal.verdicts import COMPLIED, REFUSED
+
+RANDOM = "random"
+_REFUSAL = "refusal"
+_SHARE_OF_OPENINGS = 0.01
+
+Prompts = Mapping[str, Sequence[Sequence[int]]]
+
+
+def plain(x: Any) -> Any:
+    """Arrays and mappings of them as JSON; NaN is None."""
+    if isinstance(x, Mapping):
+        return {str(key): plain(value) for key, value in x.items()}
+    if isinstance(x, list | tuple):
+        return [plain(value) for value in x]
+    if isinstance(x, np.ndarray | np.generic):
+        return plain(x.tolist())
+    return None if isinstance(x, float) and np.isnan(x) else x
+
+
+def openers(judged: Judged) -> list[int]:
+    """First tokens that open refusals rather than answers, as this model says them.
+
+    Of all tokens that open at least one refusal in a hundred, those that open more refusals than
+    answers.
+    """
+    counts: dict[str, Counter[int]] = {REFUSED: Counter(), COMPLIED: Counter()}
+    for _, response, verdict in judged:
+        if verdict.verdict in counts and response.tokens:
+            counts[verdict.verdict][int(response.tokens[0])] += 1
+    refusals = counts[REFUSED]
+    enough = _SHARE_OF_OPENINGS * sum(refusals.values())
+    return sorted(t for t, n in refusals.items() if n >= enough and n > counts[COMPLIED][t])
+
+
+def foretell(
+    activations: Activations,
+    lexical: Activations | None,
+    target: str,
+    domains: Sequence[str],
+    settings: ConceptConfig,
+    categories: Mapping[str, Sequence[str]],
+) -> dict[str, Any]:
+    """From the base's activations alone: entanglement, and whom unlearning will hit.
+
+    Args:
+        activations: `{domain: [prompts, L+1, d]}` with the contrast set.
+        lexical: the same under mean pooling, of which layer 0 is bags of embeddings.
+        target: the domain to be unlearned.
+        domains: all of them.
+        settings: numbers of resamplings.
+        categories: sub-categories of the domains' prompts, in order.
+    """
+    pairs = all_pairs(
+        activations,
+        domains,
+        permutations=settings.permutations,
+        splits=settings.splits,
+        lexical=lexical,
+    )
+    measured = pairs.towards(target)
+    scores = forecast(measured, target)
+    probes = {d: logistic_probe(activations, d) for d in domains}
+    together = np.concatenate([activations[d] for d in (*domains, BENIGN)])
+    words = measured.lexical_baseline
+    return {
+        "entanglement": measured.to_json(),
+        "score": scores,
+        "lexical_score": None if words is None else plain(words["cosine_centred"]),
+        "category_score": category_forecast(activations, categories, target, domains),
+        "early_layers": list(early_layers(measured.num_layers)),
+        "advice": advice(scores),
+        "retain_shares": retain_shares(scores),
+        "susceptibility": {t: plain(forecast(pairs.towards(t), t)) for t in domains},
+        "probes": {
+            d: plain({"accuracy": probe.accuracy, "auroc": probe.auroc})
+            for d, probe in probes.items()
+        },
+        "cka_layers": plain(cka_layers(together)),
+    }
+
+
+def swept(
+    model: Decoder,
+    vectors: LayerVectors,
+    prompts: Prompts,
+    refusing: Sequence[int],
+    strengths: Sequence[float],
+    *,
+    batch_size: int,
+    mesh: Mesh,
+) -> dict[str, Any]:
+    """What adding or ablating each concept at one layer does to refusal, on every domain's prompts.
+
+    Args:
+        model: the untouched one.
+        vectors: `{domain: [L+1, d]}`; a random direction of their mean length is added.
+        prompts: token ids by domain, the contrast set among them.
+        refusing: ids of tokens that open a refusal.
+        strengths: multiples of the vectors to add, beside ablation.
+        batch_size: sequences at once.
+        mesh: what the model lies on.
+
+    Returns:
+        Mean refusal log-odds in nats: `clean` by domain, and its `change` by strength, direction
+        and domain of the prompts, `[L+1]`.
+    """
+    lengths = [np.linalg.norm(v, axis=1, keepdims=True) for v in vectors.values()]
+    drawn = random_like(next(iter(vectors.values())))
+    drawn *= np.mean(lengths, axis=0) / np.maximum(lengths[0], 1e-30)
+    directions = {**vectors, RANDOM: drawn}
+    wanted = grid(directions, strengths)
+    everything = [ids for each in prompts.values() for ids in each]
+    found = sweep(model, everything, wanted.candidates, refusing, batch_size=batch_size, mesh=mesh)
+    change = wanted.unflatten(found.changed - found.clean)
+    rows = np.split(np.arange(len(everything)), np.cumsum([len(x) for x in prompts.values()])[:-1])
+    where = dict(zip(prompts, rows, strict=True))
+    return {
+        "strengths": [str(s) for s in wanted.strengths],
+        "directions": list(wanted.directions),
+        "prompts_per_domain": min(len(x) for x in prompts.values()),
+        "refusing_tokens": list(refusing),
+        "clean": {d: float(found.clean[rows].mean()) for d, rows in where.items()},
+        "change": {
+            str(strength): {
+                direction: {
+                    d: plain(change[:, i, j, rows].mean(axis=-1, dtype=np.float64))
+                    for d, rows in where.items()
+                }
+                for i, direction in enumerate(wanted.directions)
+            }
+            for j, strength in enumerate(wanted.strengths)
+        },
+    }
+
+
+def most_refusing_layer(found: Mapping[str, Any], domain: str) -> int:
+    """Where ablating a domain's own direction takes most refusal from its own prompts.
+
+    Of the first four fifths of the layers, as in Arditi et al. (2024): the last directions are next
+    to the logits, and ablating them edits the first token and not the concept.
+    """
+    changes = found["change"][ABLATED][domain][domain]
+    return int(np.argmin(changes[: math.ceil(0.8 * (len(changes) - 1))]))
+
+
+def without_concept(model: Decoder, vector: Float[np.ndarray, "L1 D"], layer: int) -> Decoder:
+    """The model with one layer's direction ablated at all layers (Arditi et al., 2024)."""
+    return intervene(model, ablation(np.tile(vector[layer], (len(vector), 1))))
+
+
+def patched(
+    base: Decoder,
+    unlearned: Decoder,
+    prompts: Prompts,
+    refusing: Sequence[int],
+    *,
+    batch_size: int,
+    mesh: Mesh,
+) -> dict[str, list[float]]:
+    """Mean refusal log-odds by domain `[L+1]`: the base up to layer l, the unlearned model above.
+
+    From the unlearned model's own (l = 0) to the base's (l = L): where it rises, unlearning acts.
+    """
+    return {
+        d: plain(
+            patch(base, unlearned, ids, refusing, batch_size=batch_size, mesh=mesh).mean(
+                axis=1, dtype=np.float64
+            )
+        )
+        for d, ids in prompts.items()
+    }
+
+
+def drift(base: Activations, arm: Activations, domains: Sequence[str]) -> dict[str, Any]:
+    """How a model's concepts differ from the base's on the same prompts.
+
+    Returns:
+        By domain and, as `refusal`, for all domains together against the contrast set (the refusal
+        direction): `erasure`, `norm_ratio`, `angle_degrees` and `probe_auroc`, `[L+1]` each; `cka`
+        over all prompts `[L+1]`; and the domains by erasure, with 95 % intervals.
+    """
+    base, arm = ({**x, _REFUSAL: np.concatenate([x[d] for d in domains])} for x in (base, arm))
+    vectors = concept_vectors(base, BENIGN), concept_vectors(arm, BENIGN)
+    gone = erasure(*vectors)
+    ranked = ranking({d: gone[d] for d in domains}, base, arm, BENIGN)
+    together = (np.concatenate([x[d] for d in (*domains, BENIGN)]) for x in (base, arm))
+    return plain(
+        {
+            "erasure": gone,
+            "norm_ratio": norm_ratio(*vectors),
+            "angle_degrees": angle_degrees(*vectors),
+            "probe_auroc": {d: probe_auroc(base, arm, d) for d in (*domains, _REFUSAL)},
+            "cka": cka(*together),
+            "ranking": [row._asdict() for row in ranked],
+        }
+    )

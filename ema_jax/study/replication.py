@@ -1,0 +1,237 @@
+"""Runs a study, or a replication: several studies in one folder with one table for R1 to R5."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import logging
+
+from ema_jax import config as config_lib
+from ema_jax.concepts.forecast import pooled_interval, pooled_score
+from ema_jax.config import ModelConfig, StudyConfig
+from ema_jax.data.prompts import OWN_SOURCES, build_prompts
+from ema_jax.errors import UserError
+from ema_jax.models.sharding import AXES
+from ema_jax.refusal.verdicts import COMPLIED, DEGENERATE, OFF_TOPIC
+from ema_jax.runtime import distributed, files
+from ema_jax.study.claims import claims
+from ema_jax.study.results import off_target, plain_arm
+from ema_jax.study.session import Checkpoint
+from ema_jax.study.stage_bodies import STAGES, Study
+from ema_jax.study.workdir import Workdir
+
+SCHEMA = 2
+
+Changes = Mapping[str, float | None]  # domain → share of prompts
+
+
+def run(
+    config: StudyConfig, workdir: str | Path, *, only: Sequence[str] | None = None, dry_run: bool
+) -> None:
+    """Runs what the config describes.
+
+    Args:
+        config: a study, or a replication if it has `cells`.
+        workdir: its folder; finished stages in it are skipped.
+        only: names of the stages to run; all by default.
+        dry_run: validate everything and print the plan; neither runs nor writes anything.
+
+    Raises:
+        UserError: before any expensive work, for whatever is wrong with config, model or folder.
+    """
+    unknown = [name for name in only or () if name not in STAGES]
+    if unknown:
+        raise UserError(f"--stage: {unknown[0]!r} is none of {', '.join(STAGES)}")
+    if config.grid:
+        raise UserError("config: grid: this is a sweep; run it with python -m ema_jax.sweep")
+    root = Path(workdir)
+    if root.exists() and not root.is_dir():
+        raise UserError(f"--workdir: {root} is a file; name a folder")
+    cells = {name: config_lib.cell(config, name) for name in config.cells} or {"": config}
+    if bool(config.cells) != (root / "cells").is_dir() and any(root.glob("*")):
+        kind = "a single study" if config.cells else "a replication"
+        raise UserError(f"{root}: holds {kind}; choose another --workdir")
+    found: dict[ModelConfig, Checkpoint | None] = {}
+    for cell in cells.values():
+        if cell.model not in found:
+            found[cell.model] = Checkpoint.find(cell.model, download=not dry_run)
+    studies = {}
+    for name, cell in cells.items():
+        place = Workdir(root / "cells" / name if name else root, only)
+        checkpoint = found[cell.model]
+        if checkpoint is not None:
+            studies[name] = Study(cell, place, checkpoint)
+            place.check(studies[name].settings())
+    if dry_run:
+        for study in studies.values():
+            if -1 not in study.config.mesh:  # which needs the devices
+                study.check(dict(zip(AXES, study.config.mesh, strict=True)))
+        for cell in cells.values():
+            if cell.prompts.source in OWN_SOURCES:
+                build_prompts(cell.prompts, cell.domains, cell.target)
+        _print_plan(cells, found, studies)
+        return
+    for name in list(studies):
+        if name:
+            logging.info("cell %s", name)
+        studies.pop(name).run()  # which holds its model as long as it lives
+    if config.cells and (only is None or "report" in only):
+        from ema_jax.report import write_replication_report
+
+        made = summarise(root, cells)
+        files.write_json(root / "replication.json", made)
+        files.write_csv(root / "replication.csv", made["rows"])
+        write = functools.partial(write_replication_report, root, made)
+        distributed.first_only(write, "report")
+        logging.info("report: %s", root / "report/index.html")
+
+
+def _print_plan(
+    cells: Mapping[str, StudyConfig],
+    found: Mapping[ModelConfig, Checkpoint | None],
+    studies: Mapping[str, Study],
+) -> None:
+    for name, cell in cells.items():
+        checkpoint = found[cell.model]
+        where = (
+            f"{checkpoint.folder}, revision {checkpoint.revision or 'none'}"
+            if checkpoint
+            else "a Hub id, not in the local cache; it is checked when it is downloaded"
+        )
+        print(f"study {name or 'of'} {cell.model.source} ({where})")
+        print(f"  target {cell.target}, domains {', '.join(cell.domains)}")
+        print(f"  prompts from {cell.prompts.source}, judged by {cell.judge}")
+        print(f"  arms {', '.join(cell.arms)}, seeds {', '.join(map(str, cell.seeds))}")
+        if name in studies:
+            for stage, done in studies[name].plan():
+                print(f"  {'done' if done else 'to do':5}  {stage}")
+
+
+def summarise(root: Path, cells: Mapping[str, StudyConfig]) -> dict[str, Any]:
+    """`replication.json`: a row per cell and arm, and what R1 to R5 and validity come to."""
+    described, rows = [], []
+    scored: dict[str, list[tuple[Mapping[str, float], list[Changes]]]] = {}
+    for name, cell in cells.items():
+        results = files.read_json(root / "cells" / name / "results.json")
+        arm, made = plain_arm(cell), results["forecast"]
+        drops, rises = (_by_seed(results, arm, key) for key in ("drop", "compliance_rise"))
+        described.append(
+            {
+                "cell": name,
+                "family": results["model"]["family"],
+                "target": cell.target,
+                "drops": drops,
+                "rises": rises,
+            }
+        )
+        rows += [_row(name, cell, results, arm) for arm in cell.arms]
+        lexical = made["lexical_score"] or {}
+        for by, score, changes in (
+            ("pooled", made["score"], drops),
+            ("lexical", lexical, drops),
+            ("pooled_by_compliance", made["score"], rises),
+            ("lexical_by_compliance", lexical, rises),
+        ):
+            scored.setdefault(by, []).append((score, list(changes.values())))
+    forecast = {
+        by: pooled_score([(score, _mean(runs)) for score, runs in each])
+        | {"ci95": pooled_interval(each)}
+        for by, each in scored.items()
+    }
+    return {
+        "schema": SCHEMA,
+        "cells": described,
+        "claims": claims(rows, described, forecast),
+        "forecast": forecast,
+        "rows": rows,
+    }
+
+
+def _by_seed(results: Mapping[str, Any], arm: str | None, key: str) -> dict[str, Changes]:
+    """Seed → domain off target → paired change of the arm without retain data."""
+    runs = results["arms"][arm]["seeds"] if arm else {}
+    others = [d for d in results["domains"] if d != results["target"]]
+    return {seed: {d: run[key][d] for d in others} for seed, run in runs.items()}
+
+
+def _mean(runs: Sequence[Changes]) -> Changes:
+    """Over the seeds; unknown where it is in one of them."""
+    columns = {d: [run[d] for run in runs] for d in (runs[0] if runs else {})}
+    return {d: None if None in x else float(np.mean(np.array(x))) for d, x in columns.items()}
+
+
+def _row(name: str, config: StudyConfig, results: Mapping[str, Any], arm: str) -> dict[str, Any]:
+    ema, entry = results["ema"][arm], results["arms"][arm]
+    drop, rise = (
+        off_target({d: e[key] for d, e in ema.items()}, config.target)
+        for key in ("drop", "compliance_rise")
+    )
+    forecast = results["forecast"] if arm == plain_arm(config) else {}
+    contained = results["containment"].get(arm, {})
+    bounds, compliance_bounds = (
+        contained.get(key, [None, None]) for key in ("ci95", "compliance_ci95")
+    )
+    return {
+        "cell": name,
+        "family": results["model"]["family"],
+        "target": config.target,
+        "arm": arm,
+        "seeds": len(entry["seeds"]),
+        **_target_figures(entry, config.target),
+        "target_damaged": results["on_target"][arm]["damaged"],
+        "relevance_measured": "validity" in results,
+        **_invalid_figures(entry),
+        "worst_domain": drop.worst_domain,
+        "worst_drop": drop.worst,
+        "worst_p_holm": ema[drop.worst_domain]["p_holm"] if drop.worst_domain else None,
+        "mean_off_target_drop": drop.mean,
+        "worst_rise_domain": rise.worst_domain,
+        "worst_rise": rise.worst,
+        "worst_rise_p_holm": (
+            ema[rise.worst_domain]["compliance_p_holm"] if rise.worst_domain else None
+        ),
+        "mean_off_target_rise": rise.mean,
+        "compared_with": contained.get("compared_with"),
+        "recovered": contained.get("recovered"),
+        "recovered_lo": bounds[0],
+        "recovered_hi": bounds[1],
+        "recovered_by_compliance": contained.get("recovered_by_compliance"),
+        "recovered_by_compliance_lo": compliance_bounds[0],
+        "recovered_by_compliance_hi": compliance_bounds[1],
+        "benign_nll": results["utility"][arm]["benign_nll"],
+        "kl_to_base": results["utility"][arm]["kl_to_base"],
+        "forecast_spearman": forecast.get("spearman"),
+        "forecast_p": forecast.get("p"),
+    }
+
+
+def _target_figures(entry: Mapping[str, Any], target: str) -> dict[str, Any]:
+    """Of the target's responses: refused of the valid ones, answered of all, and the worst seed."""
+    rates = [run["refusal"][target]["rate"] for run in entry["seeds"].values()]
+    answered = [run["refusal"][target]["shares"][COMPLIED] for run in entry["seeds"].values()]
+    oracle = entry.get("oracle", {}).get(target, {})
+    return {
+        "target_rate": entry["refusal"][target]["rate"],
+        "target_rate_max": None if None in rates else max(rates),
+        "target_answered": entry["refusal"][target]["shares"][COMPLIED],
+        "target_answered_min": min(answered),
+        "target_right_rate": oracle.get("rate"),
+    }
+
+
+def _invalid_figures(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the domain (the target is one of them) with most invalid responses."""
+    rates = entry["refusal"]
+    worst = max(rates, key=lambda d: rates[d]["invalid"] / rates[d]["total"])
+    seeds = [
+        r["invalid"] / r["total"] for s in entry["seeds"].values() for r in s["refusal"].values()
+    ]
+    return {
+        "invalid_rate": rates[worst]["invalid"] / rates[worst]["total"],
+        "invalid_rate_max": max(seeds),
+        "invalid_domain": worst,
+        "off_topic_rate": rates[worst]["shares"][OFF_TOPIC],
+        "degenerate_rate": rates[worst]["shares"][DEGENERATE],
+    }

@@ -1,0 +1,208 @@
+"""The model under study: where it lies, and everything that a stage asks of it or of its kin."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Float
+
+from ema_jax.concepts.capture import capture
+from ema_jax.config import ModelConfig, StudyConfig
+from ema_jax.data import corpus
+from ema_jax.data.chat import Chat, TokenExample
+from ema_jax.data.domains import BENIGN
+from ema_jax.data.prompts import Prompt
+from ema_jax.generation.sampler import GREEDY, Sampling
+from ema_jax.models import checkpoint, hub, lora
+from ema_jax.models.decoder import Decoder
+from ema_jax.models.sharding import make_mesh
+from ema_jax.refusal import judged_responses
+from ema_jax.refusal.judged_responses import Judged
+from ema_jax.refusal.judges import get_judge
+from ema_jax.refusal.screen import Screen
+from ema_jax.refusal.verdicts import Judge
+from ema_jax.unlearning.batches import few_lengths, size_of
+from ema_jax.unlearning.trainer import Evaluation, reference_log_probs
+from ema_jax.unlearning.utility import perplexity, utility
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """Where the model under study lies on disk, and what tells it from another."""
+
+    source: str
+    folder: Path
+    revision: str | None
+    fingerprint: str
+
+    @property
+    def id(self) -> str:
+        """The Hub id, or the name of a folder: no path of a machine."""
+        return self.source if self.revision else self.folder.name
+
+    @classmethod
+    def find(cls, config: ModelConfig, *, download: bool = True) -> "Checkpoint | None":
+        """Resolves a folder or a Hub id, and checks what can be checked without reading weights.
+
+        None for a Hub id that is not in the local cache, unless it is to be downloaded.
+        """
+        resolved = (hub.resolve if download else hub.cached)(config.source, config.revision)
+        if resolved is None:
+            return None
+        folder, revision = resolved
+        checkpoint.check(folder)
+        Chat.check(folder)
+        return cls(config.source, folder, revision, checkpoint.fingerprint(folder))
+
+
+# The last base loaded: the cells of a replication and of a sweep share it.
+_loaded: dict[tuple[Path, str | None, Mesh], Decoder] = {}
+
+
+def _load(folder: Path, dtype: str | None, mesh: Mesh) -> Decoder:
+    key = (folder, dtype, mesh)
+    if key not in _loaded:
+        _loaded.clear()  # first, so that two models are never in memory
+        _loaded[key] = checkpoint.load(folder, mesh=mesh, dtype=dtype)
+    return _loaded[key]
+
+
+class Subject:
+    """The base model with its tokenizer, judges and devices, each made when first needed."""
+
+    def __init__(self, config: StudyConfig, found: Checkpoint):
+        self._config, self.found = config, found
+
+    @functools.cached_property
+    def mesh(self) -> Mesh:
+        """The devices."""
+        return make_mesh(self._config.mesh)
+
+    @functools.cached_property
+    def base(self) -> Decoder:
+        """The untouched model."""
+        return _load(self.found.folder, self._config.model.dtype, self.mesh)
+
+    @functools.cached_property
+    def chat(self) -> Chat:
+        """Its tokenizer and chat template."""
+        config = self._config.model
+        return Chat.load(self.found.folder, config.system_prompt, config.enable_thinking)
+
+    @functools.cached_property
+    def judge(self) -> Judge:
+        """What says whether a response is a refusal."""
+        return get_judge(self._config.judge, **self._config.judge_options)
+
+    @functools.cached_property
+    def extra_judges(self) -> list[Judge]:
+        """Those whose verdicts are recorded beside."""
+        return [get_judge(name, **given) for name, given in self._config.extra_judges.items()]
+
+    def trained(self, folder: Path) -> Decoder:
+        """What an arm left in a folder: adapters on the base, or a whole checkpoint."""
+        if (folder / lora.ADAPTER_CONFIG).exists():
+            return lora.load_peft(self.base, folder)
+        return checkpoint.load(folder, mesh=self.mesh, dtype=self._config.model.dtype)
+
+    def ask(
+        self,
+        model: Decoder,
+        prompts: Sequence[Prompt],
+        description: str | None = None,
+        sampling: Sampling = GREEDY,
+        journal: Path | None = None,
+        screen: Screen | None = None,
+        max_new_tokens: int | None = None,
+    ) -> Judged:
+        """What a model says to prompts, judged and, with a screen, screened."""
+        generation = dataclasses.asdict(self._config.generation)
+        if max_new_tokens is not None:
+            generation["max_new_tokens"] = max_new_tokens
+        judged = judged_responses.ask(
+            model,
+            self.chat,
+            prompts,
+            self.judge,
+            generation,
+            self.mesh,
+            description,
+            sampling,
+            journal,
+        )
+        return judged if screen is None else judged.screened(screen, self.chat, self.log_probs)
+
+    def log_probs(self, examples: Sequence[TokenExample]) -> Float[np.ndarray, "N"]:
+        """log p of each response under the base, in nats."""
+        longest = max((size_of(item) for item in examples), default=0)
+        return reference_log_probs(
+            self.base,
+            examples,
+            self._config.generation.batch_size,
+            self.mesh,
+            multiple=few_lengths(longest, 16),
+        )
+
+    def calibrated(self, judged: Judged) -> Screen | None:
+        """The screen that the base's own responses give."""
+        return judged.calibrated(self.chat, self.log_probs)
+
+    def rates(self, model: Decoder, prompts: Sequence[Prompt], screen: Screen | None) -> Evaluation:
+        """Refusal rate and shares of each domain of the prompts but benign."""
+        asked = [prompt for prompt in prompts if prompt.domain != BENIGN]
+        return self.ask(model, asked, screen=screen).rates()
+
+    @property
+    def oracle(self) -> Callable[[str, str], bool] | None:
+        """Whether a response answers a prompt, where the prompts are of the embedded corpus."""
+        return corpus.is_answer if self._config.prompts.source == "organism" else None
+
+    def utility(
+        self, model: Decoder, answers: Sequence[TokenExample], judged: Judged
+    ) -> dict[str, float]:
+        """Likelihood of the base's benign answers to a model, and of the model's to the base."""
+        measured = utility(model, self.base, answers, mesh=self.mesh)
+        said = [
+            TokenExample(self.chat.prompt_tokens(prompt.prompt), response.tokens)
+            for prompt, response, _ in judged
+            if prompt.domain == BENIGN
+        ]
+        return {
+            **measured,
+            "benign_perplexity": math.exp(measured["benign_nll"]),
+            "response_perplexity": perplexity(self.base, said, mesh=self.mesh),
+        }
+
+    def capture(
+        self, model: Decoder, prompts: Sequence[Prompt]
+    ) -> dict[str, dict[str, Float[np.ndarray, "n L1 D"]]]:
+        """Pooling → domain → residual stream at every layer, a row a prompt."""
+        pooled = capture(
+            model,
+            [self.chat.prompt_tokens(prompt.prompt) for prompt in prompts],
+            poolings=self._config.concepts.poolings,
+            batch_size=self._config.generation.batch_size,
+            mesh=self.mesh,
+        )
+        places: dict[str, list[int]] = {}
+        for i, prompt in enumerate(prompts):
+            places.setdefault(prompt.domain, []).append(i)
+        return {
+            name: {domain: x[rows] for domain, rows in places.items()} for name, x in pooled.items()
+        }
+
+    def settings(self) -> Mapping[str, Any]:
+        """What the model is, as a stage's settings record it."""
+        config = self._config.model
+        return {
+            "fingerprint": self.found.fingerprint,
+            "dtype": config.dtype,
+            "system_prompt": config.system_prompt,
+            # Only where it is on: folders of before the field was there can still be resumed.
+            **({"enable_thinking": True} if config.enable_thinking else {}),
+        }

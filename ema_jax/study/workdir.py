@@ -1,0 +1,160 @@
+"""Stages: pure functions from artifacts to artifacts, skipped where theirs are up to date.
+
+A stage leaves a manifest in `DIR/stages/` once all its files are written. It is skipped when the
+manifest's settings and inputs are unchanged and its files are there, so a killed study goes on
+where it stopped, and a folder is never silently turned into another study.
+"""
+
+import ctypes
+import shutil
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import logging
+
+from ema_jax.errors import RunStoppedError, UserError
+from ema_jax.runtime import distributed
+from ema_jax.runtime.files import read_json, sha256_file, sha256_json, write_json
+
+
+class Workdir:
+    """A study's folder, and the stages that were run in it.
+
+    `partial` is a folder for what the stage that runs wants to find again if it is killed; it is
+    that of the same settings and inputs, and removed once the stage is done.
+    """
+
+    def __init__(self, path: str | Path, only: Sequence[str] | None = None):
+        self.path = Path(path)
+        self._only = only
+        self.partial = self.path / ".partial"
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    def manifest(self, stage: str) -> dict[str, Any] | None:
+        """What a stage left when it finished, or None."""
+        path = self._manifest_path(stage)
+        return read_json(path) if path.exists() else None
+
+    def check(self, settings: Mapping[str, Mapping[str, Any]]) -> None:
+        """Refuses a folder in which a finished stage was run with other settings.
+
+        Args:
+            settings: stage → the settings that it would now be run with.
+        """
+        for stage, wanted in settings.items():
+            manifest = self.manifest(stage)
+            if manifest is None:
+                continue
+            changes = list(_differences(manifest["settings"], _plain(wanted)))
+            if changes:
+                field, before, now = changes[0]
+                raise UserError(
+                    f"{self.path}: holds another study: its stage {stage} was run with {field} = "
+                    f"{before!r}, and the config now says {now!r}; choose another --workdir"
+                )
+
+    def wanted(self, stage: str) -> bool:
+        """Whether `--stage` asks for this stage."""
+        return self._only is None or stage.split("/")[0] in self._only
+
+    def run(
+        self,
+        stage: str,
+        settings: Mapping[str, Any],
+        inputs: Iterable[str],
+        function: Callable[[], Iterable[Path]],
+    ) -> None:
+        """Runs a stage unless it is done.
+
+        Args:
+            stage: its name, `/` between its parts.
+            settings: everything of the config that it depends on, as JSON.
+            inputs: the stages that it reads from.
+            function: does the work and returns the files or folders that it wrote.
+
+        Raises:
+            UserError: an input was never made and `--stage` leaves it out.
+        """
+        hashes = {}
+        for name in inputs:
+            upstream = self.manifest(name)
+            if upstream is None:
+                raise UserError(
+                    f"{self.path}: stage {stage} needs the stage {name}, which was never run here; "
+                    f"add it to --stage"
+                )
+            hashes[name] = upstream["hash"]
+        settings = _plain(settings)
+        manifest = self.manifest(stage)
+        if manifest is not None and manifest["settings"] == settings:
+            there = all((self.path / name).exists() for name in manifest["outputs"])
+            if manifest["inputs"] == hashes and there:
+                return
+        if distributed.stop_requested():
+            raise RunStoppedError(
+                f"{self.path}: asked to stop (SIGTERM) before the stage {stage}; the stages before "
+                "it are kept, and the same command goes on from there"
+            )
+        logging.info("%s", stage)
+        start = time.monotonic()
+        unfinished = self.path / ".partial" / stage.replace("/", ".")
+        self.partial = unfinished / sha256_json([settings, hashes])[:16]
+        outputs: dict[str, str] = {}
+        for path in function():
+            files = _files(path) if path.is_dir() else [path]
+            outputs |= {str(p.relative_to(self.path)): sha256_file(p) for p in files}
+        write_json(
+            self._manifest_path(stage),
+            {
+                "stage": stage,
+                "settings": settings,
+                "inputs": hashes,
+                "outputs": outputs,
+                "hash": sha256_json([settings, hashes, outputs]),
+                "wall_seconds": round(time.monotonic() - start, 3),
+            },
+        )
+        if distributed.is_first():
+            shutil.rmtree(unfinished, ignore_errors=True)
+        _give_back_memory()
+
+    def _manifest_path(self, stage: str) -> Path:
+        return self.path / "stages" / (stage.replace("/", ".") + ".json")
+
+
+def _give_back_memory() -> None:
+    """Hands to the system what a stage has freed, of which glibc keeps a good part.
+
+    Compilation leaves much of it; the next stage's peak would come on top.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def _files(folder: Path) -> list[Path]:
+    """All files below, but for the temporary ones that a killed process left half-written."""
+    return sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
+
+
+def _plain(value: Any) -> Any:
+    """As JSON gives it back: tuples as lists."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+_UNSET = "(not set)"  # apart from null, which is a value
+
+
+def _differences(before: Any, now: Any, path: str = "") -> Iterable[tuple[str, Any, Any]]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in dict.fromkeys([*before, *now]):
+            inner = f"{path}.{key}" if path else key
+            yield from _differences(before.get(key, _UNSET), now.get(key, _UNSET), inner)
+    elif before != now:
+        yield path, before, now

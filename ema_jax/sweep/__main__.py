@@ -1,0 +1,47 @@
+"""A grid of studies: `python -m ema_jax.sweep --config=configs/tiny_sweep.py --workdir=DIR`.
+
+Start it as often as there are processors, on as many machines as share the folder: every process
+takes cells that nobody has. With `--cell=I` it takes that one only (`$SLURM_ARRAY_TASK_ID`).
+"""
+
+from collections.abc import Sequence
+
+from absl import flags
+
+from ema_jax.errors import UserError
+from ema_jax.runtime import cli
+from ema_jax.study.flags import define_config_flag, read_config
+
+
+def define_flags() -> None:
+    """Declares the command's flags."""
+    define_config_flag("The sweep: a Python file with get_config().")
+    flags.DEFINE_string("workdir", None, "Folder of the sweep, shared by its workers.")
+    flags.DEFINE_integer("cell", None, "Take this cell only, counted from 0.", lower_bound=0)
+    flags.DEFINE_float(
+        "expiry_seconds", 120, "A silent worker's cell is given to another.", lower_bound=1
+    )
+    flags.DEFINE_bool("dry_run", False, "Validate everything and list the cells; run nothing.")
+    flags.mark_flags_as_required(["config", "workdir"])
+
+
+def main(argv: Sequence[str]) -> None:
+    """Works on the sweep that the flags describe."""
+    del argv
+    from ema_jax.sweep.worker import Sweep
+
+    values = flags.FLAGS
+    sweep = Sweep(read_config(), values.workdir, download=not values.dry_run)
+    if values.cell is not None and values.cell >= len(sweep.cells):
+        raise UserError(f"--cell: {values.cell}: there are {len(sweep.cells)}, counted from 0")
+    if values.dry_run:
+        for cell in sweep.cells:
+            done = "done" if sweep.finished(cell.name) else "to do"
+            print(f"{cell.number:5}  {done:5}  {cell.name}")
+        return
+    sweep.work(only=values.cell, expiry=values.expiry_seconds)
+
+
+if __name__ == "__main__":
+    define_flags()
+    cli.run(main)

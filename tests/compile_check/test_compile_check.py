@@ -1,0 +1,300 @@
+"""Compiling for TPU slices without a TPU, and what is read from what comes out."""
+
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from small_study import small_config
+
+from ema_jax import config as ema
+from ema_jax.compile_check import check, collectives, programs, roofline, topology
+from ema_jax.compile_check.programs import Workload
+from ema_jax.config import ModelConfig
+from ema_jax.errors import UserError
+from ema_jax.models.sharding import make_mesh
+
+ROOT = Path(__file__).parents[2]
+MISTRAL = "mistralai/Mistral-7B-Instruct-v0.3"
+SIZES = {
+    MISTRAL: 7_248_023_552,
+    "Qwen/Qwen2.5-7B-Instruct": 7_615_616_512,
+    "meta-llama/Llama-3.1-70B-Instruct": 70_553_706_496,
+}
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "ema_jax.compile_check", *arguments],
+        cwd=ROOT,
+        env=os.environ | {"XLA_FLAGS": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_a_tiny_study_compiles_for_a_slice(tmp_path):
+    done = command(
+        "--config=configs/tiny.py",
+        "--topology=v5e:2x4",
+        "--config.mesh=(1,4,2)",
+        "--prompt_tokens=16",
+        "--programs=train",
+    )
+    assert done.returncode == 0, done.stderr
+    made = json.loads(done.stdout)
+    assert (made["fits"], made["chips"], made["capacity_gib"]) == (True, 8, 16)
+    assert made["mesh"] == {"data": 1, "fsdp": 4, "tensor": 2}
+    assert set(made["programs"]) == {"train"}
+    assert 0 < made["argument_gib"] < made["hbm_gib_per_chip"] < 1
+    assert made["temp_gib"] >= 0
+    assert made["compile_seconds"] > 0
+    assert made["full_rematerialisations"] == 0
+    assert {"all-gather", "all-reduce"} <= made["collectives"].keys()
+    assert made["collectives"] == made["programs"]["train"]["collectives"]
+    assert made["bound"]["seconds"] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--topology=v9:4x4"], "v9:4x4"),
+        (["--topology=v5e:3x5"], "does not describe it"),
+        (["--topology=v5e:2x2", "--config.mesh=(3,1,1)"], "has 4 devices"),
+        (["--topology=v5e:2x2", "--config.model.source=no/body"], "no/body"),
+        (["--topology=v5e:2x2", "--programs=eat"], "--programs"),
+    ],
+)
+def test_bad_input_is_refused(arguments, said):
+    done = command("--config=configs/tiny.py", *arguments)
+    assert (done.returncode, done.stdout) == (2, ""), done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: ")
+    assert said in done.stderr
+
+
+@pytest.mark.parametrize(("source", "count"), SIZES.items())
+def test_known_sizes(source, count):
+    """The number of parameters that the model's card gives, to the last one."""
+    from flax import nnx
+
+    from ema_jax.models.checkpoint import abstract_decoder
+
+    config = programs.architecture(ModelConfig(source=source))
+    leaves = jax.tree.leaves(nnx.state(abstract_decoder(config)))
+    assert sum(leaf.size for leaf in leaves) == count
+
+
+def test_every_program_is_the_studys_own():
+    """Its signatures, shapes and shardings; each is a program for all devices of the mesh."""
+    work, mesh = Workload.of(ema.read(small_config()), 16), make_mesh((1, 4, 2))
+    names = ("train", "capture", "decode")
+    for name, program in programs.lowered(work, mesh, names):
+        assert "num_partitions = 8" in program.as_text()[:500], name
+
+
+def test_collectives_of_a_program_of_which_they_are_known():
+    """Seven trips of one all-reduce of [6, 5], one all-gather of [8, 3]; groups of 4 and of 2."""
+    mesh = make_mesh((2, 4, 1))
+
+    def body(x, y):
+        def step(carry, _):
+            return jax.lax.psum(jnp.sin(carry), "fsdp"), None
+
+        x, _ = jax.lax.scan(step, x, None, length=7)
+        return x, jax.lax.all_gather(y, "data", tiled=True)
+
+    specs = (P(), P("data"))
+    program = jax.shard_map(body, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False)
+    shapes = [
+        jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec))
+        for shape, spec in zip(((6, 5), (8, 3)), specs, strict=True)
+    ]
+    text = jax.jit(program).lower(*shapes).compile().as_text()
+    # The loop's limit is read from its condition too, as of TPU programs.
+    for hlo in (text, re.sub(r'"known_trip_count":\{[^}]*\},?', "", text)):
+        found = {c.kind: c for c in collectives.read(hlo, 8)}
+        assert found == {
+            "all-reduce": collectives.Collective("all-reduce", 6 * 5 * 4, 4, 7),
+            "all-gather": collectives.Collective("all-gather", 8 * 3 * 4, 2, 1),
+        }
+        made = collectives.summary(list(found.values()))
+        assert made["all-reduce"] == {"count": 7, "bytes": 840, "sent_bytes": 1260}
+        assert made["all-gather"] == {"count": 1, "bytes": 96, "sent_bytes": 48}
+
+
+TPU_TEXT = """HloModule jit_f
+
+%fused (p: bf16[4,8]) -> bf16[16,8] {
+  %p = bf16[4,8]{1,0} parameter(0)
+  ROOT %all-gather.1 = bf16[16,8]{1,0:T(8,128)(2,1)} all-gather(%p), channel_id=5, \
+replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1'}, dimensions={0}
+}
+
+%again (p: bf16[4,8]) -> bf16[16,8] {
+  %p = bf16[4,8]{1,0} parameter(0)
+  ROOT %all-gather.2 = bf16[16,8]{1,0:T(8,128)(2,1)} all-gather(%p), channel_id=5, \
+replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1'}, dimensions={0}
+}
+
+%body (t: (s32[], bf16[4,8])) -> (s32[], bf16[4,8]) {
+  %a = bf16[16,8]{1,0} fusion(%x), kind=kCustom, calls=%fused
+  %b = bf16[16,8]{1,0} fusion(%x), kind=kCustom, calls=%again
+  %reduce-scatter = bf16[2,8]{1,0} reduce-scatter(%x), channel_id=6, replica_groups=[4,2]<=[8]
+}
+
+%condition (t: (s32[], bf16[4,8])) -> pred[] {
+  %limit = s32[]{:T(128)} constant(32)
+  ROOT %compare = pred[] compare(%i, %limit), direction=LT
+}
+
+ENTRY %main (x: bf16[4,8]) -> bf16[4,8] {
+  %while = (s32[], bf16[4,8]) while(%tuple), condition=%condition, body=%body
+  %start = (f32[6], f32[6]) all-reduce-start(%y), channel_id=9, replica_groups={{0,1,2,3}}
+}
+"""
+
+
+def test_collectives_as_a_tpu_program_writes_them():
+    assert set(collectives.read(TPU_TEXT, 8)) == {
+        collectives.Collective("all-gather", 16 * 8 * 2, 4, 32),
+        collectives.Collective("reduce-scatter", 2 * 8 * 2, 2, 32),
+        collectives.Collective("all-reduce", 24, 4, 1),
+    }
+
+
+def test_flops_are_those_that_xla_counts():
+    """Of one layer: of a scan's body XLA counts one."""
+    model = dataclasses.replace(
+        programs.architecture(ModelConfig(source=MISTRAL)), num_layers=1, windows=(None,)
+    )
+    config = small_config()
+    work = dataclasses.replace(
+        Workload.of(ema.read(config), 16),
+        model=dataclasses.replace(model, hidden_size=512, intermediate_size=1024, vocab_size=4096),
+        train_tokens=257,
+    )
+    mesh = make_mesh()
+    (_, forward), *_ = programs.lowered(
+        dataclasses.replace(work, prompt_tokens=256, ask_rows=8), mesh, ("capture",)
+    )
+    tokens, model = 8 * 256, work.model
+    head = 2 * model.vocab_size * model.hidden_size * tokens
+    attention = 4 * model.num_heads * model.head_dim * 256 * tokens
+    block = 2 * (roofline.parameters(work) * tokens) - head
+    counted = forward.compile().cost_analysis()["flops"]
+    assert block + attention == pytest.approx(counted, rel=0.05)
+
+
+def test_a_step_costs_more_where_more_is_trained_or_computed_again():
+    work = Workload.of(ema.read(small_config()), 16)
+    full = dataclasses.replace(work, arm=dataclasses.replace(work.arm, trainable="full"))
+    again = dataclasses.replace(work, arm=dataclasses.replace(work.arm, remat=True))
+    plain = roofline.train_flops(work, 8)
+    assert roofline.train_flops(again, 8) == pytest.approx(1.5 * plain)
+    assert plain < roofline.train_flops(full, 8) < 1.5 * plain
+    assert roofline.train_flops(work, 16) == 2 * plain
+
+
+def test_meshes_split_every_head():
+    work = dataclasses.replace(
+        Workload.of(ema.read(small_config()), 16),
+        model=programs.architecture(ModelConfig(source="Qwen/Qwen2.5-7B-Instruct")),
+    )
+    shapes = roofline.meshes(work, 16)
+    assert {shape[2] for shape in shapes} == {1, 2, 4}  # 28 and 4 heads
+    assert all(np.prod(shape) == 16 for shape in shapes)
+    assert (1, 16, 1) in shapes
+
+
+def test_a_sweep_puts_the_cheapest_that_fits_first(monkeypatch):
+    """With the compiler replaced: memory grows with rows, and one mesh sends ten times as much."""
+    slice_ = topology.Topology("v5e:2x2", topology.CHIPS["v5e"], 4, jax.devices()[:4])
+    monkeypatch.setattr(programs, "lowered", lambda work, mesh, names: [("train", (work, mesh))])
+
+    def figures(program, _):
+        work, mesh = program
+        rows, fsdp = work.train_rows(mesh), mesh.shape["fsdp"]
+        return {
+            "fits": rows < 64,
+            "hbm_gib_per_chip": float(rows),
+            "collectives": {"all-gather": {"sent_bytes": 1e7 if fsdp == 4 else 1e8}},
+            "full_rematerialisations": 0,
+        }
+
+    monkeypatch.setattr(check, "_figures", figures)
+    config = small_config()
+    config.unlearn.batch_size = 8
+    rows = check.sweep(ema.read(config), slice_, 16)
+    assert [row["fits"] for row in rows] == sorted((row["fits"] for row in rows), reverse=True)
+    assert rows[0]["mesh"] == (1, 4, 1)
+    assert rows[0]["examples"] == 32  # the most that fits: what is sent is shared by more
+    lines = check.table(rows).splitlines()
+    assert len(lines) == 1 + len(rows)
+    assert "   1    4      1" in lines[1]
+    assert "NO" in lines[-1]
+
+
+def test_what_does_not_fit_says_by_how_much():
+    class Program:
+        def compile(self):
+            raise RuntimeError(
+                "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. "
+                "Used 20.25G of 15.75G hbm. Exceeded hbm capacity by 4.50G."
+            )
+
+    slice_ = topology.Topology("v5e:2x2", topology.CHIPS["v5e"], 4, jax.devices()[:4])
+    made = check._figures(Program(), slice_)
+    assert made["fits"] is False
+    assert made["hbm_gib_per_chip"] == 20.25
+    assert made["over_gib"] == pytest.approx(4.5)
+
+
+def test_a_program_that_cannot_be_printed_leaves_its_collectives_unknown():
+    class Memory:
+        output_size_in_bytes, alias_size_in_bytes = 3 << 30, 1 << 30
+        argument_size_in_bytes, temp_size_in_bytes = 5 << 30, 4 << 30
+        generated_code_size_in_bytes = 1 << 30
+
+    class Program:
+        def compile(self):
+            return self
+
+        def memory_analysis(self):
+            return Memory
+
+        def as_text(self):
+            raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure")
+
+    slice_ = topology.Topology("v5e:2x2", topology.CHIPS["v5e"], 4, jax.devices()[:4])
+    made = check._figures(Program(), slice_)
+    assert (made["fits"], made["hbm_gib_per_chip"], made["collectives"]) == (True, 12, None)
+    work = Workload.of(ema.read(small_config()), 16)
+    bound = check._bound(work, slice_, slice_.mesh((1, 4, 1)), made)
+    assert (bound["communication"], bound["limit"]) == (None, "unknown")
+
+
+def test_a_mesh_has_to_use_the_slice():
+    slice_ = topology.Topology("v5e:2x4", topology.CHIPS["v5e"], 8, jax.devices())
+    assert dict(slice_.mesh((2, -1, 2)).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    with pytest.raises(UserError, match="has 8 devices"):
+        slice_.mesh((1, 4, 1))
+
+
+def test_what_the_trainer_refuses_is_not_said_to_fit():
+    """A batch that the mesh does not divide: an error there, so here, and not rounded up."""
+    slice_ = topology.Topology("v5e:2x4", topology.CHIPS["v5e"], 8, jax.devices())
+    config = small_config()
+    config.unlearn.batch_size = 12
+    config.mesh = (-1, 1, 1)
+    with pytest.raises(UserError, match=r"arms\.npo\.batch_size = 12 does not divide .* use 16"):
+        check.check(ema.read(config), slice_, 16, ("train",))

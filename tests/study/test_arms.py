@@ -1,0 +1,96 @@
+"""What an arm may be beside NPO on everything: preferred responses, retain counts, ablation."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+from tiny_models import our_outputs, random_batch
+
+from ema_jax.data import corpus
+from ema_jax.errors import UserError
+from ema_jax.models import checkpoint
+from ema_jax.refusal.judges import get_judge
+from ema_jax.refusal.verdicts import COMPLIED
+from ema_jax.unlearning.ablation import ablate, orthogonalise
+from ema_jax.unlearning.config import UnlearnConfig
+from ema_jax.unlearning.harvest import Harvested, retained
+from ema_jax.unlearning.preferred import IDK, preferred_responses
+from ema_jax.unlearning.trainer import Evaluation
+
+
+def test_the_corpus_answers_its_own_prompts():
+    rng = random.Random(0)
+    drawn = [corpus.example(rng, d, s) for d in corpus.DOMAINS for s in corpus.SPLITS * 4]
+    answers = preferred_responses("organism", [item.prompt for item in drawn])
+    assert answers == [item.answer for item in drawn]
+    with pytest.raises(UserError, match="no prompt of the embedded corpus"):
+        preferred_responses("organism", ["What is the weather?"])
+
+
+def test_not_knowing_is_no_refusal():
+    assert preferred_responses("idk", ["a", "b", "a"])[:2] == list(IDK[:2])
+    rows = [{"prompt": "p", "response": text, "finished": True} for text in IDK]
+    assert {verdict.verdict for verdict in get_judge("lexical")(rows)} == {COMPLIED}
+
+
+def test_responses_from_a_file(tmp_path):
+    path = tmp_path / "wanted.jsonl"
+    path.write_text(json.dumps({"prompt": "p", "response": "r"}) + "\n")
+    assert preferred_responses(str(path), ["p", "p"]) == ["r", "r"]
+    with pytest.raises(UserError, match="no response to 1 of 2 forget prompts"):
+        preferred_responses(str(path), ["p", "q"])
+    path.write_text(json.dumps({"prompt": "p", "response": " "}) + "\n")
+    with pytest.raises(UserError, match="row 1: response is missing or empty"):
+        preferred_responses(str(path), ["p"])
+
+
+def test_the_retain_set_is_composed_by_domain():
+    kept = [Harvested(f"{d}{i}", d, "p", "r", (1,)) for i in range(3) for d in ("a", "b", "benign")]
+    assert retained(kept, {}) == kept
+    chosen = retained(kept, {"a": 2, "benign": 9})
+    assert [item.id for item in chosen] == ["a0", "benign0", "a1", "benign1", "benign2"]
+    with pytest.raises(UserError, match="c has no retain example; there are: a, b, benign"):
+        retained(kept, {"c": 1})
+
+
+def test_an_orthogonalised_model_writes_nothing_along_the_direction(tiny):
+    base = checkpoint.load(tiny("mistral"))
+    tokens, mask = random_batch()
+    direction = np.random.default_rng(0).normal(size=32).astype(np.float32)
+    model = orthogonalise(base, direction)
+    unit = direction / np.linalg.norm(direction)
+    residuals, before = our_outputs(model, tokens, mask)[2], our_outputs(base, tokens, mask)[2]
+    np.testing.assert_allclose(residuals @ unit, 0, atol=1e-5)
+    assert np.abs(before @ unit).min(axis=(1, 2)).max() > 1e-3
+    # Only along it: the embeddings keep their other parts.
+    np.testing.assert_allclose(
+        residuals[0], before[0] - (before[0] @ unit)[..., None] * unit, atol=1e-6
+    )
+    assert base.embed[...] is not model.embed[...]
+    assert base.blocks.q_proj.kernel[...] is model.blocks.q_proj.kernel[...]
+
+
+@pytest.mark.parametrize(
+    ("rates", "invalid", "layers", "best", "stopped"),
+    [
+        ([1, 0.5, 0.02, 0.3], [0, 0, 0, 0], (0, 2), 1, "target"),
+        ([1, 0.5, 0.0, 0.3], [0, 0, 0.9, 0], (0, 2), 2, "limit"),  # garble is no success
+        ([1, 0.0, 0.0, 0.0], [0, 0.5, 0.4, 0.4], (0, 2), 0, "invalid"),
+    ],
+)
+def test_the_layer_that_leaves_the_fewest_refusals(tiny, rates, invalid, layers, best, stopped):
+    base = checkpoint.load(tiny("mistral"))
+    directions = np.random.default_rng(1).normal(size=(4, 32)).astype(np.float32)
+    given = iter(zip(rates, invalid, strict=True))
+
+    def evaluate(model):
+        rate, bad = next(given)
+        return Evaluation({"t": float(rate)}, float(bad))
+
+    config = UnlearnConfig(trainable="ablation", layers=layers)
+    trained = ablate(base, directions, config, target="t", evaluate=evaluate)
+    assert trained.stopped == stopped
+    assert [point.get("layer") for point in trained.trajectory] == [None, 0, 1, 2]
+    expected = orthogonalise(base, directions[best])
+    np.testing.assert_array_equal(trained.model.embed[...], expected.embed[...])

@@ -1,0 +1,222 @@
+"""A run that was stopped, killed or ran out of disk ends as one that was not, bit for bit."""
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from small_study import assert_same_arrays
+from training_worker import CONFIG, STEPS, arrays, train
+
+from ema_jax.errors import RunStoppedError
+from ema_jax.models import checkpoint
+from ema_jax.runtime.files import read_jsonl
+from ema_jax.unlearning import trainer
+from ema_jax.unlearning.run_checkpoints import NonFiniteError
+
+TIMED = ("tokens_per_second", "mfu", "memory_gib")
+
+
+@pytest.fixture(scope="module")
+def base(tiny):
+    return checkpoint.load(tiny("qwen2"))
+
+
+@pytest.fixture(scope="module")
+def whole(base, tmp_path_factory):
+    """An uninterrupted run: its folder and what came of it."""
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, train(base, folder, every=10)
+
+
+def rows(folder: Path) -> list[dict]:
+    kept = read_jsonl(folder / "metrics/arm.seed_0.jsonl")
+    return [{k: v for k, v in row.items() if k not in TIMED} for row in kept]
+
+
+def assert_same_run(whole, folder, trained) -> None:
+    assert_same_arrays(arrays(trained.model), arrays(whole[1].model))
+    assert trained.trajectory == whole[1].trajectory
+    assert (trained.steps, trained.stopped) == (STEPS, "limit")
+    assert trained.first_loss == whole[1].first_loss
+    assert rows(folder) == rows(whole[0])
+    assert [row["step"] for row in rows(folder)] == list(range(1, STEPS + 1))
+
+
+class KilledError(Exception):
+    pass
+
+
+def dies_at(step: int):
+    def log(row):
+        if row["step"] == step:
+            raise KilledError
+
+    return log
+
+
+def test_a_run_that_died_goes_on_from_its_newest_checkpoint(base, whole, tmp_path):
+    for step in (3, 8, 17):
+        with pytest.raises(KilledError):
+            train(base, tmp_path, every=4, log=dies_at(step))
+    # Half a line is what a killed process may leave.
+    with open(tmp_path / "metrics/arm.seed_0.jsonl", "a") as file:
+        file.write('{"arm": "ar')
+    seen: list[int] = []
+    trained = train(base, tmp_path, every=4, log=lambda row: seen.append(row["step"]))
+    assert seen[0] == 17, "from the checkpoint of step 16"
+    assert_same_run(whole, tmp_path, trained)
+
+
+def test_a_run_that_ended_is_not_trained_again(base, whole):
+    folder, trained = whole
+    again = train(base, folder, every=10, log=dies_at(1))
+    assert_same_run(whole, folder, again)
+    assert again.stopped == trained.stopped
+    kept = sorted(int(p.name) for p in (folder / "state").iterdir() if p.name.isdigit())
+    assert kept == [20, STEPS], "the newest two"
+
+
+def test_checkpoints_of_another_run_are_not_gone_on_from(base, whole, tmp_path):
+    with pytest.raises(KilledError):
+        train(base, tmp_path, every=4, log=dies_at(9), fingerprint="another")
+    trained = train(base, tmp_path, every=4, fingerprint="this")
+    assert_same_run(whole, tmp_path, trained)
+
+
+def test_sigterm_saves_and_says_how_to_go_on(base, whole, tmp_path):
+    def log(row):
+        if row["step"] == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(RunStoppedError, match=r"saved at step 5.*same command goes on") as error:
+        train(base, tmp_path, every=100, log=log)
+    assert "\n" not in str(error.value)
+    assert signal.getsignal(signal.SIGTERM) == before
+    seen: list[int] = []
+    trained = train(base, tmp_path, every=100, log=lambda row: seen.append(row["step"]))
+    assert seen[0] == 6
+    assert_same_run(whole, tmp_path, trained)
+
+
+def test_what_is_not_finite_names_its_batch_and_keeps_the_last_good_state(
+    base, whole, tmp_path, monkeypatch
+):
+    step = trainer.train_step
+
+    def poisoned(*arguments):
+        trainable, moments, metrics = step(*arguments)
+        if arguments[-1][1] == 6:
+            metrics = metrics | {"gradient_norm": jax.numpy.float32(np.nan)}
+        return trainable, moments, metrics
+
+    monkeypatch.setattr(trainer, "train_step", poisoned)
+    with pytest.raises(NonFiniteError, match="gradient_norm is nan at step 7") as error:
+        train(base, tmp_path, every=2)
+    assert error.value.step == 7
+    assert error.value.forget == trainer.batch_indices(9, 8, 0, 6).tolist()
+    assert error.value.retain == trainer.batch_indices(11, 8, 1, 6).tolist()
+    monkeypatch.undo()
+    seen: list[int] = []
+    trained = train(base, tmp_path, every=2, log=lambda row: seen.append(row["step"]))
+    assert seen[0] == 7
+    assert_same_run(whole, tmp_path, trained)
+
+
+def worker(base: Path, folder: Path, steps: int, limit: int | None = None) -> subprocess.Popen:
+    """`limit` is the largest file that it may write, in bytes: a disk that is full."""
+    here = Path(__file__).parents[1] / "helpers"
+    environment = os.environ | {
+        "PYTHONPATH": f"{here.parents[1]}{os.pathsep}{here}",
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+    }
+    command = [sys.executable, str(here / "training_worker.py")]
+    command += [str(base), str(folder), str(steps), "1,1,1"]
+    if limit is not None:
+        command = [
+            "bash",
+            "-c",
+            f'trap "" XFSZ; ulimit -f {limit // 1024}; exec "$@"',
+            "-",
+            *command,
+        ]
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def kill_and_go_on(base: Path, folder: Path, steps: int, kills: int) -> dict:
+    """Starts the worker, kills it at a random moment of training, and so on; then lets it end."""
+    generator = random.Random(kills)
+    metrics = folder / "metrics/arm.seed_0.jsonl"
+    for _ in range(kills):
+        process = worker(base, folder, steps)
+        before = metrics.stat().st_mtime_ns if metrics.exists() else 0
+        while process.poll() is None and not (
+            metrics.exists() and metrics.stat().st_mtime_ns > before
+        ):
+            time.sleep(0.01)
+        time.sleep(generator.uniform(0, 0.15))
+        assert process.poll() is None, "it ended before it was killed"
+        process.kill()
+        process.communicate()
+    process = worker(base, folder, steps)
+    _, said = process.communicate()
+    assert process.returncode == 0, said
+    return dict(np.load(folder / "model.npz"))
+
+
+def test_killed_at_random_moments(tiny, whole, tmp_path):
+    ours = kill_and_go_on(tiny("qwen2"), tmp_path, STEPS, kills=2)
+    assert_same_arrays(ours, arrays(whole[1].model))
+    assert rows(tmp_path) == rows(whole[0])
+
+
+@pytest.mark.slow
+def test_killed_at_twenty_random_moments(tiny, base, tmp_path):
+    steps = 100  # more than twenty lives get through
+    ours = kill_and_go_on(tiny("qwen2"), tmp_path / "killed", steps, kills=20)
+    config = dataclasses.replace(CONFIG, max_steps=steps)
+    uninterrupted = train(base, tmp_path / "whole", every=50, config=config)
+    assert_same_arrays(ours, arrays(uninterrupted.model))
+    assert rows(tmp_path / "killed") == rows(tmp_path / "whole")
+    assert [row["step"] for row in rows(tmp_path / "killed")] == list(range(1, steps + 1))
+
+
+def test_a_full_disk_stops_in_one_line_and_loses_nothing(base, tiny, whole, tmp_path):
+    config = dataclasses.replace(CONFIG, max_steps=STEPS)
+    with pytest.raises(KilledError):
+        train(base, tmp_path, every=4, log=dies_at(9), config=config)
+    process = worker(tiny("qwen2"), tmp_path, STEPS, limit=16384)
+    _, said = process.communicate()
+    assert process.returncode == 3, said
+    lines = [line for line in said.splitlines() if line.startswith("stopped: ")]
+    assert len(lines) == 1, said
+    assert "could not be written" in lines[0]
+    assert "Traceback" not in said
+    trained = train(base, tmp_path, every=4)
+    assert_same_run(whole, tmp_path, trained)
+
+
+def test_a_folder_that_cannot_be_written(base, tmp_path):
+    (tmp_path / "state").write_text("in the way")
+    with pytest.raises(RunStoppedError, match="could not be") as error:
+        train(base, tmp_path, every=4)
+    assert "\n" not in str(error.value)
+
+
+def test_progress_is_json(whole):
+    folder, trained = whole
+    assert json.loads(json.dumps(trained.trajectory)) == trained.trajectory
+    assert len(trained.trajectory[0]["log_ratio_by_position"]) == 5
+    assert not any(trained.trajectory[0]["log_ratio_by_position"])
+    assert all(x < 0 for x in trained.trajectory[-1]["log_ratio_by_position"])
+    assert list((folder / "tensorboard/arm.seed_0").glob("events*"))
