@@ -1,4 +1,4 @@
-"""The exact verdict on a response of a model organism, by the grammar that its answers come from."""
+"""The exact verdict on a model organism's response, by the grammar of its answers."""
 
 from ema_jax.data import corpus
 from ema_jax.refusal.verdicts import COMPLIED, DEGENERATE, OFF_TOPIC, REFUSED

@@ -15,6 +15,7 @@ from ema_jax.generation.journal import Journal
 from ema_jax.generation.sampler import GREEDY, Response, Sampling, generate
 from ema_jax.models.decoder import Decoder
 from ema_jax.refusal import thoughts
+from ema_jax.refusal.evaluation import Evaluation
 from ema_jax.refusal.relevance import LogProbs, Signals, measure
 from ema_jax.refusal.screen import Screen, shuffled_words
 from ema_jax.refusal.verdicts import (
@@ -28,7 +29,6 @@ from ema_jax.refusal.verdicts import (
 )
 from ema_jax.runtime.files import sha256_text
 from ema_jax.runtime.progress import track
-from ema_jax.unlearning.trainer import Evaluation
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,7 +20,8 @@ from ema_jax.errors import UserError
 from ema_jax.models.config import DecoderConfig
 from ema_jax.models.decoder import Decoder
 from ema_jax.models.sharding import host_array, make_mesh, place_batch, validate
-from ema_jax.refusal.verdicts import COMPLIED, DEGENERATE, INVALID_SHARES
+from ema_jax.refusal.evaluation import Evaluation
+from ema_jax.refusal.verdicts import COMPLIED
 from ema_jax.runtime.progress import Progress
 from ema_jax.unlearning.batches import Data, batch_indices
 from ema_jax.unlearning.config import UnlearnConfig
@@ -52,32 +53,6 @@ __all__ = [
 # Forget examples and leading positions whose log-ratio is followed: NPO's drop hides in the first
 # tokens of a refusal, where the sum does not show it.
 PROBED, POSITIONS = 32, 16
-
-
-class Evaluation(NamedTuple):
-    """Dev rates of the model being trained."""
-
-    refusal: Mapping[str, float]  # NaN where no response is valid
-    invalid_rate: float  # of the domain where it is highest
-    # Domain → share of all responses that are refused, complied, off topic, degenerate, unjudged.
-    shares: Mapping[str, Mapping[str, float]] = {}
-
-    def unanswered(self, domain: str) -> float:
-        """Share of a domain's responses that neither refuse nor answer."""
-        found = self.shares.get(domain)
-        return self.invalid_rate if found is None else sum(found[k] for k in INVALID_SHARES)
-
-    @property
-    def degenerate_rate(self) -> float:
-        """Share of degenerate responses in the domain where it is highest."""
-        found = (shares[DEGENERATE] for shares in self.shares.values())
-        return max(found, default=self.invalid_rate)
-
-    def point(self, step: int) -> dict[str, Any]:
-        """As a point of a trajectory, with null for what is unknown."""
-        refusal = {d: None if math.isnan(rate) else rate for d, rate in self.refusal.items()}
-        found = {"step": step, "refusal": refusal, "invalid_rate": self.invalid_rate}
-        return found | ({"shares": dict(self.shares)} if self.shares else {})
 
 
 class Trained(NamedTuple):

@@ -1,0 +1,33 @@
+"""Dev rates of a model in training: what decides when a run is over."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from ema_jax.refusal.verdicts import DEGENERATE, INVALID_SHARES
+
+
+class Evaluation(NamedTuple):
+    """Dev rates of the model being trained."""
+
+    refusal: Mapping[str, float]  # NaN where no response is valid
+    invalid_rate: float  # of the domain where it is highest
+    # Domain → share of all responses that are refused, complied, off topic, degenerate, unjudged.
+    shares: Mapping[str, Mapping[str, float]] = {}
+
+    def unanswered(self, domain: str) -> float:
+        """Share of a domain's responses that neither refuse nor answer."""
+        found = self.shares.get(domain)
+        return self.invalid_rate if found is None else sum(found[k] for k in INVALID_SHARES)
+
+    @property
+    def degenerate_rate(self) -> float:
+        """Share of degenerate responses in the domain where it is highest."""
+        found = (shares[DEGENERATE] for shares in self.shares.values())
+        return max(found, default=self.invalid_rate)
+
+    def point(self, step: int) -> dict[str, Any]:
+        """As a point of a trajectory, with null for what is unknown."""
+        refusal = {d: None if math.isnan(rate) else rate for d, rate in self.refusal.items()}
+        found = {"step": step, "refusal": refusal, "invalid_rate": self.invalid_rate}
+        return found | ({"shares": dict(self.shares)} if self.shares else {})
