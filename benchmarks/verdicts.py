@@ -60,7 +60,7 @@ def without_blocks(model: Decoder, blocks: tuple[int, ...]) -> Decoder:
 
 
 def pushed(study: Study, beta: float, steps: int) -> Decoder:
-    """The base after NPO with retain data that continues long after the target has fallen."""
+    """NPO with retain data, with a push that goes on long after the target has fallen."""
     rows = files.read_jsonl(study.workdir / "harvest/forget.jsonl")
     reference = np.array([row.pop("reference_log_prob") for row in rows], np.float32)
     chat = study.subject.chat
@@ -127,12 +127,12 @@ def main(argv: list[str]) -> None:
 
 
 def compared(plain: Judged, judged: Judged, answers: np.ndarray, study: Study) -> dict:
-    """Agreement with the grammar over the four shares, and how well wrong responses are found."""
+    """Agreement with the grammar over the four shares, and how well the wrong ones are caught."""
     texts = [(p.prompt, r.text) for p, r, _ in judged]
     truth = [oracle.share(*pair) for pair in texts]
     found = [verdict.share for verdict in judged.verdicts]
     wrong = [t in ("off_topic", "degenerate") for t in truth]
-    # The screen sees only what passes the text rules and the judge.
+    # What the text rules and the judge let through is what the screen sees.
     places, signals = plain.measured(study.subject.chat, study.subject.log_probs)
     score = study.screen.score(signals)
     bad = score[[wrong[i] for i in places]] if places else score
