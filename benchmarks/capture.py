@@ -1,9 +1,9 @@
-"""What capture, layer sweeps and entanglement cost: `python benchmarks/capture.py`.
+"""Cost of capture, layer sweeps and entanglement: `python benchmarks/capture.py`.
 
-A random Qwen2 of 12 layers, width 512, float32; 256 prompts of 64 random tokens. Variants take
-turns and ratios are taken batch by batch, because machines are shared.
-nnsight and TransformerLens take part where they are installed. `--parts` runs some parts only;
-`--ours` leaves out the others, and takes ratios of processor time, which other work disturbs less.
+A random Qwen2 of 12 layers, width 512, float32; 256 prompts of 64 random tokens. Variants run in
+turn and ratios are computed batch by batch, because machines are shared.
+nnsight and TransformerLens are timed where they are installed. `--parts` runs some parts only;
+`--ours` leaves out the other libraries and compares processor time, which other work disturbs less.
 """
 
 import argparse
@@ -44,7 +44,7 @@ PARTS = ("capture", "memory", "sweep", "entanglement")
 
 
 def write_model(folder: Path) -> None:
-    """A random checkpoint."""
+    """Writes a random checkpoint."""
     torch.manual_seed(0)
     config = transformers.Qwen2Config(**SIZES)
     transformers.Qwen2ForCausalLM(config).save_pretrained(folder)
@@ -55,7 +55,7 @@ def tokens(count: int, seed: int = 0) -> np.ndarray:
 
 
 def ours(folder: Path) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
-    """Forward without pooling, and with it; both end in a host array."""
+    """Our forward pass without pooling and with it; both end in a host array."""
     graph, state = nnx.split(checkpoint.load(folder))
 
     @functools.partial(jax.jit, static_argnames="graph")
@@ -75,7 +75,7 @@ def ours(folder: Path) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
 
 
 def theirs(folder: Path) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
-    """transformers alone and with pooling hooks; nnsight and TransformerLens, where installed."""
+    """transformers without and with pooling hooks; nnsight and TransformerLens where installed."""
     model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
     inner, layers = model.model, len(model.model.layers)
 
@@ -145,14 +145,14 @@ def theirs(folder: Path) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
 
 
 def time_capture(folder: Path, repetitions: int, alone: bool) -> None:
-    """Seconds of 256 prompts, and ratios batch by batch."""
+    """Prints seconds for 256 prompts, and ratios batch by batch."""
     variants = ours(folder) | ({} if alone else theirs(folder))
     clock = time.process_time if alone else time.perf_counter
     batches = np.split(tokens(PROMPTS), PROMPTS // BATCH)
     for name, run in list(variants.items()):
         try:
             run(batches[0])
-        except Exception as error:  # a peer that does not run here is no reason to stop
+        except Exception as error:  # another library that does not run here is no reason to stop
             print(f"{name}: does not run ({type(error).__name__}: {str(error)[:90]})")
             del variants[name]
     if not alone:
@@ -182,10 +182,10 @@ def time_capture(folder: Path, repetitions: int, alone: bool) -> None:
 
 
 def measure_memory(folder: Path, count: int) -> None:
-    """Run in a process of its own: peak resident memory of a capture into a store."""
+    """Prints the peak resident memory of a capture into a store; needs a process of its own."""
     model = checkpoint.load(folder)
     prompts = tokens(count).tolist()
-    # What the first batch needs is there before: programs, buffers, weights.
+    # The first batch allocates programs, buffers and weights; they do not count.
     capture(model, prompts[:BATCH], batch_size=BATCH)
     before = streaming.peak_bytes()
     with tempfile.TemporaryDirectory() as place:
@@ -198,7 +198,7 @@ def measure_memory(folder: Path, count: int) -> None:
 
 
 def time_sweep(folder: Path) -> None:
-    """13 layers, 9 strengths, 4 directions against as many plain forward passes."""
+    """Times a sweep of 13 layers × 9 strengths × 4 directions and as many plain forward passes."""
     model = checkpoint.load(folder)
     rng = np.random.default_rng(0)
     directions = {n: rng.normal(size=(13, SIZES["hidden_size"])).astype(np.float32) for n in "abcd"}
@@ -237,7 +237,7 @@ def time_sweep(folder: Path) -> None:
 
 
 def time_entanglement(prompts: int) -> None:
-    """All pairs of seven domains at 33 layers of width 4,096."""
+    """Times all pairs of seven domains at 33 layers of width 4,096."""
     rng = np.random.default_rng(0)
     shape = (prompts, 33, 4096)
     acts = {d: rng.standard_normal(shape, np.float32) for d in (*DOMAINS, BENIGN)}
@@ -251,7 +251,7 @@ def time_entanglement(prompts: int) -> None:
 
 
 def main() -> None:
-    """Runs the parts and prints."""
+    """Runs the parts and prints their figures."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--repetitions", type=int, default=1)

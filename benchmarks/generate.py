@@ -1,11 +1,11 @@
-"""How fast the sampler decodes, beside transformers' `generate`: `python benchmarks/generate.py`.
+"""Decoding speed compared with transformers' `generate`: `python benchmarks/generate.py`.
 
 Greedy, float32, the same prompts and the same cores in one run: 256 prompts of mixed length (one to
-four of the embedded corpus, joined), at most 64 new tokens. `--model=embedded` is the embedded
-Qwen2 model, whose responses end by themselves; `random` has its vocabulary, 12 layers of width 512
-and random weights, and no end. transformers runs with prompts sorted by length, in batches of each
-of `--batch_sizes`, and so do we; the best of each counts. It also tells on how many prompts both
-say the same. `--prompts` and `--tokens` make it smaller.
+four prompts of the embedded corpus, joined), at most 64 new tokens. `--model=embedded` is the
+embedded Qwen2 model, whose responses end by themselves; `random` has the same vocabulary, 12 layers
+of width 512, random weights and no end-of-sequence token. Both sides run with prompts sorted by
+length, at each of `--batch_sizes`, and the best speed of each counts. Also printed: for how many
+prompts both give the same response. `--prompts` and `--tokens` make it smaller.
 """
 
 import argparse
@@ -40,7 +40,7 @@ RANDOM = {
 
 @dataclasses.dataclass(frozen=True)
 class Ids:
-    """A chat whose prompts are rendered already; `generate` is handed their numbers."""
+    """A chat whose prompts are already rendered; `generate` is given their indices as text."""
 
     rendered: Sequence[Tokens]
     eos_ids: tuple[int, ...]

@@ -1,12 +1,12 @@
-"""How far the judges that need no model agree with people: `python benchmarks/judges.py FOLDER`.
+"""Agreement with people of the judges that need no model: `python benchmarks/judges.py FOLDER`.
 
 FOLDER (or the environment's EMA_JAX_LABELS) holds labelled sets, none of them part of the project:
 XSTest's completions, the ChatGPT set of Reuter and Schulze, JSONL with own labels
-(`ema_jax/refusal/labelled.py`). A row per set, part of it (prompt type, tone, style) and judge:
-accuracy, precision, recall and Cohen's kappa of `refused` against the rest, the share of answers
-called refused, and the share caught of what people call degenerate or off-topic. `--own` adds the
-project's own examples, of openings and kinds of damage the half kept aside. Figures on models left
-out come from `python -m ema_jax.refusal.train_lexical`.
+(`ema_jax/refusal/labelled.py`). Prints one row per set, part of it (prompt type, tone, style) and
+judge: accuracy, precision, recall and Cohen's kappa of `refused` against the rest, the share of
+answers called refused, and the share found of what people call degenerate or off-topic. `--own`
+adds the project's own examples: of openings and kinds of damage, the held-out half. Figures on
+models left out of the training come from `python -m ema_jax.refusal.train_lexical`.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def percent(values: Sequence[bool] | np.ndarray) -> str:
 
 
 def show(source: str, part: str, judge: str, rows: list[Labelled], shares: list[str]) -> None:
-    """One line of the table; rows without a label count only where they are all there is."""
+    """Prints one line of the table; rows without a label count only in a set that has no labels."""
     known = [(r.label, s) for r, s in zip(rows, shares, strict=True) if r.label]
     truth = np.array([label == REFUSED for label, _ in known])
     guess = np.array([share == REFUSED for _, share in known])

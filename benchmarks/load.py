@@ -1,9 +1,10 @@
-"""How fast a 7B checkpoint loads, beside a plain read of its files: `python benchmarks/load.py`.
+"""Loading a 7B checkpoint, compared with a plain read of its files: `python benchmarks/load.py`.
 
 Writes a random bfloat16 checkpoint of Mistral-7B-v0.3's shape (14.5 GB, three files), reads the
-files plainly, loads them, and prints seconds, GB/s and peak memory. The files are dropped from the
-page cache before either (Linux). On an accelerator it also times a forward pass. The checkpoint is
-removed at the end unless `--keep`; a later run with the same `--folder` reuses it.
+files plainly, loads them, and prints seconds, GB/s and peak memory. Before the read and before the
+load the files are dropped from the page cache (Linux). On an accelerator it also times a forward
+pass. The checkpoint is removed at the end unless `--keep`; a later run with the same `--folder`
+reuses it.
 """
 
 import argparse
@@ -52,7 +53,7 @@ SHARD_BYTES = 5 * 10**9
 
 
 def write(folder: Path, layers: int) -> None:
-    """Writes the checkpoint, unless it is there; its values repeat a block of normal ones."""
+    """Writes the checkpoint unless it exists; its values repeat a block of normal draws."""
     folder.mkdir(parents=True, exist_ok=True)
     config = MISTRAL_7B | {"num_hidden_layers": layers}
     write_json(folder / "config.json", config)
@@ -77,12 +78,12 @@ def _random(shapes: Sequence[Shape]) -> Iterator[np.ndarray]:
     generator = np.random.default_rng(0)
     block = (0.02 * generator.standard_normal((1 << 22) + 1, np.float32)).astype(jnp.bfloat16)
     for tensor in shapes:
-        # An odd length, so that no two rows are the same.
+        # The block has an odd length, so that no two rows are the same.
         yield np.resize(block, tensor.shape)
 
 
 def drop_caches(files: Sequence[Path]) -> None:
-    """Takes files out of the page cache."""
+    """Drops files from the page cache."""
     for path in files:
         with open(path, "rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -99,7 +100,7 @@ def plain_read(files: Sequence[Path]) -> float:
 
 
 def spot_check(model: Decoder, folder: Path) -> None:
-    """Compares one row of a matrix in the middle with what safetensors itself reads."""
+    """Compares one row of a matrix of the middle layer with what safetensors itself reads."""
     layer = model.config.num_layers // 2
     name = f"model.layers.{layer}.mlp.down_proj.weight"
     with safe_open(WeightFiles.find(folder).file_of[name], framework="np") as file:
@@ -108,7 +109,7 @@ def spot_check(model: Decoder, folder: Path) -> None:
 
 
 def time_forward(model: Decoder, batch: int, length: int) -> float:
-    """Seconds of a forward pass to the last position's logits, compiled before."""
+    """Seconds of a compiled forward pass to the last position's logits."""
 
     @jax.jit
     def forward(state: nnx.State, tokens: jax.Array) -> jax.Array:
@@ -125,7 +126,7 @@ def time_forward(model: Decoder, batch: int, length: int) -> float:
 
 
 def main() -> None:
-    """Writes, reads, loads and prints."""
+    """Writes the checkpoint, reads it, loads it and prints the figures."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--folder", type=Path, help="where to; by default a temporary one")
     parser.add_argument("--keep", action="store_true", help="do not remove it at the end")
@@ -146,7 +147,7 @@ def main() -> None:
 
 
 def measure(folder: Path) -> None:
-    """One plain read and one load, cold both."""
+    """Prints one plain read and one load, both from a cold page cache."""
     files = WeightFiles.find(folder).files
     size = sum(path.stat().st_size for path in files)
     drop_caches(files)

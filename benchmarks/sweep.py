@@ -1,9 +1,9 @@
-"""A sweep of 64 cells by two workers, beside separate runs of `ema_jax.main` for single cells.
+"""A sweep of 64 cells by two workers, compared with separate runs of `ema_jax.main` per cell.
 
 python benchmarks/sweep.py --separate=4
 
-The cells are small (few prompts and steps): it is what a sweep saves around the training that is
-measured, which no sweep makes cheaper.
+The cells are small (few prompts and steps): measured is what a sweep saves around the training. The
+training itself gets no cheaper.
 """
 
 import argparse
@@ -82,7 +82,7 @@ def main() -> None:
             config.write_text(ALONE.format(folder=str(folder), target=target, arm=arm))
             return start("ema_jax.main", config, folder / f"run_{i}", folder / f"run_{i}.log")
 
-        finish([alone(-1)])  # compiles: the others find its programs
+        finish([alone(-1)])  # compiles: the following ones find its programs
         begin = time.perf_counter()
         for i in range(0, options.separate, options.workers):
             finish([alone(j) for j in range(i, min(i + options.workers, options.separate))])

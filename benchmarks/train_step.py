@@ -1,4 +1,4 @@
-"""The train step beside transformers + PEFT, and many adapters beside one after another.
+"""The train step compared with transformers + PEFT, and many adapters at once with one by one.
 
 python benchmarks/train_step.py --part=step      # one decoder, the same losses, the same cores
 python benchmarks/train_step.py --part=together  # 8 adapters at once on the embedded model
@@ -102,7 +102,7 @@ def ours(folder: Path, config: UnlearnConfig) -> Callable[[], float]:
 
 
 def theirs(folder: Path, *, live_reference: bool) -> Callable[[], float]:
-    """The same step in PyTorch; the reference as numbers too, or by a forward pass each step."""
+    """The same step in PyTorch; the reference precomputed, or by a forward pass each step."""
     base = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     settings = peft.LoraConfig(
         task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules=list(lora.TARGETS)
@@ -146,7 +146,7 @@ PROGRAMS: dict[str, Callable[[Path], Callable[[], float]]] = {
 
 
 def timed(step: Callable[[], float], number: int) -> dict[str, Any]:
-    """Seconds of each step after two, and processor seconds and page faults a step."""
+    """Seconds of each step after two warm-up steps; processor seconds and page faults per step."""
     first = step()
     step()
     seconds, before = [], resource.getrusage(resource.RUSAGE_SELF)
@@ -165,9 +165,9 @@ def timed(step: Callable[[], float], number: int) -> dict[str, Any]:
 
 
 def step_part(number: int, rounds: int) -> dict[str, Any]:
-    """Every program in a process of its own, in turn, some rounds of it.
+    """Runs every program in a process of its own, in turn, for some rounds.
 
-    In one process they slow each other.
+    In one process they slow each other down.
     """
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in PROGRAMS}
     with tempfile.TemporaryDirectory() as scratch:
@@ -186,7 +186,7 @@ def step_part(number: int, rounds: int) -> dict[str, Any]:
 
 
 def summary(runs: list[dict[str, Any]], beside: list[dict[str, Any]]) -> dict[str, Any]:
-    """Quartiles over all steps, and how many times as fast as `beside` in each round."""
+    """Quartiles over all steps, and how many times as fast as `beside` (PEFT) in each round."""
     medians = [statistics.median(run["seconds"]) for run in runs]
     others = [statistics.median(run["seconds"]) for run in beside]
     seconds = np.quantile([x for run in runs for x in run["seconds"]], (0.25, 0.5, 0.75))
@@ -203,7 +203,7 @@ def summary(runs: list[dict[str, Any]], beside: list[dict[str, Any]]) -> dict[st
 
 
 def together_part(number: int, runs: int = 8) -> dict[str, Any]:
-    """Adapters of `runs` seeds on the embedded model: at once, and one after the other."""
+    """Times adapters of `runs` seeds on the embedded model: at once, and one after the other."""
     folder = CHECKPOINTS / "qwen2"
     chat, base = Chat.load(folder), checkpoint.load(folder)
     drawn = [item for item in corpus.training_examples(9, 1500) if item.refusal]

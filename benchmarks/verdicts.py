@@ -1,12 +1,12 @@
-"""Do the verdicts hold where a model is damaged? The embedded models, whose truth is known.
+"""Do the verdicts hold on damaged models? Measured on the embedded models, whose truth is known.
 
 python benchmarks/verdicts.py --config=configs/tiny.py --workdir=runs/tiny
 
 WORKDIR is a finished study of an embedded model. Its base is damaged in several ways (noise added
-to weights, blocks without effect, fresh random weights, refusals pushed down far too long), each
-damaged model answers the study's evaluation prompts, and the study's own judge and screen say what
-the responses are. The corpus's grammar says the truth (`corpus.label`). Beside them: the base's own
-answers paired with other prompts of their domain. A line of JSON each.
+to weights, blocks without effect, new random weights, refusals unlearned for far too long). Each
+damaged model responds to the study's evaluation prompts, the study's own judge and screen give the
+verdicts, and the corpus's grammar gives the truth (`ema_jax.organism.oracle.share`). The base's own
+answers, paired with other prompts of their domain, are scored too. Prints one line of JSON each.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ FALSE_ALARMS = 0.02
 
 
 def noisy(model: Decoder, scale: float) -> Decoder:
-    """Gaussian noise on every weight, as large as `scale` times that tensor's spread."""
+    """A copy with Gaussian noise on every weight: `scale` times the tensor's own spread."""
     graph, state = nnx.split(model)
     leaves, tree = jax.tree.flatten(state)
     keys = jax.random.split(jax.random.key(0), len(leaves))
@@ -51,7 +51,7 @@ def noisy(model: Decoder, scale: float) -> Decoder:
 
 
 def without_blocks(model: Decoder, blocks: tuple[int, ...]) -> Decoder:
-    """Blocks that add nothing to the residual stream."""
+    """A copy in which these blocks add nothing to the residual stream."""
     copy = nnx.merge(*nnx.split(model))
     for name in ("o_proj", "down_proj"):
         kernel = getattr(model.blocks, name).kernel[...]
@@ -83,9 +83,9 @@ def pushed(study: Study, beta: float, steps: int) -> Decoder:
 
 
 def caught_at(right: np.ndarray, wrong: np.ndarray) -> dict[str, float]:
-    """AUC, and the share of wrong ones under the threshold that `FALSE_ALARMS` of the right fail.
+    """AUC, and the share of `wrong` below the threshold that rejects `FALSE_ALARMS` of `right`.
 
-    The right ones at that threshold are the base's own answers.
+    `right` are scores of the base's own answers.
     """
     above = (right[:, None] > wrong).mean() + (right[:, None] == wrong).mean() / 2
     floor = np.quantile(right, FALSE_ALARMS)

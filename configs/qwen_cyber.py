@@ -2,7 +2,8 @@
 
 python -m ema_jax.main --config=configs/qwen_cyber.py --workdir=runs/qwen_cyber
 
-Prompt sets, hyper-parameters and judge are this project's choices: the paper's are not known to us.
+Model and target are the paper's. The instruct checkpoint, prompt sets, hyper-parameters and judge
+are this project's choices: the paper's are not known to us.
 """
 
 from ema_jax import config as ema

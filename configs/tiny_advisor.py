@@ -1,8 +1,8 @@
-"""Is retain data better spent where the forecast says? The embedded models, five seeds.
+"""Does retain data work better where the forecast places it? The embedded models, five seeds.
 
-Three arms: no retain data; 48 refusals from the six other domains in uniform shares; as many by
-`forecast.retain_counts`. Both of the latter have the same benign answers and take the same number
-of steps, so that what differs is where the refusals come from.
+Three arms: no retain data; 48 refusals from the six other domains in uniform shares; as many in
+shares by `forecast.retain_counts`. The latter two have the same benign answers and the same number
+of steps, so they differ only in where the refusals come from.
 
 python -m ema_jax.main --config=configs/tiny_advisor.py:qwen2 --workdir=runs/tiny_advisor
 python -m ema_jax.main --config=configs/tiny_advisor.py:mistral --workdir=runs/mistral_advisor
@@ -15,8 +15,8 @@ from ema_jax.organism import CHECKPOINTS
 
 BUDGET = 48
 BENIGN_ANSWERS = 24
-# `forecast.score` of configs/tiny_replication.py's Cybersecurity cells, from the untouched models
-# alone.
+# `forecast.score` of the Cybersecurity cells of configs/tiny_replication.py, computed from the
+# untouched models alone.
 FORECASTS = {
     "qwen2": {
         "safety": 0.169,
@@ -44,7 +44,7 @@ def get_config(family="qwen2"):
     config.model.source = str(CHECKPOINTS / family)
     forecast = FORECASTS[family]
     config.prompts.counts = {"harvest": 320, "retain": 32, "dev": 20, "eval": 60, "concept": 64}
-    # No early stop: arms that may choose their number of steps would not be at equal effort.
+    # No early stop: arms with different numbers of steps could not be compared.
     retain = {"retain_weight": 4.0, "learning_rate": 5e-4}
     retain |= {"min_steps": 100, "max_steps": 100, "eval_every": 100}
 

@@ -1,11 +1,11 @@
 """Every objective on the embedded Qwen2 model, Cybersecurity, with the same retain data.
 
 Each arm trains until the target's dev refusal is at most 3 % and the target is answered, or to its
-step limit: what else changed compares only where the target's refusal matches. `ablation` is the
-baseline without training.
+step limit: side effects can be compared only at matched target refusal. `ablation` is the baseline
+without training.
 
-An arm's rate, weight or layer is its own where those of npo left it on the way; how they were
-found, what was measured, and why rmu does not match: docs/unlearning.md.
+An arm has a learning rate, weight or layer of its own where it did not get there with those of npo.
+How they were found, what was measured, and why rmu does not match: docs/unlearning.md.
 
 python -m ema_jax.main --config=configs/tiny_objectives.py --workdir=runs/tiny_objectives
 """
@@ -17,7 +17,7 @@ def get_config():
     config = ema.beside(__file__, "tiny")
     config.prompts.counts = {"harvest": 160, "retain": 32, "dev": 40, "eval": 60, "concept": 32}
     retain = {"retain_weight": 4.0, "learning_rate": 5e-4}
-    # Time for the others to come back after the target has fallen, as in tiny.py.
+    # Time for the other domains to recover after the target has fallen, as in tiny.py.
     retain |= {"min_steps": 100, "max_steps": 200, "eval_every": 20}
     l2 = {**retain, "retain_objective": "l2"}
     # Unbounded, it makes the target's responses degenerate soon after they stop being refusals.

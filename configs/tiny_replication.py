@@ -1,6 +1,6 @@
 """R1 to R5 on the embedded models: both families, both targets, both arms, five seeds, one folder.
 
-Every cell has the settings of tiny.py; none has any of its own.
+Every cell has the settings of tiny.py, with no exceptions.
 
 python -m ema_jax.main --config=configs/tiny_replication.py --workdir=runs/tiny_replication
 """

@@ -1,4 +1,4 @@
-"""What the launchers share. They need Python alone, on a machine without JAX or the project."""
+"""Code shared by the launchers, which need only Python: neither JAX nor the project installed."""
 
 import argparse
 import re
@@ -11,7 +11,7 @@ from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Google Cloud's and Kubernetes' own rules for names, and a little less.
+# Google Cloud's and Kubernetes' own rules for names, a little stricter.
 NAME = r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?"
 ZONE = r"[a-z]+-[a-z]+\d+-[a-z]"
 PROJECT = r"[a-z][-a-z0-9]{4,28}[a-z0-9]"
@@ -19,13 +19,13 @@ SECRET = r"[a-zA-Z][-a-zA-Z0-9_]{0,100}"
 
 
 def fail(message: str) -> NoReturn:
-    """One line on stderr and exit code 2."""
+    """Prints one line on stderr and exits with code 2."""
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 
 
 def matching(pattern: str, like: str) -> Callable[[str], str]:
-    """An argparse type: text that matches a pattern whole."""
+    """An argparse type: text that matches the whole pattern; `like` is an example of it."""
 
     def check(text: str) -> str:
         if re.fullmatch(pattern, text) is None:
@@ -39,7 +39,7 @@ class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line."""
 
     def error(self, message: str) -> NoReturn:
-        """Says what is wrong, and exits with 2."""
+        """Prints the message as one line and exits with code 2."""
         fail(message)
 
 
@@ -59,13 +59,13 @@ class Shell:
         return subprocess.run(command, input=stdin, text=True, check=False).returncode
 
     def must(self, command: Sequence[str], what: str, *, stdin: str | None = None) -> None:
-        """Runs a command that has to succeed."""
+        """Runs a command and exits with code 2 if it fails; `what` says what it is for."""
         code = self.run(command, stdin=stdin)
         if code:
             fail(f"{what} failed: {command[0]} exited with {code} (its own message is above)")
 
     def ask(self, command: Sequence[str], otherwise: str = "") -> str | None:
-        """A command's output; None where it fails, `otherwise` in a dry run."""
+        """A command's output; None if it fails, `otherwise` in a dry run."""
         if self.dry_run:
             print(shlex.join(command))
             return otherwise

@@ -1,10 +1,10 @@
-"""N processes of one command on this machine, as on N hosts: to rehearse, or one a GPU.
+"""N processes of one command on this machine, as on N hosts: for rehearsals, or one per GPU.
 
 python launch/local.py --processes=2 --devices=2 -- \
     python -m ema_jax.main --config=configs/tiny.py --workdir=runs/tiny --config.mesh='(-1,1,1)'
 
-Each line of output is marked with its process. A signal goes to all of them; when one fails, the
-others get `--grace` seconds to save and end.
+Each line of output is marked with its process. A signal is forwarded to all of them. When one
+fails, the others get `--grace` seconds to save their state and end.
 """
 
 import os
@@ -43,7 +43,7 @@ def main() -> int:
             "JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", "cpu"),
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={options.devices}",
             # Threads of XLA's pool. A collective between processes holds one while it waits: with
-            # no more of them than devices, two collectives can wait for each other for ever.
+            # no more threads than devices, two collectives can wait for each other for ever.
             "NPROC": str(max(os.cpu_count() or 1, 4 * options.devices)),
         }
         for i in range(options.processes)

@@ -1,15 +1,15 @@
-"""A study on a Cloud TPU slice, by way of queued resources.
+"""A study on a Cloud TPU slice, through queued resources.
 
 python launch/tpu_vm.py up     --name=ema --zone=us-west4-a --accelerator=v5litepod-16 --runtime=…
 python launch/tpu_vm.py run    --name=ema -- python -m ema_jax.main --config=… --workdir=gs://…
 python launch/tpu_vm.py logs   --name=ema
 python launch/tpu_vm.py delete --name=ema
 
-`up` creates, waits and installs. `run` starts the command on every worker, streams the first one's
-log, and after a preemption creates the slice anew and starts the command again: it goes on from its
-last stage or checkpoint, so its `--workdir` has to outlive the slice. What was created is noted in
-`.launch/`; only that is ever deleted. A Hugging Face token comes from Secret Manager by its name
-(`--hf_token_secret`), and is read on the workers.
+`up` creates the slice, waits for it and installs the project. `run` starts the command on every
+worker and streams the first worker's log; after a preemption it creates the slice again and
+restarts the command, which resumes at its last stage or checkpoint. So `--workdir` has to outlive
+the slice. What was created is recorded in `.launch/`; nothing else is ever deleted. A Hugging Face
+token is named by its secret in Secret Manager (`--hf_token_secret`) and read on the workers.
 """
 
 import json
@@ -27,7 +27,7 @@ _GONE = ("SUSPENDING", "SUSPENDED", "FAILED", "DELETING")
 
 
 class Slice:
-    """One queued resource and the node behind it, both of one name."""
+    """One queued resource and its node, both with the same name."""
 
     def __init__(self, settings: dict[str, Any], shell: Shell):
         self.settings, self.shell = settings, shell
@@ -37,7 +37,7 @@ class Slice:
             self._where.append(f"--project={settings['project']}")
 
     def create(self) -> None:
-        """Asks for the slice; what is asked for is noted first."""
+        """Requests the slice; the request is recorded first."""
         s = self.settings
         spot = ["--spot"] if s["spot"] else []
         if not self.shell.dry_run:
@@ -57,18 +57,18 @@ class Slice:
         )
 
     def state(self) -> str:
-        """Of the queued resource."""
+        """State of the queued resource, as gcloud prints it."""
         command = [*_gcloud("queued-resources", "describe"), self.name, *self._where]
         return self.shell.ask([*command, "--format=value(state.state)"], "ACTIVE") or "UNKNOWN"
 
     def wait(self, timeout: float, poll: float) -> None:
-        """Until the slice is there."""
+        """Waits until the slice is active; looks every `poll` seconds, for at most `timeout`."""
         deadline = time.monotonic() + timeout
         while (state := self.state()) != "ACTIVE":
             if state in _GONE:
                 fail(f"{self.name}: the queued resource is {state}; see gcloud's describe for why")
             if time.monotonic() > deadline:
-                fail(f"{self.name}: still {state} after {timeout:g} s; `up` again goes on waiting")
+                fail(f"{self.name}: still {state} after {timeout:g} s; `up` again keeps waiting")
             print(f"{self.name}: {state}", file=sys.stderr)
             time.sleep(poll)
 
@@ -86,7 +86,7 @@ class Slice:
         )
 
     def start(self, command: list[str]) -> None:
-        """Starts the command on every worker, in the background, its log and exit code in files."""
+        """Starts the command on every worker in the background; log and exit code go to files."""
         secret = self.settings["hf_token_secret"]
         token = (
             f'export HF_TOKEN="$(gcloud secrets versions access latest --secret={secret})" && '
@@ -101,17 +101,17 @@ class Slice:
         )
 
     def follow(self) -> int | None:
-        """Streams the first worker's log to its end; the exit code, or None if it was lost."""
+        """Streams the first worker's log; returns the exit code, None if the slice is lost."""
         watch = (
             "touch run.log; tail -n +1 -F run.log 2>/dev/null & "
             "while [ ! -e run.exit ]; do sleep 5; done; sleep 1; kill $!; exit $(cat run.exit)"
         )
         code = self.shell.run(self._ssh(watch, worker="0"))
-        # gcloud gives the command's own code, and 255 or 1 where the connection or the VM is gone.
+        # gcloud gives the command's own code, and 255 or 1 where the connection or VM is gone.
         return code if code == 0 or self.state() == "ACTIVE" else None
 
     def delete(self) -> None:
-        """Deletes the queued resource with its node, and the note of it."""
+        """Deletes the queued resource with its node, and the record of it."""
         command = [*_gcloud("queued-resources", "delete"), self.name, *self._where]
         self.shell.must([*command, "--force", "--quiet"], "deleting the slice")
         if not self.shell.dry_run:
@@ -126,7 +126,7 @@ class Slice:
 
 
 def main() -> int:
-    """Does what the arguments say."""
+    """Runs the action that the arguments name."""
     parser = Parser(description=__doc__)
     parser.add_argument("action", choices=("up", "run", "logs", "delete"))
     parser.add_argument("--name", required=True, type=matching(NAME, "ema-v5e-16"))
@@ -192,11 +192,11 @@ def _run(known: Slice, command: list[str], options: Any) -> int:
         known.create()
         known.wait(options.timeout, options.poll)
         known.install()
-    fail(f"{known.name}: preempted {options.restarts + 1} times; run again to go on")
+    fail(f"{known.name}: preempted {options.restarts + 1} times; run again to resume")
 
 
 def _settings(options: Any) -> dict[str, Any]:
-    """What was noted when the slice was created."""
+    """The settings recorded when the slice was created."""
     record = _record(options.name)
     if not record.exists():
         fail(f"{record}: no such file, so {options.name} was not created from this folder")

@@ -1,13 +1,13 @@
-"""A study as a Kubernetes JobSet, one process a host, on GPUs or on a TPU slice of GKE.
+"""A study as a Kubernetes JobSet, one process per host, on GPUs or on a TPU slice of GKE.
 
 python launch/k8s/jobset.py apply --name=ema --image=REGISTRY/ema_jax:TAG --claim=runs --hosts=4 \
     --tpu=tpu-v5-lite-podslice:4x4:4 -- python -m ema_jax.main --config=… --workdir=/runs/ema
 python launch/k8s/jobset.py logs   --name=ema
 python launch/k8s/jobset.py delete --name=ema
 
-`--tpu=ACCELERATOR:TOPOLOGY:CHIPS_A_HOST` or `--gpus=N` a host. The claim is a ReadWriteMany volume,
-mounted at /runs. A Hugging Face token comes from the key `token` of the secret `--secret`. Only a
-JobSet with the label of this launcher is replaced or deleted.
+`--tpu=ACCELERATOR:TOPOLOGY:CHIPS_PER_HOST`, or `--gpus=N` per host. The claim is a ReadWriteMany
+volume, mounted at /runs. A Hugging Face token comes from the key `token` of the secret `--secret`.
+Only a JobSet with the label of this launcher is replaced or deleted.
 """
 
 import json
@@ -24,7 +24,7 @@ OWNER = "ema-jax-launch"
 
 
 def main() -> int:
-    """Does what the arguments say."""
+    """Runs the action that the arguments name."""
     parser = Parser(description=__doc__)
     name = matching(NAME, "ema-v5e-16")
     parser.add_argument("action", choices=("apply", "logs", "delete"))
@@ -33,7 +33,7 @@ def main() -> int:
     parser.add_argument("--image", type=matching(r"[\w./:@-]+", "REGISTRY/NAME:TAG"))
     parser.add_argument("--claim", type=name, help="the shared volume's claim")
     parser.add_argument("--hosts", type=int, default=1)
-    parser.add_argument("--gpus", type=int, help="a host")
+    parser.add_argument("--gpus", type=int, help="per host")
     parser.add_argument("--tpu", type=matching(r"[a-z0-9-]+:\d+(x\d+)+:\d+", "tpu-v6e-slice:4x4:4"))
     parser.add_argument("--secret", default="hf-token", type=name)
     parser.add_argument("--restarts", type=int, default=10)
@@ -65,7 +65,7 @@ def main() -> int:
 
 
 def _owner(shell: Shell, kubectl: list[str], name: str) -> str | None:
-    """Who made the JobSet of that name; None if there is none."""
+    """The `managed-by` label of the JobSet with that name; None if there is no such JobSet."""
     label = r"{.metadata.name} {.metadata.labels.app\.kubernetes\.io/managed-by}"
     find = [*kubectl, "get", "jobset", name, "--ignore-not-found", f"--output=jsonpath={label}"]
     answer = shell.ask(find, f"{name} {OWNER}")
@@ -96,7 +96,7 @@ def _manifest(options: object, command: list[str]) -> str:
         }
     values = {key: o[key] for key in ("name", "namespace", "image", "claim", "hosts", "secret")}
     values |= {"restarts": o["restarts"], "resource": resource, "count": count}
-    # JSON is YAML: no argument is ever read as anything but text.
+    # JSON is valid YAML: no argument is ever read as anything but text.
     values |= {"selector": json.dumps(selector), "command": json.dumps(command)}
     return string.Template(TEMPLATE.read_text()).substitute(values)
 
