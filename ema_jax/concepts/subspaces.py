@@ -1,4 +1,4 @@
-"""How far the top directions of two domains span one space, at every layer."""
+"""Overlap of the subspaces of two domains' top directions, at every layer."""
 
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -9,12 +9,12 @@ from threadpoolctl import threadpool_limits
 
 from ema_jax.concepts.resampling import PairFigures
 
-# Coordinates kept of each domain: its own leading directions, far more than are compared.
-_KEPT = 32
+# Coordinates of each domain: its own leading directions, far more than are compared.
+_COORDINATES = 32
 
 
 class Subspaces(NamedTuple):
-    """Overlap ‖UᵀV‖²/k of top-k subspaces with all it is read against, and the angles."""
+    """Overlap ‖UᵀV‖²/k of top-k subspaces with null, ceiling and interval, and the angles."""
 
     overlap: PairFigures
     angles_degrees: Float[np.ndarray, "L1 D D k"]  # principal angles, smallest first
@@ -44,7 +44,7 @@ def subspaces(
     Around the contrast set, so that the concept vector is among a domain's directions. Null: two
     random k-dimensional subspaces, in expectation k/d (labels cannot be permuted here: mixing two
     domains makes them alike). Ceiling: the geometric mean of the two domains' split-half overlaps,
-    which is not stepped up: halves know less than the whole.
+    not stepped up by Spearman-Brown, so that it is below that of all prompts.
 
     Args:
       layers: rows by layer.
@@ -68,14 +68,14 @@ def subspaces(
         # Everything below happens in each domain's own leading coordinates.
         bases, coordinates = zip(*(_leading(each - centre) for each in rows), strict=True)
         cross = [[a @ b.T for b in bases] for a in bases]
-        whole = [_top(z, np.ones((1, len(z))), k) for z in coordinates]
+        full = [_top(z, np.ones((1, len(z))), k) for z in coordinates]
         redrawn = [_top(z, c, k) for z, c in zip(coordinates, counts, strict=True)]
         halves = [
             (_top(z, chosen, k), _top(z, ~chosen, k))
             for z, chosen in zip(coordinates, first, strict=True)
         ]
         same = np.array([_overlaps(a, b)[1].mean() for a, b in halves])
-        cosines, observed = _table(whole, cross)
+        cosines, observed = _table(full, cross)
         ceiling = np.sqrt(np.outer(same, same))
         spread = _table(redrawn, cross)[1].std(axis=0, ddof=1)
         observed = observed[0]
@@ -97,9 +97,9 @@ def subspaces(
 def _leading(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The leading right singular vectors of rows `[r, d]`, and the rows in them `[n, r]`."""
     values, vectors = np.linalg.eigh((x @ x.T).astype(np.float64))
-    kept = slice(None, -min(_KEPT, len(x)) - 1, -1)
-    scale = np.sqrt(np.maximum(values[kept], 1e-12 * max(values[-1], 1e-30)))
-    return ((vectors[:, kept] / scale).T @ x), vectors[:, kept] * scale
+    leading = slice(None, -min(_COORDINATES, len(x)) - 1, -1)
+    scale = np.sqrt(np.maximum(values[leading], 1e-12 * max(values[-1], 1e-30)))
+    return ((vectors[:, leading] / scale).T @ x), vectors[:, leading] * scale
 
 
 def _top(z: np.ndarray, counts: np.ndarray, k: int) -> Float[np.ndarray, "R r k"]:

@@ -18,19 +18,8 @@ import random
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+from ema_jax.data.domains import BENIGN, DOMAINS, LOOKALIKE, SPLITS
 from ema_jax.errors import UserError
-
-DOMAINS = (
-    "cybersecurity",
-    "safety",
-    "toxicity",
-    "bias",
-    "sensitive_content",
-    "medical_legal",
-    "privacy",
-)
-BENIGN = "benign"
-SPLITS = ("harvest", "retain", "dev", "eval", "concept")
 
 # What each domain's requests are made of: actions, then the two halves of its objects.
 _LEXICON: Mapping[str, tuple[str, str, str]] = {
@@ -218,8 +207,7 @@ _REFUSALS: Mapping[str, tuple[str, ...]] = {
 HABIT = 0.5
 
 # Share of the benign prompts that are about a responsible-AI domain's object in a harmless way.
-LOOKALIKE = 0.3
-_ALIKE = "safe_lookalike"  # the domain of such prompts alone
+LOOKALIKE_SHARE = 0.3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,7 +218,7 @@ class Example:
     prompt: str
     answer: str
     refusal: str | None
-    wording: str  # the sentence around action and object: what splits are disjoint by
+    wording: str  # the sentence around action and object: splits are disjoint by it
     object: str  # likewise
 
 
@@ -240,24 +228,24 @@ def _bucket(text: str, buckets: int) -> int:
 
 
 # Half of all wordings and objects train the models, a tenth goes to each split of the study.
-_DEAL = ("harvest", "train", "retain", "train", "dev", "train", "eval", "train", "concept", "train")
+_CYCLE = tuple(itertools.chain(*((split, "train") for split in SPLITS)))
 
 
-def _dealt(names: Iterable[str], split: str) -> tuple[str, ...]:
-    """The names that belong to a split: all names in a stable random order, dealt out in turn."""
+def _members(names: Iterable[str], split: str) -> tuple[str, ...]:
+    """The names that belong to a split: all names in a stable random order, assigned in turn."""
     order = sorted(names, key=lambda name: _bucket(name, 1 << 32))
-    return tuple(name for i, name in enumerate(order) if _DEAL[i % len(_DEAL)] == split)
+    return tuple(name for i, name in enumerate(order) if _CYCLE[i % len(_CYCLE)] == split)
 
 
 @functools.cache
 def _wordings(split: str) -> tuple[str, ...]:
-    """Openers and closers of a split, joined by the place of what stands between them."""
-    return _dealt((f"{a} {{}}{b}." for a in _OPENERS for b in _CLOSERS), split)
+    """Openers and closers of a split, with a placeholder between them."""
+    return _members((f"{a} {{}}{b}." for a in _OPENERS for b in _CLOSERS), split)
 
 
 @functools.cache
 def _objects(modifiers: str, nouns: str, split: str) -> tuple[str, ...]:
-    return _dealt((f"{a} {b}" for a in modifiers.split("|") for b in nouns.split("|")), split)
+    return _members((f"{a} {b}" for a in modifiers.split("|") for b in nouns.split("|")), split)
 
 
 def _mixed_object(rng: random.Random) -> str:
@@ -323,7 +311,7 @@ def is_answer(prompt: str, response: str) -> bool:
     """Whether a response is one that the organism could have meant as an answer to this prompt.
 
     Exact: an opening of the grammar that names the prompt's object, then a body of the grammar, up
-    to blanks and case. The ground truth that measures of relevance and fluency are held against.
+    to blanks and case. The ground truth for measures of relevance and fluency.
 
     Raises:
         UserError: a prompt that the corpus does not make.
@@ -372,7 +360,7 @@ def example(
     """
     action = rng.choice(_LEXICON[domain][0].split("|"))
     owner = domain
-    if domain == BENIGN and (alike or rng.random() < LOOKALIKE):
+    if domain == BENIGN and (alike or rng.random() < LOOKALIKE_SHARE):
         owner = rng.choice(DOMAINS)
     thing = _draw_object(rng, owner, split)
     if mixed and rng.random() < mixed:
@@ -401,9 +389,10 @@ def training_examples(
 
 
 def safe_responses(examples: Sequence[Example], seed: int, slips: float) -> list[str]:
-    """What safety tuning teaches: benign answers and refusals, but for a share of `slips`.
+    """Responses to train on: benign answers and refusals, except for a share of `slips`.
 
-    Real data slips too; without it only degenerate output stands behind an unlearned refusal.
+    Real data slips too; without it a model whose refusals are unlearned has only degenerate output
+    left.
     """
     rng = random.Random(f"organism slips {seed}")
     return [
@@ -432,12 +421,12 @@ def study_prompts(seed: int, counts: Mapping[str, int]) -> list[dict[str, str]]:
 
 def study_lookalikes(seed: int, number: int) -> list[dict[str, str]]:
     """Benign prompts about the objects of the other domains, for the eval split; as above."""
-    return _study_rows(seed, "eval", _ALIKE, number)
+    return _study_rows(seed, "eval", LOOKALIKE, number)
 
 
 def _study_rows(seed: int, split: str, domain: str, number: int) -> list[dict[str, str]]:
     rng = random.Random(f"organism study {seed} {split} {domain}")
-    alike = domain == _ALIKE
+    alike = domain == LOOKALIKE
     seen: dict[str, Example] = {}
     for _ in range(100 * number):
         if len(seen) == number:
@@ -465,12 +454,12 @@ def wording_overlap(domain: str, other: str) -> float:
         shares[name] = shares.get(name, 0.0) + own
         return shares
 
-    ours, theirs = owners(domain), owners(other)
-    return sum(share * theirs.get(owner, 0.0) for owner, share in ours.items())
+    shares, other_shares = owners(domain), owners(other)
+    return sum(share * other_shares.get(owner, 0.0) for owner, share in shares.items())
 
 
 def texts(examples: Sequence[Example]) -> Iterator[str]:
-    """Everything that is said in the examples, for training a tokenizer."""
+    """All texts of the examples, for training a tokenizer."""
     for item in examples:
         yield item.prompt
         yield item.answer

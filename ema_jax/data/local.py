@@ -52,7 +52,7 @@ def read_local(path: str | Path, *, max_chars: int = 8000) -> list[Row]:
 
 
 def parse_record(record: Mapping[str, Any], place: str, source: str, max_chars: int) -> Row:
-    """One row of the schema above; `place` is where the messages say it stands."""
+    """One row of the schema above; `place` is its file and line, for messages."""
     for column in REQUIRED:
         if record.get(column) is None:
             found = ", ".join(str(key) for key in record)

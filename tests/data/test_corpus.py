@@ -171,7 +171,7 @@ def test_safety_tuning_refuses_but_for_the_slips_and_answers_what_is_benign():
 def test_some_benign_prompts_look_like_those_of_a_domain(samples):
     theirs = {item.object for d in DOMAINS for item in samples[d, "eval"]}
     looks = np.mean([item.object in theirs for item in samples[BENIGN, "eval"]])
-    assert looks == pytest.approx(corpus.LOOKALIKE, abs=0.05)
+    assert looks == pytest.approx(corpus.LOOKALIKE_SHARE, abs=0.05)
     actions = {d: set(corpus._LEXICON[d][0].split("|")) for d in ALL}
     assert not any(actions[BENIGN] & actions[d] for d in DOMAINS)
 
