@@ -281,7 +281,7 @@ def _build(kind: Any, values: Mapping[str, Any], path: str) -> Any:
                 tuple(value) if isinstance(value, list) else value
             )
         except pydantic.ValidationError as error:
-            raise UserError(f"config: {_complaint(where, error.errors()[0])}") from None
+            raise UserError(f"config: {_message(where, error.errors()[0])}") from None
     return kind(**built)
 
 
@@ -301,7 +301,7 @@ _BOUNDS = {
 }
 
 
-def _complaint(where: str, error: Any) -> str:
+def _message(where: str, error: Any) -> str:
     """The line for one of pydantic's errors: field, value, and what it should be."""
     kind, value, context = error["type"], error["input"], error.get("ctx", {})
     where = ".".join([where, *(key for key in error["loc"] if isinstance(key, str))])
@@ -313,8 +313,8 @@ def _complaint(where: str, error: Any) -> str:
     if kind == "literal_error":
         choices = context["expected"].replace("'", "").replace(" or ", ", ")
         return f"{where} {value!r} is none of {choices}"
-    bound = _BOUNDS[kind].format(**context)
-    return f"{where} = {value} is {re.sub(r'0$', 'zero', bound)}"
+    bound = re.sub(r"\b0$", "zero", _BOUNDS[kind].format(**context))
+    return f"{where} = {value} is {bound}"
 
 
 def _validate(study: StudyConfig) -> None:

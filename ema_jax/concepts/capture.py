@@ -84,7 +84,7 @@ def pooling(name: str) -> Pooling:
 
 
 def template_tail(prompts: Sequence[Sequence[int]]) -> int:
-    """How many last tokens all rendered prompts share: those the template writes after them."""
+    """Number of last tokens that all rendered prompts share: the template's own."""
     columns = zip(*(reversed(ids) for ids in prompts), strict=False)
     same = (len(set(column)) == 1 for column in columns)
     return next((i for i, alike in enumerate(same) if not alike), min(map(len, prompts)))
@@ -141,7 +141,7 @@ def capture(
 
     Raises:
         UserError: an unknown pooling or stream, one that a prompt is too short for, or a store of
-            something else.
+            other activations.
     """
     unknown = [name for name in streams if name not in STREAMS]
     if unknown:
@@ -224,7 +224,7 @@ class Moments(NamedTuple):
     def merged(self, other: "Moments") -> "Moments":
         """Of both sets of tokens; the centred merge of Chan et al. (1979).
 
-        Raw second moments would lose a small variance beside a large mean (attention sinks).
+        Raw second moments would lose a small variance next to a large mean (attention sinks).
         """
         total = self.tokens + other.tokens
         shift = other.mean - self.mean

@@ -246,7 +246,7 @@ def all_pairs(
         found["probe_transfer"] = probe_transfer(_layers(activations, names), trio, **draws)
     if "subspace_overlap" in measures:
         few = {"splits": splits, "bootstraps": min(bootstraps, 100), "seed": seed}
-        found["subspace_overlap"] = subspaces(_layers(activations, names), trio, **few).overlap
+        found["subspace_overlap"] = subspaces(_layers(activations, names), trio, **few)
 
     baseline = None
     if lexical is not None:

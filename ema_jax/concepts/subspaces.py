@@ -1,7 +1,6 @@
 """Overlap of the subspaces of two domains' top directions, at every layer."""
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -11,21 +10,6 @@ from ema_jax.concepts.resampling import PairFigures
 
 # Coordinates of each domain: its own leading directions, far more than are compared.
 _COORDINATES = 32
-
-
-class Subspaces(NamedTuple):
-    """Overlap ‖UᵀV‖²/k of top-k subspaces with null, ceiling and interval, and the angles."""
-
-    overlap: PairFigures
-    angles_degrees: Float[np.ndarray, "L1 D D k"]  # principal angles, smallest first
-
-
-def principal_angles(
-    a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "m d"], k: int
-) -> Float[np.ndarray, " k"]:
-    """Angles in degrees between the spans of the k top right singular vectors, smallest first."""
-    bases = [np.linalg.svd(np.asarray(x, np.float64), full_matrices=False)[2][:k] for x in (a, b)]
-    return _angles(np.linalg.svd(bases[0] @ bases[1].T, compute_uv=False))
 
 
 # Thousands of small systems, as in `probes`.
@@ -38,8 +22,8 @@ def subspaces(
     splits: int,
     bootstraps: int,
     seed: int,
-) -> Subspaces:
-    """Overlap of the domains' top-k subspaces around the mean of the contrast set.
+) -> PairFigures:
+    """Overlap ‖UᵀV‖²/k of the domains' top-k subspaces around the mean of the contrast set.
 
     Around the contrast set, so that the concept vector is among a domain's directions. Null: two
     random k-dimensional subspaces, in expectation k/d (labels cannot be permuted here: mixing two
@@ -58,8 +42,7 @@ def subspaces(
     rng = np.random.default_rng(seed)
     counts = [rng.multinomial(n, np.full(n, 1 / n), size=bootstraps) for n in sizes[:-1]]
     first = [rng.permuted(np.tile(np.arange(n) < n // 2, (splits, 1)), axis=1) for n in sizes[:-1]]
-    figures, angles = [], []
-    null = None
+    figures, null = [], None
     for x in layers:
         rows = np.split(x.astype(np.float32), np.cumsum(sizes)[:-1])
         centre = rows.pop().mean(axis=0)
@@ -74,11 +57,10 @@ def subspaces(
             (_top(z, chosen, k), _top(z, ~chosen, k))
             for z, chosen in zip(coordinates, first, strict=True)
         ]
-        same = np.array([_overlaps(a, b)[1].mean() for a, b in halves])
-        cosines, observed = _table(full, cross)
+        same = np.array([_overlaps(a, b).mean() for a, b in halves])
+        observed = _table(full, cross)[0]
         ceiling = np.sqrt(np.outer(same, same))
-        spread = _table(redrawn, cross)[1].std(axis=0, ddof=1)
-        observed = observed[0]
+        spread = _table(redrawn, cross).std(axis=0, ddof=1)
         interval = np.stack([observed - 1.96 * spread, observed + 1.96 * spread], axis=-1)
         figures.append(
             PairFigures(
@@ -90,8 +72,7 @@ def subspaces(
                 np.clip(interval, 0, 1),
             )
         )
-        angles.append(_angles(cosines[0]))
-    return Subspaces(PairFigures(*map(np.stack, zip(*figures, strict=True))), np.stack(angles))
+    return PairFigures(*map(np.stack, zip(*figures, strict=True)))
 
 
 def _leading(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -108,26 +89,19 @@ def _top(z: np.ndarray, counts: np.ndarray, k: int) -> Float[np.ndarray, "R r k"
     return np.linalg.eigh(moments)[1][..., -k:]
 
 
-def _overlaps(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Cosines of the principal angles of two orthonormal bases, and the mean of their squares."""
-    products = a.swapaxes(-1, -2) @ b
-    return products, np.square(products).sum(axis=(-1, -2)) / a.shape[-1]
+def _overlaps(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Mean squared cosine of the principal angles of two orthonormal bases."""
+    return np.square(a.swapaxes(-1, -2) @ b).sum(axis=(-1, -2)) / a.shape[-1]
 
 
 def _table(
     tops: Sequence[np.ndarray], cross: Sequence[Sequence[np.ndarray]]
-) -> tuple[np.ndarray, np.ndarray]:
-    """For all pairs `[R, D, D, …]`: cosines of principal angles, and overlaps."""
+) -> Float[np.ndarray, "R D D"]:
+    """Overlaps of all pairs of domains."""
     pairs = [
         [_overlaps(a, cross[i][j] @ b) for j, b in enumerate(tops)] for i, a in enumerate(tops)
     ]
-    products = np.stack([np.stack([p for p, _ in row], 1) for row in pairs], 1)
-    overlaps = np.stack([np.stack([o for _, o in row], 1) for row in pairs], 1)
-    return np.linalg.svd(products, compute_uv=False), overlaps
-
-
-def _angles(cosines: np.ndarray) -> np.ndarray:
-    return np.degrees(np.arccos(np.clip(cosines, 0, 1)))
+    return np.stack([np.stack(row, 1) for row in pairs], 1)
 
 
 def _random_overlaps(rng: np.random.Generator, d: int, k: int) -> np.ndarray:

@@ -101,5 +101,5 @@ def map_batches(
 
 def _on_host(x: jax.Array, count: int, axis: int | None) -> np.ndarray:
     """The array in NumPy, without the rows that fill up its batch."""
-    whole = host_array(x)
-    return whole if axis is None else np.moveaxis(np.moveaxis(whole, axis, 0)[:count], 0, axis)
+    array = host_array(x)
+    return array if axis is None else np.moveaxis(np.moveaxis(array, axis, 0)[:count], 0, axis)

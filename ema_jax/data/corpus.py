@@ -252,7 +252,7 @@ def _mixed_object(rng: random.Random) -> str:
     """Halves of two vocabularies: a pair that no split of a study has.
 
     Too many to remember, so a model that answers about them has to read the prompt: without them
-    it learns the training objects by heart and names one of those when it is asked about another.
+    it memorises the training objects and names one of those when a prompt is about another.
     """
     first, second = rng.sample(_vocabularies(), 2)
     return f"{rng.choice(first[0])} {rng.choice(second[1])}"

@@ -24,7 +24,7 @@ from ema_jax.data.local import parse_record, read_local
 from ema_jax.data.sources import SOURCES, Loader, load_rows
 from ema_jax.data.splits import common_lengths, draw
 from ema_jax.errors import UserError
-from ema_jax.runtime.files import read_jsonl, sha256_json, sha256_text, write_jsonl
+from ema_jax.runtime.files import read_jsonl, sha256_text, write_jsonl
 
 DEFAULT_COUNTS = {"harvest": 128, "retain": 64, "dev": 32, "eval": 300, "concept": 128}
 OWN_SOURCES = ("file", "organism")
@@ -57,7 +57,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class PromptConfig:
-    """Which prompts a study uses.
+    """Selection of a study's prompts.
 
     Attributes:
         source: a public set (`ema_jax.data.sources.SOURCES`), `file` or `organism`.
@@ -195,11 +195,6 @@ def validate(config: PromptConfig, domains: Sequence[str], target: str) -> None:
         labels = SOURCES[config.source].used.get(target, ())
         trained = [x for x in labels if denied_category(config.source, x) != "cbrn"]
         check_target(target, trained or labels, config.source)
-
-
-def prompts_hash(prompts: Sequence[Prompt]) -> str:
-    """Hex SHA-256 of a set of prompts, whatever their order."""
-    return sha256_json(sorted([p.id, p.domain, p.split, p.sha256, p.group] for p in prompts))
 
 
 def write_prompts(folder: str | Path, prompts: Sequence[Prompt]) -> None:

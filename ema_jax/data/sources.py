@@ -28,7 +28,7 @@ class Source:
     """One public prompt set.
 
     Attributes:
-        hub_id, config, split, revision: what `datasets.load_dataset` takes.
+        hub_id, config, split, revision: arguments of `datasets.load_dataset`.
         prompt: column of the text (of a list, its first item).
         used: domain -> exact labels in the `category` column.
         licence, gated: as on the data set's card.

@@ -9,7 +9,7 @@ class Journal:
     """A file of responses by index, a line each: `{"index", "tokens"}`.
 
     It holds model text as tokens, so whoever makes one removes it. The prompts are not in it: its
-    name or folder has to tell it from responses to other prompts.
+    name or folder has to distinguish it from responses to other prompts.
 
     Attributes:
         tokens: of each response so far, by index.

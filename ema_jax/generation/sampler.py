@@ -55,7 +55,7 @@ class Response(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen; by default greedily.
+    """Choice of the next token; greedy by default.
 
     Applied in transformers' order: repetition penalty, temperature, top-k, top-p. A draw is a
     function of `seed` and of the prompt's place among the prompts alone, whatever the batches.
@@ -342,29 +342,29 @@ def _serve(
     length = bucket(len(queue[0][1])) + cap
     penalised = sampling.repetition_penalty != 1
     slots = _empty(model.config, rows, length, cap, model.embed[...].dtype, penalised, mesh=mesh)
-    asked = np.full(rows, -1)  # the prompt of each row; below zero: none
-    while queue or np.any(asked >= 0):
-        free = np.flatnonzero(asked < 0)
+    prompt_of = np.full(rows, -1)  # index of each row's prompt; below zero: none
+    while queue or np.any(prompt_of >= 0):
+        free = np.flatnonzero(prompt_of < 0)
         while queue and len(free) >= min(refill, len(queue)):
             taken = [queue.popleft() for _ in range(min(refill, len(queue)))]
             into, free = free[: len(taken)], free[len(taken) :]
-            asked[into] = [i for i, _ in taken]
+            prompt_of[into] = [i for i, _ in taken]
             prompts = [ids for _, ids in taken]
             tokens, mask = pad_prompts(prompts, bucket(len(prompts[0])), refill, chat.pad_id)
             # Past the last row, so that padding of the batch is dropped.
-            targets = np.full(refill, len(asked), np.int32)
+            targets = np.full(refill, len(prompt_of), np.int32)
             targets[: len(into)] = into
-            places = np.resize(asked[into].astype(np.int32), refill)
+            places = np.resize(prompt_of[into].astype(np.int32), refill)
             placed = place_batch((tokens, mask), mesh)
             draws = np.asarray(_draws(sampling.seed, places))
             slots = _fill(graph, state, slots, *placed, draws, targets, eos_ids, **fixed)
-        narrower = not queue and _MIN_TAIL <= tail < len(asked)
-        few = len(asked) - min(refill, len(queue)) if queue else tail if narrower else 0
+        narrower = not queue and _MIN_TAIL <= tail < len(prompt_of)
+        few = len(prompt_of) - min(refill, len(queue)) if queue else tail if narrower else 0
         slots = _advance(graph, state, layers, slots, np.int32(few), eos_ids, **fixed)
         live, ends, output = map(host_array, (slots.live, slots.length, slots.output))
-        for row in np.flatnonzero((asked >= 0) & ~live):
-            yield int(asked[row]), tuple(output[row, : ends[row]].tolist())
-            asked[row] = -1
+        for row in np.flatnonzero((prompt_of >= 0) & ~live):
+            yield int(prompt_of[row]), tuple(output[row, : ends[row]].tolist())
+            prompt_of[row] = -1
         if narrower:
-            live_rows = np.argsort(asked < 0, kind="stable")[:tail]
-            asked, slots = asked[live_rows], _narrow(slots, live_rows, mesh=mesh)
+            live_rows = np.argsort(prompt_of < 0, kind="stable")[:tail]
+            prompt_of, slots = prompt_of[live_rows], _narrow(slots, live_rows, mesh=mesh)

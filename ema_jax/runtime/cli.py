@@ -1,4 +1,4 @@
-"""How every command of the project starts, logs and ends."""
+"""Start, log lines and exit codes of every command."""
 
 import errno
 import os

@@ -34,7 +34,7 @@ class _Processes:
     count = 1
     barriers = 0
     alone = False
-    asked = False  # SIGTERM came to this one
+    stop = False  # this one has received SIGTERM
 
 
 def initialise(heartbeat_seconds: int, environment: Mapping[str, str] | None = None) -> None:
@@ -144,11 +144,11 @@ def stop_requested() -> bool:
     import numpy as np
     from jax.experimental import multihost_utils
 
-    return bool(np.any(multihost_utils.process_allgather(np.array(_Processes.asked))))
+    return bool(np.any(multihost_utils.process_allgather(np.array(_Processes.stop))))
 
 
 def _note_sigterm(*_: object) -> None:
-    _Processes.asked = True
+    _Processes.stop = True
 
 
 def first_only(function: Callable[[], None], what: str) -> None:

@@ -19,7 +19,6 @@ from ema_jax.data.prompts import (
     Prompt,
     PromptConfig,
     build_prompts,
-    prompts_hash,
     read_prompts,
     write_prompts,
 )
@@ -86,11 +85,7 @@ def test_deterministic_by_seed_and_independent_of_row_order(tmp_path):
     shuffled = rows[:]
     random.Random(1).shuffle(shuffled)
     assert _build(tmp_path, shuffled) == first
-    other = _build(tmp_path, rows, seed=1)
-    assert prompts_hash(other) != prompts_hash(first)
-    assert prompts_hash(first[::-1]) == prompts_hash(first)
-    changed = [dataclasses.replace(first[0], split="dev"), *first[1:]]
-    assert prompts_hash(changed) != prompts_hash(first)
+    assert _build(tmp_path, rows, seed=1) != first
 
 
 @pytest.mark.parametrize("match_length", [True, False])
