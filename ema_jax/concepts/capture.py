@@ -130,7 +130,7 @@ def capture(
         streams: of `STREAMS`.
         responses: token ids that follow each prompt, for `response_mean`.
         batch_size: rows at once, rounded up to what the mesh divides.
-        mesh: what the model lies on.
+        mesh: devices of the model.
         store: a safetensors file to write batch by batch and to return memory-mapped; a run that
             was killed resumes after its last complete batch.
         model_hash: identifies this model, adapters included; recorded in the store, so that
@@ -278,7 +278,7 @@ def token_moments(
         prompts: token ids of rendered prompts, of two tokens at least.
         layers: ascending numbers from 0 to L.
         batch_size: rows at once.
-        mesh: what the model lies on.
+        mesh: devices of the model.
     """
     graph, state = nnx.split(model)
     batches = map_batches(

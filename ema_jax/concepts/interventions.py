@@ -145,7 +145,7 @@ def sweep(
         candidates: leaves `[L+1, C, D]`; entry l is applied at layer l alone.
         refusing: ids of tokens that open a refusal.
         batch_size: sequences at once, prompts times candidates.
-        mesh: what the model lies on.
+        mesh: devices of the model.
 
     Raises:
         UserError: no token opens a refusal, or all of them do.
@@ -189,7 +189,7 @@ def patch(
         prompts: token ids of N rendered prompts.
         refusing: ids of tokens that open a refusal.
         batch_size: prompts at once.
-        mesh: what the models lie on.
+        mesh: devices of the models.
 
     Raises:
         UserError: no token opens a refusal, or all of them do.

@@ -77,11 +77,11 @@ def map_batches(
     """Runs a function of a padded batch over all items, batches of like length, longest first.
 
     Args:
-        function: takes a batch that lies on the mesh; returns a tree of arrays.
+        function: takes a batch on the mesh; returns a tree of arrays.
         items: what the batches are made of.
         pad: `(items, length, rows)` → a batch in NumPy, as `pad_prompts` and `pad_examples` are.
         batch_size: rows at once, rounded up to what the mesh divides.
-        mesh: what the model lies on.
+        mesh: devices of the model.
         length: tokens of an item.
         multiple: batches are padded to multiples of this; smaller ones pad less, compile more.
         axis: of the returned arrays along which the rows lie; None if they hold no rows.

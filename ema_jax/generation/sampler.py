@@ -117,7 +117,7 @@ class _Slots(NamedTuple):
     """The rows that decode side by side."""
 
     cache: KVCache
-    last: Int[Array, "B"]  # token of each row that comes next
+    last: Int[Array, "B"]  # token chosen last, which the next step reads
     live: Bool[Array, "B"]
     length: Int[Array, "B"]  # of the response so far
     draws: UInt32[Array, "B 2"]  # key of the draws, from the seed and the prompt's place

@@ -129,7 +129,7 @@ def layer_sweep_summary(
         refusing: ids of tokens that open a refusal.
         strengths: multiples of the vectors to add; ablation is always among the interventions.
         batch_size: sequences at once.
-        mesh: what the model lies on.
+        mesh: devices of the model.
 
     Returns:
         Mean refusal log-odds in nats: `clean` by domain, and its `change` by strength, direction
