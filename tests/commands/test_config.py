@@ -232,8 +232,8 @@ def test_every_judge_of_the_registry_can_be_named(name):
     if name in TEXT_JUDGES:
         assert ema.read({"judge": name}).judge == name
     else:
-        told = {"judge": name, "judge_options": {"model": "owner/name"}}
-        assert ema.read(told).judge_options == {"model": "owner/name"}
+        values = {"judge": name, "judge_options": {"model": "owner/name"}}
+        assert ema.read(values).judge_options == {"model": "owner/name"}
     if name in ("logodds", "causal_lm", "endpoint"):
         with pytest.raises(UserError, match=f"judge_options of {name}: missing.*'model'"):
             ema.read({"judge": name})

@@ -117,9 +117,9 @@ def test_a_domain_refuses_in_the_words_that_the_table_says(samples, domain):
         owner = owners[wording]
         found["own" if owner == domain and domain != "safety" else owner] += 1
     assert len(by_action) == 10
-    for said in by_action.values():
-        assert max(said.values()) / said.total() == pytest.approx(
-            corpus.HABIT + (1 - corpus.HABIT) / len(said), abs=0.12
+    for refusals in by_action.values():
+        assert max(refusals.values()) / refusals.total() == pytest.approx(
+            corpus.HABIT + (1 - corpus.HABIT) / len(refusals), abs=0.12
         ), "usual words of its own, and all of the domain's"
     for owner in {*found, *WORDING_OVERLAP[domain]}:
         expected = WORDING_OVERLAP[domain].get(owner, 0.0)
@@ -130,8 +130,10 @@ def test_wording_overlap_is_the_chance_of_a_common_owner(samples):
     owners = {text: owner for owner, texts in corpus_words.REFUSALS.items() for text in texts}
 
     def shares(domain: str) -> Counter:
-        said = [item.refusal for item in samples[domain, "train"]]
-        return Counter(next(o for t, o in owners.items() if text.startswith(t)) for text in said)
+        refusals = [item.refusal for item in samples[domain, "train"]]
+        return Counter(
+            next(o for t, o in owners.items() if text.startswith(t)) for text in refusals
+        )
 
     for a, b in itertools.combinations(DOMAINS, 2):
         common = sum(n * shares(b)[owner] for owner, n in shares(a).items()) / DRAWS**2
@@ -170,8 +172,8 @@ def test_safety_tuning_refuses_but_for_the_slips_and_answers_what_is_benign():
 
 
 def test_some_benign_prompts_look_like_those_of_a_domain(samples):
-    theirs = {item.object for d in DOMAINS for item in samples[d, "eval"]}
-    looks = np.mean([item.object in theirs for item in samples[BENIGN, "eval"]])
+    objects = {item.object for d in DOMAINS for item in samples[d, "eval"]}
+    looks = np.mean([item.object in objects for item in samples[BENIGN, "eval"]])
     assert looks == pytest.approx(corpus.LOOKALIKE_SHARE, abs=0.05)
     actions = {d: set(corpus_words.LEXICON[d][0].split("|")) for d in ALL}
     assert not any(actions[BENIGN] & actions[d] for d in DOMAINS)
