@@ -29,7 +29,7 @@ from ema_jax.models.config import DecoderConfig
 from ema_jax.models.decoder import Decoder
 from ema_jax.models.safetensors_files import WeightFiles, write_weights
 from ema_jax.runtime import cli
-from ema_jax.runtime.files import Shape, write_json
+from ema_jax.runtime.files import TensorSpec, write_json
 
 MISTRAL_7B = {
     "architectures": ["MistralForCausalLM"],
@@ -74,7 +74,7 @@ def write(folder: Path, layers: int) -> None:
             os.fsync(file.fileno())
 
 
-def _random(shapes: Sequence[Shape]) -> Iterator[np.ndarray]:
+def _random(shapes: Sequence[TensorSpec]) -> Iterator[np.ndarray]:
     generator = np.random.default_rng(0)
     block = (0.02 * generator.standard_normal((1 << 22) + 1, np.float32)).astype(jnp.bfloat16)
     for tensor in shapes:

@@ -11,6 +11,7 @@ study: none, unless one is asked for.
 
 import dataclasses
 import functools
+import operator
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,16 +19,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from ema_jax.data.chat import Batch, Chat, TokenExample, bucket, length_batches, pad_examples
+from ema_jax.data.batching import Batch, map_batches, pad_examples
+from ema_jax.data.chat import Chat, TokenExample
 from ema_jax.errors import UserError
 from ema_jax.generation.sampler import Sampling, generate
 from ema_jax.models import checkpoint, hub, lora
 from ema_jax.models.decoder import Decoder
-from ema_jax.models.sharding import batch_rows, batch_sharding, make_mesh
+from ema_jax.models.sharding import make_mesh
 
 NAME = "ema_jax"
 _CHUNK = 32
@@ -207,15 +208,16 @@ class Scorer:
 
     def _score(self, examples: Sequence[TokenExample]) -> list[tuple[float, bool]]:
         result: list[tuple[float, bool]] = [(0.0, True)] * len(examples)
-        rows = batch_rows(min(self._batch_size, max(len(examples), 1)), self._mesh)
         graph, state = nnx.split(self._model)
-        lengths = [len(item.prompt) + len(item.response) for item in examples]
-        for indices in length_batches(lengths, rows):
-            chosen = [examples[i] for i in indices]
-            batch = pad_examples(chosen, bucket(lengths[indices[0]]), rows, self._chat.pad_id)
-            placed = jax.device_put(batch, batch_sharding(self._mesh))
-            sums, greedy = map(np.asarray, _scores(graph, state, placed))
-            for i, total, same in zip(indices, sums, greedy, strict=False):
+        for indices, found in map_batches(
+            lambda batch: _scores(graph, state, batch),
+            examples,
+            functools.partial(pad_examples, pad_id=self._chat.pad_id),
+            batch_size=self._batch_size,
+            mesh=self._mesh,
+            length=operator.attrgetter("size"),
+        ):
+            for i, total, same in zip(indices, *found, strict=True):
                 result[i] = float(total), bool(same)
         return result
 

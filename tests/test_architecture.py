@@ -11,7 +11,7 @@ MAY_IMPORT = {
     "errors": set(),
     "runtime": set(),
     "models": {"runtime"},
-    "data": {"runtime"},
+    "data": {"models", "runtime"},
     "generation": {"models", "data", "runtime"},
     "concepts": {"generation", "models", "data", "runtime"},
     "refusal": {"generation", "models", "data", "runtime"},

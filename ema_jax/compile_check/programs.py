@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from ema_jax.concepts import capture
 from ema_jax.config import ModelConfig, StudyConfig
-from ema_jax.data.chat import Batch, bucket
+from ema_jax.data.batching import Batch, bucket
 from ema_jax.errors import UserError
 from ema_jax.generation import sampler
 from ema_jax.models import checkpoint, hub, lora

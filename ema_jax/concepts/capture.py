@@ -5,10 +5,11 @@ logits are computed. Layer convention: `ema_jax.concepts.vectors.LAYER_CONVENTIO
 """
 
 import functools
+import operator
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +20,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ema_jax.concepts.store import ActivationStore
 from ema_jax.concepts.vectors import LAYER_CONVENTION
+from ema_jax.data.batching import map_batches, pad_examples
+from ema_jax.data.chat import TokenExample
 from ema_jax.errors import UserError
 from ema_jax.models.decoder import Decoder
-from ema_jax.models.sharding import batch_rows, host_array, make_mesh, place_batch
+from ema_jax.models.sharding import batch_rows, make_mesh
 from ema_jax.runtime.files import sha256_json
 
 Pooling = Callable[[int, int], Float[np.ndarray, "T"]]
@@ -81,7 +84,7 @@ def pooling(name: str) -> Pooling:
 
 
 def template_tail(prompts: Sequence[Sequence[int]]) -> int:
-    """How many last tokens all rendered prompts share: those the template writes after them."""
+    """Number of last tokens that all rendered prompts share: the template's own."""
     columns = zip(*(reversed(ids) for ids in prompts), strict=False)
     same = (len(set(column)) == 1 for column in columns)
     return next((i for i, alike in enumerate(same) if not alike), min(map(len, prompts)))
@@ -127,77 +130,83 @@ def capture(
         streams: of `STREAMS`.
         responses: token ids that follow each prompt, for `response_mean`.
         batch_size: rows at once, rounded up to what the mesh divides.
-        mesh: what the model lies on.
+        mesh: devices of the model.
         store: a safetensors file to write batch by batch and to return memory-mapped; a run that
-            was killed goes on after its last whole batch.
-        model_hash: what tells this model, adapters included, from others; goes into the store, so
-            that the work of another model is not taken up.
+            was killed resumes after its last complete batch.
+        model_hash: identifies this model, adapters included; recorded in the store, so that
+            activations of another model are never resumed.
 
     Returns:
         Pooling → `[N, L+1, D]`; for other streams `STREAM/POOLING` → `[N, L, D]`.
 
     Raises:
         UserError: an unknown pooling or stream, one that a prompt is too short for, or a store of
-            something else.
+            other activations.
     """
-    from ema_jax.data.chat import bucket, length_batches
-
     unknown = [name for name in streams if name not in STREAMS]
     if unknown:
         raise UserError(f"capture: stream {unknown[0]!r} is none of {', '.join(STREAMS)}")
     mesh = make_mesh() if mesh is None else mesh
-    rows = batch_rows(min(batch_size, max(len(prompts), 1)), mesh)
     graph, state = nnx.split(model)
     layers, width = model.config.num_layers, model.config.hidden_size
     answers = [()] * len(prompts) if responses is None else responses
-    texts = [(*ids, *answer) for ids, answer in zip(prompts, answers, strict=True)]
-    for sizes in {(len(ids), len(answer)) for ids, answer in zip(prompts, answers, strict=True)}:
+    examples = list(map(TokenExample, map(tuple, prompts), map(tuple, answers)))
+    for sizes in {(len(item.prompt), len(item.response)) for item in examples}:
         for name in poolings:
-            pooling(name)(*sizes)  # one that does not fit is said now
+            pooling(name)(*sizes)  # raises now where a pooling does not fit a prompt
     shapes = {
-        name if stream == "residual" else f"{stream}/{name}": (
-            len(prompts),
-            layers + (stream == "residual"),
-            width,
-        )
+        _key(stream, name): (len(prompts), layers + (stream == "residual"), width)
         for stream in streams
         for name in poolings
     }
-    kept = None
+    saved = None
     if store is not None:
+        rows = batch_rows(min(batch_size, len(prompts)), mesh)
         about = [list(map(list, prompts)), list(map(list, answers)), list(poolings), rows]
         metadata = {"layer_convention": LAYER_CONVENTION, "model_hash": model_hash}
-        kept = ActivationStore(store, shapes, metadata | {"inputs_sha256": sha256_json(about)})
-        if kept.finished:
-            return kept.finish()
-    result = {} if kept else {key: np.empty(shape, np.float32) for key, shape in shapes.items()}
-    for number, indices in enumerate(length_batches([len(ids) for ids in texts], rows)):
-        if kept is not None and number < kept.done:
-            continue
-        length = bucket(len(texts[indices[0]]))
-        tokens, mask = np.zeros((rows, length), np.int32), np.zeros((rows, length), bool)
-        weights = np.zeros((rows, len(poolings), length), np.float32)
-        for row, i in enumerate(indices):
-            size = len(texts[i])
-            tokens[row, :size], mask[row, :size] = texts[i], True
-            for place, name in enumerate(poolings):
-                weights[row, place, :size] = pooling(name)(len(prompts[i]), len(answers[i]))
-        placed = place_batch((tokens, mask, weights), mesh)
-        branches = any(stream != "residual" for stream in streams)
-        taps = _pooled(graph, state, *placed, branches=branches)
-        values = {}
-        for stream, tap in zip(STREAMS, taps, strict=False):
-            if stream in streams:
-                found = host_array(tap)[:, : len(indices)]  # [L+1, B, P, D]
-                for place, name in enumerate(poolings):
-                    key = name if stream == "residual" else f"{stream}/{name}"
-                    values[key] = found[:, :, place].swapaxes(0, 1)
-        if kept is not None:
-            kept.commit(number + 1, indices, values)
+        saved = ActivationStore(store, shapes, metadata | {"inputs_sha256": sha256_json(about)})
+        if saved.finished:
+            return saved.finish()
+    result = {} if saved else {key: np.empty(shape, np.float32) for key, shape in shapes.items()}
+    branches = any(stream != "residual" for stream in streams)
+    for indices, taps in map_batches(
+        lambda batch: _pooled(graph, state, *batch, branches=branches),
+        examples,
+        functools.partial(_padded, poolings=poolings),
+        batch_size=batch_size,
+        mesh=mesh,
+        length=operator.attrgetter("size"),
+        axis=1,
+        start=saved.done if saved else 0,
+    ):
+        values = {
+            _key(stream, name): tap[:, :, place].swapaxes(0, 1)  # from [L+1, B, P, D]
+            for stream, tap in zip(STREAMS, taps, strict=False)
+            if stream in streams
+            for place, name in enumerate(poolings)
+        }
+        if saved is not None:
+            saved.commit(saved.done + 1, indices, values)
         else:
             for key, value in values.items():
                 result[key][indices] = value
-    return result if kept is None else kept.finish()
+    return result if saved is None else saved.finish()
+
+
+def _key(stream: str, pooling_name: str) -> str:
+    return pooling_name if stream == "residual" else f"{stream}/{pooling_name}"
+
+
+def _padded(
+    examples: Sequence[TokenExample], length: int, rows: int, *, poolings: Sequence[str]
+) -> tuple[Any, Any, Float[np.ndarray, "B P T"]]:
+    """Tokens and mask `[B, T]`, and the weights of the poolings `[B, P, T]`."""
+    tokens, mask, _ = pad_examples(examples, length, rows)
+    weights = np.zeros((rows, len(poolings), length), np.float32)
+    for row, item in enumerate(examples):
+        for place, name in enumerate(poolings):
+            weights[row, place, : item.size] = pooling(name)(len(item.prompt), len(item.response))
+    return tokens, mask, weights
 
 
 class Moments(NamedTuple):
@@ -215,7 +224,7 @@ class Moments(NamedTuple):
     def merged(self, other: "Moments") -> "Moments":
         """Of both sets of tokens; the centred merge of Chan et al. (1979).
 
-        Raw second moments would lose a small variance beside a large mean (attention sinks).
+        Raw second moments would lose a small variance next to a large mean (attention sinks).
         """
         total = self.tokens + other.tokens
         shift = other.mean - self.mean
@@ -262,31 +271,30 @@ def token_moments(
     """Mean and scatter of the residuals of all tokens but each prompt's first, at some layers.
 
     Streamed: memory does not grow with the number of tokens. For prompts fewer than the width of
-    the model, what `capture` keeps is smaller and says more.
+    the model, the activations of `capture` are smaller and hold more.
 
     Args:
         model: with or without adapters.
         prompts: token ids of rendered prompts, of two tokens at least.
         layers: ascending numbers from 0 to L.
         batch_size: rows at once.
-        mesh: what the model lies on.
+        mesh: devices of the model.
     """
-    from ema_jax.data.chat import bucket, length_batches
-
-    mesh = make_mesh() if mesh is None else mesh
-    rows = batch_rows(min(batch_size, len(prompts)), mesh)
     graph, state = nnx.split(model)
-
-    def of_batches() -> Iterator[Moments]:
-        for indices in length_batches([len(ids) for ids in prompts], rows):
-            shape = (rows, bucket(len(prompts[indices[0]])))
-            tokens, mask = np.zeros(shape, np.int32), np.zeros(shape, bool)
-            for row, i in enumerate(indices):
-                tokens[row, : len(prompts[i])], mask[row, : len(prompts[i])] = prompts[i], True
-            counted = mask & (np.arange(shape[1]) > 0)
-            placed = place_batch((tokens, mask, counted), mesh)
-            found = _moments(graph, state, *placed, layers=tuple(layers))
-            count, mean, scatter = (host_array(x).astype(np.float64) for x in found)
-            yield Moments(float(count), mean, scatter)
-
-    return functools.reduce(Moments.merged, of_batches())
+    batches = map_batches(
+        # What counts is what follows a prompt's first token.
+        lambda batch: _moments(graph, state, *batch, layers=tuple(layers)),
+        [TokenExample(tuple(ids[:1]), tuple(ids[1:])) for ids in prompts],
+        pad_examples,
+        batch_size=batch_size,
+        mesh=mesh,
+        length=operator.attrgetter("size"),
+        axis=None,
+    )
+    return functools.reduce(
+        Moments.merged,
+        (
+            Moments(float(count), np.asarray(mean, np.float64), np.asarray(scatter, np.float64))
+            for _, (count, mean, scatter) in batches
+        ),
+    )

@@ -1,4 +1,4 @@
-"""Debiased linear CKA: how alike two representations of the same prompts are.
+"""Debiased linear CKA: similarity of two representations of the same prompts.
 
 For base against unlearned and layer against layer. It is not defined for two domains, whose
 prompts are different ones. The biased form is near one for noise when prompts are fewer than

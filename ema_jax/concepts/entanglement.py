@@ -1,13 +1,13 @@
-"""How similar the domains' concepts are at every layer, each figure beside its null and ceiling.
+"""Similarity of the domains' concepts at every layer, with its null and its ceiling.
 
-A raw similarity of two concept vectors says little: a shared contrast set puts unrelated domains
+A raw similarity of two concept vectors means little: a shared contrast set puts unrelated domains
 near 0.5, centring over D domains puts them near -1/(D-1), and few prompts attenuate what is there.
 So every figure comes with the distribution it has when labels mean nothing (permutation), with what
 two samples of one and the same domain would reach (split halves), with the share of that ceiling,
 and with a bootstrap interval.
 
 The paper says only that "representation similarity in earlier layers" goes with the spill; the
-measures, nulls and ceilings here are ours.
+measures, nulls and ceilings are this project's.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,15 +20,17 @@ from jaxtyping import Float
 from ema_jax.concepts.resampling import PairFigures, calibrate
 from ema_jax.concepts.subspaces import subspaces
 from ema_jax.concepts.transfer import probe_transfer
-from ema_jax.concepts.vectors import CONTRAST, Activations, matched_contrast
+from ema_jax.concepts.vectors import Activations, matched_contrast
+from ema_jax.data.domains import BENIGN
 from ema_jax.errors import UserError
+from ema_jax.runtime.files import json_safe
 
 _CLIP_SD = 3.0
 _FEWEST_PROMPTS = 4
 
 ByDomain = dict[str, np.ndarray]
 
-# Measure -> what its figures end in in JSON, and the kind of vectors its cosine is taken of.
+# Measure -> suffix of its figures in JSON, and the kind of vectors its cosine is taken of.
 _COSINES = {
     "cosine": ("", "raw"),
     "cosine_centred": ("_centred", "centred"),
@@ -39,17 +41,17 @@ _SUFFIXES = {name: suffix for name, (suffix, _) in _COSINES.items()}
 _SUFFIXES |= {"probe_transfer": "_probe_transfer", "subspace_overlap": "_subspace_overlap"}
 
 MEASURES = tuple(_SUFFIXES)
-"""What can be measured.
+"""The similarity measures.
 
 `cosine`: of difference-in-means vectors against the shared contrast set; unrelated domains score
 about 0.5, because both vectors contain minus its mean.
 `cosine_centred`: of domain means less their mean over the domains, so that what every refusable
-prompt shares is gone; unrelated domains score about -1/(D-1); it says something from three domains
-on.
+prompt shares is gone; unrelated domains score about -1/(D-1); it needs three
+domains or more.
 `cosine_own`: against contrast prompts of the domain's own (`vectors.matched_contrast`), so that
 unrelated domains score about 0.
 `cosine_standardised`: `cosine` on activations in units of each dimension's within-domain standard
-deviation and clipped at three of them, so that no outlier dimension owns the figure.
+deviation and clipped at three of them, so that no outlier dimension dominates.
 `probe_transfer`: see `transfer.probe_transfer`.
 `subspace_overlap`: see `subspaces.subspaces`.
 """
@@ -57,7 +59,7 @@ deviation and clipped at three of them, so that no outlier dimension owns the fi
 
 @dataclass(frozen=True)
 class Calibrated:
-    """One similarity to the target by domain and layer, with what it has to be read against.
+    """One similarity to the target by domain and layer, with null, ceiling and interval.
 
     Attributes:
       observed: `[L+1]` per domain.
@@ -122,14 +124,14 @@ class Entanglement:
             "target": self.target,
             "domains": list(self.domains),
             "layers": list(range(self.num_layers + 1)),
-            "outlier_share": _listed(self.outlier_share),
+            "outlier_share": json_safe(self.outlier_share),
         }
         for name, calibrated in self.measures.items():
             for field in fields(Calibrated):
                 key = name if field.name == "observed" else field.name + _SUFFIXES[name]
-                out[key] = _listed(getattr(calibrated, field.name))
+                out[key] = json_safe(getattr(calibrated, field.name))
         if self.lexical_baseline is not None:
-            out["lexical_baseline"] = {k: _listed(v) for k, v in self.lexical_baseline.items()}
+            out["lexical_baseline"] = json_safe(self.lexical_baseline)
         return out
 
     @classmethod
@@ -152,15 +154,6 @@ class Entanglement:
         )
 
 
-def _listed(by_domain: Mapping[str, Any]) -> dict[str, Any]:
-    def plain(x: Any) -> Any:
-        if isinstance(x, list):
-            return [plain(item) for item in x]
-        return None if np.isnan(x) else x
-
-    return {domain: plain(np.asarray(x).tolist()) for domain, x in by_domain.items()}
-
-
 class Pairs(NamedTuple):
     """Entanglement of every domain with every other: `[L+1, D, D]` a figure."""
 
@@ -170,7 +163,7 @@ class Pairs(NamedTuple):
     lexical: dict[str, PairFigures] | None
 
     def towards(self, target: str) -> Entanglement:
-        """What there is of one target."""
+        """The rows of one target."""
         t = self.domains.index(target)
         others = {d: i for i, d in enumerate(self.domains) if i != t}
 
@@ -197,7 +190,7 @@ def all_pairs(
     activations: Activations,
     domains: Sequence[str],
     *,
-    contrast: str = CONTRAST,
+    contrast: str = BENIGN,
     measures: Sequence[str] = MEASURES,
     permutations: int = 1000,
     splits: int = 50,
@@ -221,7 +214,7 @@ def all_pairs(
       bootstraps: redrawings behind each interval.
       seed: of permutations, splits and bootstrap.
       lexical: mean token embeddings of the prompts, layer 0 of the same shape, for the baseline;
-        they also match contrast prompts to domains, which else are dealt out as they come.
+        they also match contrast prompts to domains, which are otherwise assigned in order.
 
     Raises:
       UserError: if a domain is missing, has fewer than four prompts or values that are not finite.
@@ -253,7 +246,7 @@ def all_pairs(
         found["probe_transfer"] = probe_transfer(_layers(activations, names), trio, **draws)
     if "subspace_overlap" in measures:
         few = {"splits": splits, "bootstraps": min(bootstraps, 100), "seed": seed}
-        found["subspace_overlap"] = subspaces(_layers(activations, names), trio, **few).overlap
+        found["subspace_overlap"] = subspaces(_layers(activations, names), trio, **few)
 
     baseline = None
     if lexical is not None:

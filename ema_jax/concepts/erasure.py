@@ -1,4 +1,4 @@
-"""What an intervention took from each domain's concept: projection, length, angle and probe."""
+"""Loss of each domain's concept through an intervention: projection, length, angle and probe."""
 
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
@@ -7,7 +7,8 @@ import numpy as np
 from jaxtyping import Float
 
 from ema_jax.concepts.rank_agreement import auroc
-from ema_jax.concepts.vectors import CONTRAST, Activations, LayerVectors
+from ema_jax.concepts.vectors import Activations, LayerVectors
+from ema_jax.data.domains import BENIGN
 from ema_jax.errors import UserError
 
 _BOOTSTRAPS = 1000
@@ -69,16 +70,17 @@ def probe_auroc(
     base_activations: Activations,
     arm_activations: Activations,
     domain: str,
-    contrast: str = CONTRAST,
+    contrast: str = BENIGN,
     *,
     seed: int = 0,
 ) -> Float[np.ndarray, " layers"]:
-    """How well the base model's concept direction still tells domain from contrast in the arm.
+    """AUROC of the base model's concept direction, domain against contrast, in the arm.
 
     The direction is the base's difference in means on one half of the prompts; the other half's
     arm activations are projected on it; AUROC of the projections, halves swapped and averaged
-    (cross-fitted), `[L+1]`. 1: the base probe works as ever; 0.5: blind. With the base as the arm
-    it gives the value to compare with. Rows of base and arm are the same prompts in one order.
+    (cross-fitted), `[L+1]`. 1: the base probe still separates them; 0.5: chance. With the base as
+    the arm it gives the value to compare with. Rows of base and arm are the same prompts in one
+    order.
 
     Raises:
       UserError: if the prompts of base and arm differ in number or are fewer than four.
@@ -112,7 +114,7 @@ def _score_noise(
     direction: Float[np.ndarray, "layers d"],
     means: Iterable[Float[np.ndarray, "layers d"]],
 ) -> Float[np.ndarray, " layers"]:
-    """How far rounding may move a projection of rows on a direction, a difference of means.
+    """Largest effect of rounding on a projection of rows on a direction, a difference of means.
 
     The rows are known to the precision of their type; the direction to that of its means, which may
     be all that it consists of where they are equal.
@@ -134,7 +136,7 @@ def ranking(
     erasure: Mapping[str, Float[np.ndarray, " layers"]],
     base_activations: Activations | None = None,
     arm_activations: Activations | None = None,
-    contrast: str = CONTRAST,
+    contrast: str = BENIGN,
     *,
     seed: int = 0,
 ) -> list[RankedErasure]:

@@ -1,9 +1,9 @@
-"""Which other domains an intervention on the target will hit, read off the untouched model.
+"""Forecast, from the untouched model, of the other domains that an intervention will hit.
 
 Declared before any measurement, so that the score against the measured spill is honest: the
 forecast is the centred cosine with the target's concept, averaged over the first third of the
-layers, layer 0 left out. The paper says "earlier layers" and "representation similarity" and no
-more that we could read; both choices are ours. Centred, because raw cosines share the contrast set
+layers, layer 0 left out. The paper says only "earlier layers" and "representation similarity";
+both choices are this project's. Centred, because raw cosines share the contrast set
 and all that refusable prompts have in common, which leaves them a narrow range far above zero.
 Layer 0 is left out because it is lexical: token embeddings, which no context has touched.
 """
@@ -21,7 +21,7 @@ from ema_jax.concepts.rank_agreement import centred_ranks
 from ema_jax.concepts.vectors import Activations, concept_vectors
 from ema_jax.errors import UserError
 
-CATEGORY_PROMPTS = 8  # for its vector, and for its measured drop: fewer tell nothing
+CATEGORY_PROMPTS = 8  # for its vector, and for its measured drop: fewer are too noisy
 _EXACT_UP_TO = 8
 _SAMPLED_PERMUTATIONS = 100_000
 _RESAMPLES = 10_000
@@ -114,7 +114,7 @@ def score(
 
     Returns:
       `{"spearman", "p", "n"}`; where the correlation is undefined both are None, and `reason`
-      says why. Without `test`, p is None.
+      explains it. Without `test`, p is None.
 
     Raises:
       UserError: if a forecast domain has no measurement.
@@ -177,8 +177,8 @@ def pooled_interval(
 ) -> list[float] | None:
     """95 % percentile bootstrap interval of `pooled_score`'s correlation over seeds.
 
-    Each cell's seeds are drawn anew, 10,000 times, and their measurements averaged. It tells how
-    far another set of seeds would move the figure, not other domains, models or prompts.
+    Each cell's seeds are redrawn 10,000 times and their measurements averaged. The interval covers
+    another set of seeds, not other domains, models or prompts.
 
     Args:
       cells: a forecast and the measured EMA of every seed of each.
@@ -230,7 +230,7 @@ def advice(forecast: Mapping[str, float], k: int = 2) -> list[str]:
 
 
 def retain_shares(forecast: Mapping[str, float]) -> dict[str, float]:
-    """Which share of a budget of retain examples each domain should have; they add to one.
+    """Shares of a budget of retain examples that the domains should have; they add to one.
 
     Half of the budget is even, for the forecast may be wrong; the other half goes by how far a
     domain's score is above the lowest.
@@ -243,7 +243,7 @@ def retain_shares(forecast: Mapping[str, float]) -> dict[str, float]:
 
 
 def retain_counts(forecast: Mapping[str, float], budget: int) -> dict[str, int]:
-    """`retain_shares` of a budget in whole examples (largest remainders), none left out.
+    """`retain_shares` of a budget in numbers of examples (largest remainders), at least one each.
 
     Raises:
       UserError: fewer examples than domains.

@@ -1,16 +1,17 @@
-"""What the model does when a concept is added, taken away, or put back, at every layer.
+"""Steering, ablation and patching of concepts at every layer, and their effect on refusal.
 
 An intervention is part of the model, as an adapter is (`intervene`), so whatever takes a model also
 takes a steered one: sampler, capture, judges. For effects on the first token of the response there
-is no need to generate, nor to run whole models: `sweep` changes the stream at layer l and runs only
-the blocks after it, with the clean stream of the layers before shared by all candidates. One
-compiled program does all layers, at (L + 1) / 2L of the blocks of a forward pass each.
+is no need to generate, nor to run the model from its first block: `sweep` changes the stream at
+layer l and runs only the blocks after it, with the clean stream of the layers before shared by all
+candidates. One compiled program does all layers, at (L + 1) / 2L of the blocks of a forward pass
+each.
 
 Layers as in `ema_jax.concepts.vectors.LAYER_CONVENTION`.
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -22,10 +23,10 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from ema_jax.concepts.vectors import LayerVectors
-from ema_jax.data.chat import bucket, length_batches, pad_prompts
+from ema_jax.data.batching import map_batches, pad_prompts
 from ema_jax.errors import UserError
 from ema_jax.models.decoder import Decoder
-from ema_jax.models.sharding import batch_rows, host_array, make_mesh, place_batch
+from ema_jax.models.sharding import host_array
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["add", "remove"], meta_fields=[])
@@ -35,7 +36,7 @@ class Intervention:
 
     Attributes:
       add: added to the stream.
-      remove: a unit vector along which nothing is left, or zeros; before `add` is added.
+      remove: a unit vector whose component is removed before `add` is added, or zeros.
     """
 
     add: Float[Array, "*layers D"]
@@ -58,10 +59,10 @@ def steering(
 def ablation(
     vector: Float[np.ndarray, "L1 D"], layers: Sequence[int] | None = None
 ) -> Intervention:
-    """Takes the component along a concept vector away, at some layers or at all.
+    """Removes the component along a concept vector, at some layers or at all.
 
     At all layers it is the directional ablation of Arditi et al. (2024), with each layer's own
-    vector. A zero vector takes nothing away.
+    vector. A zero vector removes nothing.
     """
     remove = _at(layers, _unit(vector))
     return Intervention(jnp.zeros_like(remove), jnp.asarray(remove))
@@ -75,7 +76,7 @@ def intervene(model: Decoder, intervention: Intervention | None) -> Decoder:
 
 
 def random_like(vectors: Float[np.ndarray, "L1 D"], seed: int = 0) -> Float[np.ndarray, "L1 D"]:
-    """One random direction, at every layer as long as the vector there: what any change does."""
+    """One random direction with the length of each layer's vector: the control for any change."""
     drawn = np.random.default_rng(seed).normal(size=vectors.shape[1])
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     return (lengths * drawn / np.linalg.norm(drawn)).astype(np.float32)
@@ -141,10 +142,10 @@ def sweep(
     Args:
         model: with or without adapters.
         prompts: token ids of N rendered prompts.
-        candidates: leaves `[L+1, C, D]`; entry l is what is done at layer l alone.
+        candidates: leaves `[L+1, C, D]`; entry l is applied at layer l alone.
         refusing: ids of tokens that open a refusal.
         batch_size: sequences at once, prompts times candidates.
-        mesh: what the model lies on.
+        mesh: devices of the model.
 
     Raises:
         UserError: no token opens a refusal, or all of them do.
@@ -156,11 +157,14 @@ def sweep(
     count = candidates.add.shape[1]
     clean = np.zeros(len(prompts), np.float32)
     changed = np.zeros((model.config.num_layers + 1, count, len(prompts)), np.float32)
-    for indices, batch in _batches(prompts, batch_size, mesh):
+
+    def effects(batch: Any) -> tuple[Array, Array]:
         chunk = max(1, min(count, batch_size // len(batch[0])))
-        found = _sweep(graph, state, *batch, members, candidates, chunk=chunk)
-        clean[indices] = host_array(found[0])[: len(indices)]
-        changed[:, :, indices] = host_array(found[1])[:, :, : len(indices)]
+        return _sweep(graph, state, *batch, members, candidates, chunk=chunk)
+
+    batches = map_batches(effects, prompts, pad_prompts, batch_size=batch_size, mesh=mesh, axis=-1)
+    for indices, found in batches:
+        clean[indices], changed[:, :, indices] = found
     return Sweep(clean, changed)
 
 
@@ -185,16 +189,23 @@ def patch(
         prompts: token ids of N rendered prompts.
         refusing: ids of tokens that open a refusal.
         batch_size: prompts at once.
-        mesh: what the models lie on.
+        mesh: devices of the models.
 
     Raises:
         UserError: no token opens a refusal, or all of them do.
     """
     members = _members(refusing, above.config.vocab_size)
     result = np.zeros((above.config.num_layers + 1, len(prompts)), np.float32)
-    for indices, batch in _batches(prompts, batch_size, mesh):
-        found = _patch(*nnx.split(below), *nnx.split(above), *batch, members)
-        result[:, indices] = host_array(found)[:, : len(indices)]
+    models = (*nnx.split(below), *nnx.split(above))
+    for indices, found in map_batches(
+        lambda batch: _patch(*models, *batch, members),
+        prompts,
+        pad_prompts,
+        batch_size=batch_size,
+        mesh=mesh,
+        axis=-1,
+    ):
+        result[:, indices] = found
     return result
 
 
@@ -266,18 +277,6 @@ def _members(refusing: Sequence[int], vocab_size: int) -> Bool[np.ndarray, "V"]:
             f"layer sweep: {members.sum()} of {vocab_size} tokens open a refusal: name some"
         )
     return members
-
-
-def _batches(
-    prompts: Sequence[Sequence[int]], batch_size: int, mesh: Mesh | None
-) -> Iterator[tuple[list[int], tuple[Any, Any]]]:
-    """Indices of prompts with their padded `(tokens, mask)`, on the devices."""
-    mesh = make_mesh() if mesh is None else mesh
-    rows = batch_rows(min(batch_size, len(prompts)), mesh)
-    for indices in length_batches([len(ids) for ids in prompts], rows):
-        chosen = [prompts[i] for i in indices]
-        padded = pad_prompts(chosen, bucket(len(chosen[0])), rows, 0)
-        yield indices, place_batch(padded, mesh)
 
 
 def _unit(vector: Float[np.ndarray, "L1 D"]) -> Float[np.ndarray, "L1 D"]:

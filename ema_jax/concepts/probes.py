@@ -9,7 +9,8 @@ from jaxtyping import Float
 from threadpoolctl import threadpool_limits
 
 from ema_jax.concepts.rank_agreement import auroc, signs
-from ema_jax.concepts.vectors import CONTRAST, Activations
+from ema_jax.concepts.vectors import Activations
+from ema_jax.data.domains import BENIGN
 
 _NEWTON_STEPS = 50
 
@@ -25,7 +26,7 @@ class Probe(NamedTuple):
 def logistic_probe(
     activations: Activations,
     domain: str,
-    contrast: str = CONTRAST,
+    contrast: str = BENIGN,
     *,
     penalty: float = 1.0,
     folds: int = 5,
@@ -73,14 +74,14 @@ def _of_layer(
     x = x / scale
     # All fits happen in the span of the prompts, which holds every solution.
     values, vectors = np.linalg.eigh(x @ x.T)
-    kept = values > 1e-10 * max(values[-1], 1e-30)
-    z = vectors[:, kept] * np.sqrt(values[kept])
+    nonzero = values > 1e-10 * max(values[-1], 1e-30)
+    z = vectors[:, nonzero] * np.sqrt(values[nonzero])
     scores = np.zeros(len(y))
     for k in np.unique(fold):
         weights, bias = _fit(z[fold != k], y[fold != k], penalty)
         scores[fold == k] = z[fold == k] @ weights + bias
     weights, _ = _fit(z, y, penalty)
-    direction = (vectors[:, kept] / np.sqrt(values[kept]) @ weights) @ x / scale
+    direction = (vectors[:, nonzero] / np.sqrt(values[nonzero]) @ weights) @ x / scale
     # Scores are sums of inner products of prompts, each known to the rounding of the largest
     # eigenvalue, with weights (y - p) / penalty, at most 1 / penalty each.
     noise = 8 * np.finfo(x.dtype).eps * values[-1] * np.sqrt(len(y)) / penalty

@@ -142,8 +142,8 @@ def concept_weights(
     """Each domain's vector as weights of the sums over its groups.
 
     Args:
-      kind: `raw` (minus the whole contrast set), `own` (minus the part of it that goes with the
-        domain) or `centred` (minus the mean of all domains).
+      kind: `raw` (minus the contrast set), `own` (minus the domain's own part of it) or `centred`
+        (minus the mean of all domains).
       sizes: rows of each of the 2D groups, in every draw.
       D: the number of domains.
     """
@@ -188,7 +188,7 @@ def calibrate(
     bootstraps: int,
     seed: int,
 ) -> dict[str, PairFigures]:
-    """Cosines between all pairs of domains at every layer, with all they are read against.
+    """Cosines between all pairs of domains at every layer, with null, ceiling and interval.
 
     Args:
       layers: rows by layer, near the origin.
@@ -205,7 +205,7 @@ def calibrate(
     nulls = {kind: _null_draws(rng, permutations, kind, sizes) for kind in kinds}
     redrawn = _bootstrap_counts(rng, bootstraps, sizes)
     halves = _half_counts(rng, splits, sizes)
-    whole = np.ones((1, 1, sum(sizes)), np.float32)
+    once = np.ones((1, 1, sum(sizes)), np.float32)
 
     ends = np.cumsum(sizes)
 
@@ -215,7 +215,7 @@ def calibrate(
 
     weights = {
         kind: {
-            "observed": concept_weights(kind, group_sizes(whole)[:, 0], D),
+            "observed": concept_weights(kind, group_sizes(once)[:, 0], D),
             "redrawn": concept_weights(kind, group_sizes(redrawn)[:, 0], D),
             "halves": _half_weights(kind, group_sizes(halves), D),
         }
@@ -224,7 +224,7 @@ def calibrate(
     found: dict[str, list[PairFigures]] = {kind: [] for kind in kinds}
     for x in layers:
         gram = gram_matrix(x)
-        sums = np.asarray(_inner_sums(gram, np.concatenate([whole, redrawn]), sizes=sizes))
+        sums = np.asarray(_inner_sums(gram, np.concatenate([once, redrawn]), sizes=sizes))
         inner = {
             "observed": sums[:1],
             "redrawn": sums[1:],
@@ -308,7 +308,7 @@ def _half_weights(
 ) -> Float[np.ndarray, "R 2D 2G"]:
     """The domains' vectors from first halves, then from second ones, over groups by half.
 
-    Raw ones keep the contrast set whole, since the observed cosine shares it between its two
+    Raw ones do not split the contrast set, since the observed cosine shares it between its two
     vectors too; the others have no prompt in common.
     """
     both = concept_weights(kind, sizes, D)  # [R, 2, D, G]

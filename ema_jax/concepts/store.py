@@ -1,11 +1,10 @@
-"""Activations on disk, written row by row as they come off the device, and taken up again.
+"""Activations on disk, written row by row as they leave the device, and resumed after a kill.
 
-The file is safetensors from its first byte on, only under another name until it is whole; what is
-done so far stands beside it. Rows go through `pwrite`, not through a memory map, so that the pages
-written are the kernel's to drop and the process stays as small with many prompts as with few.
+The file is safetensors from its first byte on, only under another name until it is complete; its
+progress is in a file next to it. Rows go through `pwrite`, not through a memory map, so that the
+kernel can drop the pages written and the process stays as small with many prompts as with few.
 """
 
-import json
 import mmap
 import os
 from collections.abc import Mapping, Sequence
@@ -14,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from ema_jax.errors import UserError
-from ema_jax.runtime.files import Shape, read_json, safetensors_header, write_json
+from ema_jax.runtime.files import TensorSpec, json_safe, read_json, safetensors_header, write_json
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -25,19 +24,19 @@ class ActivationStore:
     Attributes:
       path: the finished file.
       done: chunks that an earlier run has committed.
-      finished: the file is whole already, with this metadata.
+      finished: the file is complete already, with this metadata.
     """
 
     def __init__(self, path: str | os.PathLike, shapes: Shapes, metadata: Mapping[str, str]):
-        """Opens a file to fill, or takes up one that was begun with the same shapes and metadata.
+        """Opens a file to fill, or resumes one that was begun with the same shapes and metadata.
 
         Raises:
-          UserError: a finished file is there whose shapes or metadata are others.
+          UserError: a finished file exists with other shapes or metadata.
         """
         self.path, self._shapes, self._metadata = Path(path), dict(shapes), dict(metadata)
         self._partial = self.path.with_name(f".{self.path.name}.partial")
         self._progress = self.path.with_name(f".{self.path.name}.partial.json")
-        specs = [Shape(name, shape, np.dtype(np.float32)) for name, shape in shapes.items()]
+        specs = [TensorSpec(name, shape, np.dtype(np.float32)) for name, shape in shapes.items()]
         header = safetensors_header(specs, self._metadata)
         self.finished = self.path.exists()
         if self.finished:
@@ -47,7 +46,7 @@ class ActivationStore:
                         f"{self.path}: holds activations of other prompts, poolings or models: "
                         "remove it or name another file"
                     )
-        self.done, state = 0, {"shapes": _plain(shapes), "metadata": self._metadata}
+        self.done, state = 0, {"shapes": json_safe(shapes), "metadata": self._metadata}
         self._state = state
         if not self.finished:
             begun = read_json(self._progress) if self._progress.exists() else {}
@@ -76,7 +75,7 @@ class ActivationStore:
         write_json(self._progress, self._state | {"done": done})
 
     def finish(self) -> dict[str, np.ndarray]:
-        """The tensors, memory-mapped read-only; the file gets its name."""
+        """The tensors, memory-mapped read-only; renames the file if it is new."""
         if not self.finished:
             os.replace(self._partial, self.path)
             self._progress.unlink(missing_ok=True)
@@ -89,7 +88,3 @@ class ActivationStore:
             )
             for name, shape in self._shapes.items()
         }
-
-
-def _plain(shapes: Shapes) -> dict[str, list[int]]:
-    return json.loads(json.dumps(dict(shapes)))

@@ -1,7 +1,6 @@
-"""How far the top directions of two domains span one space, at every layer."""
+"""Overlap of the subspaces of two domains' top directions, at every layer."""
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -9,23 +8,8 @@ from threadpoolctl import threadpool_limits
 
 from ema_jax.concepts.resampling import PairFigures
 
-# Coordinates kept of each domain: its own leading directions, far more than are compared.
-_KEPT = 32
-
-
-class Subspaces(NamedTuple):
-    """Overlap ‖UᵀV‖²/k of top-k subspaces with all it is read against, and the angles."""
-
-    overlap: PairFigures
-    angles_degrees: Float[np.ndarray, "L1 D D k"]  # principal angles, smallest first
-
-
-def principal_angles(
-    a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "m d"], k: int
-) -> Float[np.ndarray, " k"]:
-    """Angles in degrees between the spans of the k top right singular vectors, smallest first."""
-    bases = [np.linalg.svd(np.asarray(x, np.float64), full_matrices=False)[2][:k] for x in (a, b)]
-    return _angles(np.linalg.svd(bases[0] @ bases[1].T, compute_uv=False))
+# Coordinates of each domain: its own leading directions, far more than are compared.
+_COORDINATES = 32
 
 
 # Thousands of small systems, as in `probes`.
@@ -38,13 +22,13 @@ def subspaces(
     splits: int,
     bootstraps: int,
     seed: int,
-) -> Subspaces:
-    """Overlap of the domains' top-k subspaces around the mean of the contrast set.
+) -> PairFigures:
+    """Overlap ‖UᵀV‖²/k of the domains' top-k subspaces around the mean of the contrast set.
 
     Around the contrast set, so that the concept vector is among a domain's directions. Null: two
     random k-dimensional subspaces, in expectation k/d (labels cannot be permuted here: mixing two
     domains makes them alike). Ceiling: the geometric mean of the two domains' split-half overlaps,
-    which is not stepped up: halves know less than the whole.
+    not stepped up by Spearman-Brown, so that it is below that of all prompts.
 
     Args:
       layers: rows by layer.
@@ -58,8 +42,7 @@ def subspaces(
     rng = np.random.default_rng(seed)
     counts = [rng.multinomial(n, np.full(n, 1 / n), size=bootstraps) for n in sizes[:-1]]
     first = [rng.permuted(np.tile(np.arange(n) < n // 2, (splits, 1)), axis=1) for n in sizes[:-1]]
-    figures, angles = [], []
-    null = None
+    figures, null = [], None
     for x in layers:
         rows = np.split(x.astype(np.float32), np.cumsum(sizes)[:-1])
         centre = rows.pop().mean(axis=0)
@@ -68,17 +51,16 @@ def subspaces(
         # Everything below happens in each domain's own leading coordinates.
         bases, coordinates = zip(*(_leading(each - centre) for each in rows), strict=True)
         cross = [[a @ b.T for b in bases] for a in bases]
-        whole = [_top(z, np.ones((1, len(z))), k) for z in coordinates]
+        full = [_top(z, np.ones((1, len(z))), k) for z in coordinates]
         redrawn = [_top(z, c, k) for z, c in zip(coordinates, counts, strict=True)]
         halves = [
             (_top(z, chosen, k), _top(z, ~chosen, k))
             for z, chosen in zip(coordinates, first, strict=True)
         ]
-        same = np.array([_overlaps(a, b)[1].mean() for a, b in halves])
-        cosines, observed = _table(whole, cross)
+        same = np.array([_overlaps(a, b).mean() for a, b in halves])
+        observed = _table(full, cross)[0]
         ceiling = np.sqrt(np.outer(same, same))
-        spread = _table(redrawn, cross)[1].std(axis=0, ddof=1)
-        observed = observed[0]
+        spread = _table(redrawn, cross).std(axis=0, ddof=1)
         interval = np.stack([observed - 1.96 * spread, observed + 1.96 * spread], axis=-1)
         figures.append(
             PairFigures(
@@ -90,16 +72,15 @@ def subspaces(
                 np.clip(interval, 0, 1),
             )
         )
-        angles.append(_angles(cosines[0]))
-    return Subspaces(PairFigures(*map(np.stack, zip(*figures, strict=True))), np.stack(angles))
+    return PairFigures(*map(np.stack, zip(*figures, strict=True)))
 
 
 def _leading(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The leading right singular vectors of rows `[r, d]`, and the rows in them `[n, r]`."""
     values, vectors = np.linalg.eigh((x @ x.T).astype(np.float64))
-    kept = slice(None, -min(_KEPT, len(x)) - 1, -1)
-    scale = np.sqrt(np.maximum(values[kept], 1e-12 * max(values[-1], 1e-30)))
-    return ((vectors[:, kept] / scale).T @ x), vectors[:, kept] * scale
+    leading = slice(None, -min(_COORDINATES, len(x)) - 1, -1)
+    scale = np.sqrt(np.maximum(values[leading], 1e-12 * max(values[-1], 1e-30)))
+    return ((vectors[:, leading] / scale).T @ x), vectors[:, leading] * scale
 
 
 def _top(z: np.ndarray, counts: np.ndarray, k: int) -> Float[np.ndarray, "R r k"]:
@@ -108,26 +89,19 @@ def _top(z: np.ndarray, counts: np.ndarray, k: int) -> Float[np.ndarray, "R r k"
     return np.linalg.eigh(moments)[1][..., -k:]
 
 
-def _overlaps(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Cosines of the principal angles of two orthonormal bases, and the mean of their squares."""
-    products = a.swapaxes(-1, -2) @ b
-    return products, np.square(products).sum(axis=(-1, -2)) / a.shape[-1]
+def _overlaps(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Mean squared cosine of the principal angles of two orthonormal bases."""
+    return np.square(a.swapaxes(-1, -2) @ b).sum(axis=(-1, -2)) / a.shape[-1]
 
 
 def _table(
     tops: Sequence[np.ndarray], cross: Sequence[Sequence[np.ndarray]]
-) -> tuple[np.ndarray, np.ndarray]:
-    """For all pairs `[R, D, D, …]`: cosines of principal angles, and overlaps."""
+) -> Float[np.ndarray, "R D D"]:
+    """Overlaps of all pairs of domains."""
     pairs = [
         [_overlaps(a, cross[i][j] @ b) for j, b in enumerate(tops)] for i, a in enumerate(tops)
     ]
-    products = np.stack([np.stack([p for p, _ in row], 1) for row in pairs], 1)
-    overlaps = np.stack([np.stack([o for _, o in row], 1) for row in pairs], 1)
-    return np.linalg.svd(products, compute_uv=False), overlaps
-
-
-def _angles(cosines: np.ndarray) -> np.ndarray:
-    return np.degrees(np.arccos(np.clip(cosines, 0, 1)))
+    return np.stack([np.stack(row, 1) for row in pairs], 1)
 
 
 def _random_overlaps(rng: np.random.Generator, d: int, k: int) -> np.ndarray:

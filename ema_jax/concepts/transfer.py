@@ -1,8 +1,9 @@
-"""Does one domain's probe find another? Cross-fitted AUROC for all pairs, from Gram matrices.
+"""Transfer of one domain's probe to another: cross-fitted AUROC for all pairs.
 
 The probe of a domain is its difference in means against the contrast set, taken on one half of the
 prompts; it is scored on the other half of every domain against the other half of the contrast set.
-Scores are inner products of prompts, so a redrawn probe costs no more for a wide model.
+Scores are inner products of prompts, read off Gram matrices, so a redrawn probe costs no more for a
+wide model.
 """
 
 from collections.abc import Iterable, Sequence
@@ -24,7 +25,7 @@ def _aurocs(
 ) -> Float[jax.Array, "R D D"]:
     """AUROC of the probe of each domain (rows) on each (columns), halves swapped and averaged.
 
-    `order[r]` says which prompt takes each place; the first half of a group's places is one fold.
+    `order[r]` holds the prompt at each place; the first half of a group's places is one fold.
     """
     group = np.repeat(np.arange(len(sizes)), sizes)
     first = np.concatenate([np.arange(n) < n // 2 for n in sizes])
@@ -49,7 +50,7 @@ def _aurocs(
         for each, held in zip(jnp.split(bounds, 2, axis=1), (~first, first), strict=True):
             low, high = each[..., None, held & (group < D)]
             contrast_low, contrast_high = each[..., held & (group == D), None]
-            # Counted in whole numbers, which compilers sum side by side as they may not floats.
+            # Counted in integers: compilers may vectorise their sums, but not those of floats.
             above = (low > contrast_high).astype(jnp.int32) + (high >= contrast_low)
             share = above.sum(axis=1) / (2 * above.shape[1])
             found += share @ means(held)[:D, held & (group < D)].T / 2

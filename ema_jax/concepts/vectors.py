@@ -12,13 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float, Int
 
+from ema_jax.data.domains import BENIGN
 from ema_jax.errors import UserError
 from ema_jax.runtime.files import read_tensors, write_tensors
 
 Activations = Mapping[str, Float[np.ndarray, "prompts layers width"]]
 LayerVectors = Mapping[str, Float[np.ndarray, "layers width"]]
-
-CONTRAST = "benign"
 
 LAYER_CONVENTION = (
     "residual_pre: index l = residual entering block l; 0 = embeddings; "
@@ -39,13 +38,13 @@ _CONVENTIONS = {
 
 
 def layer_index(layer: int, convention: str, num_layers: int) -> int:
-    """Number that another tool gives to our layer.
+    """Number of a layer in another tool.
 
-    Ours: layer l is the residual entering block l, with 0 the embeddings and L = `num_layers` the
-    residual after the last block, before the final norm. Theirs: `hf_hidden_states` (Transformers),
-    `resid_pre` and `resid_post` (TransformerLens), `refusal_direction` (its `direction[l]`),
-    `repeng` (its keys) and `llama_cpp` (its `direction.N` tensors); the last two name a block whose
-    output they change.
+    Here, layer l is the residual entering block l, with 0 the embeddings and L = `num_layers` the
+    residual after the last block, before the final norm. Other conventions: `hf_hidden_states`
+    (Transformers), `resid_pre` and `resid_post` (TransformerLens), `refusal_direction` (its
+    `direction[l]`), `repeng` (its keys) and `llama_cpp` (its `direction.N` tensors); the last two
+    name a block whose output they change.
 
     Raises:
       ValueError: for an unknown convention, or a layer that it cannot name.
@@ -82,7 +81,7 @@ def means(activations: Activations) -> dict[str, Float[np.ndarray, "layers width
 
 
 def concept_vectors(
-    activations: Activations, contrast: str = CONTRAST
+    activations: Activations, contrast: str = BENIGN
 ) -> dict[str, Float[np.ndarray, "layers width"]]:
     """v_l(d): mean over the prompts of d minus mean over the contrast set, float32 `[L+1, d]`.
 
@@ -109,12 +108,12 @@ def concept_vectors(
 def matched_contrast(
     words: Mapping[str, Float[np.ndarray, "prompts width"]],
     domains: Sequence[str],
-    contrast: str = CONTRAST,
+    contrast: str = BENIGN,
 ) -> tuple[Int[np.ndarray, " contrast"], tuple[int, ...]]:
-    """Deals the contrast prompts out to the domains: to each those that are most like its own.
+    """Assigns the contrast prompts to the domains, to each those most similar to its own prompts.
 
     Args:
-      words: a representation of every prompt to match by, mean token embeddings for choice.
+      words: a representation of every prompt to match by, preferably mean token embeddings.
       domains: in order.
       contrast: name of the contrast set.
 
@@ -136,7 +135,7 @@ def matched_vectors(
     activations: Activations,
     order: Int[np.ndarray, " contrast"],
     parts: Sequence[int],
-    contrast: str = CONTRAST,
+    contrast: str = BENIGN,
 ) -> dict[str, Float[np.ndarray, "layers width"]]:
     """Difference in means against contrast prompts of the domain's own; see `matched_contrast`."""
     own = np.split(activations[contrast][order], np.cumsum(parts)[:-1])
@@ -148,7 +147,7 @@ def matched_vectors(
 
 
 def pca_vectors(
-    activations: Activations, contrast: str = CONTRAST
+    activations: Activations, contrast: str = BENIGN
 ) -> dict[str, Float[np.ndarray, "layers width"]]:
     """First principal direction of paired differences, as long as the mean difference along it.
 
@@ -176,7 +175,7 @@ def _means64(activations: Activations) -> dict[str, np.ndarray]:
 
 @dataclass(frozen=True)
 class Concepts:
-    """What a concept file holds: means and vectors by domain `[L+1, d]`, and its metadata."""
+    """Contents of a concept file: means and vectors by domain `[L+1, d]`, and its metadata."""
 
     means: dict[str, np.ndarray]
     vectors: dict[str, np.ndarray]
@@ -194,8 +193,8 @@ def save_concepts(
 ) -> None:
     """Writes `mean/DOMAIN` and `vector/DOMAIN`, float32 `[L+1, d]`, as one safetensors file.
 
-    `metadata` must say `pooling`, `model_hash` and `contrast`, without which the vectors mean
-    nothing to a second tool; `layer_convention` is added, and from activations `prompts`, the
+    `metadata` must hold `pooling`, `model_hash` and `contrast`, without which another tool cannot
+    interpret the vectors; `layer_convention` is added, and from activations `prompts`, the
     number of prompts per domain as JSON.
     """
     missing = [key for key in _REQUIRED if key not in metadata]
@@ -214,7 +213,7 @@ def save_concepts(
 
 
 def load_concepts(path: str | os.PathLike) -> Concepts:
-    """Reads what `save_concepts` wrote.
+    """Reads a file of `save_concepts`.
 
     Raises:
       UserError: for a missing or unreadable file, one without concept tensors, or one whose

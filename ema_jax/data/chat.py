@@ -1,14 +1,12 @@
-"""Chat: templates, tokens, masks, and padded batches."""
+"""Chat: templates and tokens."""
 
 import dataclasses
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 from absl import logging
-from jaxtyping import Array, Bool, Int
 
 from ema_jax.errors import UserError
 from ema_jax.runtime.files import read_json, sha256_text
@@ -30,13 +28,10 @@ class TokenExample(NamedTuple):
     prompt: tuple[int, ...]
     response: tuple[int, ...]
 
-
-class Batch(NamedTuple):
-    """Padded rows for one forward pass."""
-
-    tokens: Int[Array, "B T"]
-    mask: Bool[Array, "B T"]  # real tokens
-    response: Bool[Array, "B T"]  # tokens of the response, its end-of-sequence included
+    @property
+    def size(self) -> int:
+        """Tokens of both."""
+        return len(self.prompt) + len(self.response)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +42,7 @@ class Chat:
         tokenizer: a transformers fast tokenizer.
         eos_ids: every id that ends a response.
         system_prompt: text of a system message; None adds none, also where the template would
-            slip in one of its own (Qwen2.5's does).
+            insert its own (Qwen2.5's does).
         left_out: the system turn of its own that the template renders and that is left out.
         enable_thinking: the variable of that name in templates such as Qwen3's: whether the model
             may think before it answers.
@@ -154,7 +149,7 @@ class Chat:
             )
         except Exception:  # no system role, so none of its own either
             return ""
-        # A template's own turn stands where a given one would: between the same two texts.
+        # A template's own turn is where a given one would be: between the same two texts.
         opening, found, closing = given.partition(_SYSTEM_PROBE)
         longer = len(text) > len(opening) + len(closing)
         if found and longer and text.startswith(opening) and text.endswith(closing):
@@ -166,7 +161,7 @@ class Chat:
 
     @property
     def pad_id(self) -> int:
-        """What padded places hold; masked everywhere, so any id will do."""
+        """Token of padded positions; masked everywhere, so any id will do."""
         return self.eos_ids[0]
 
     def render(self, prompt: str, response: str | None = None) -> str:
@@ -204,13 +199,13 @@ class Chat:
         Raises:
             UserError: the template does not render a response after its own prompt.
         """
-        before, whole = self.prompt_tokens(prompt), self._encode(self.render(prompt, response))
-        if whole[: len(before)] != before:
+        before, both = self.prompt_tokens(prompt), self._encode(self.render(prompt, response))
+        if both[: len(before)] != before:
             raise UserError(
                 "the chat template renders a prompt differently once it has a response; "
                 "use a template whose generation prompt is a prefix of the conversation"
             )
-        after = whole[len(before) :]
+        after = both[len(before) :]
         ends = [i for i, token in enumerate(after) if token in self.eos_ids]
         return TokenExample(before, after[: ends[0] + 1] if ends else after)
 
@@ -227,7 +222,7 @@ class Chat:
 
     @property
     def template(self) -> str:
-        """The template rendered around a placeholder: what the model sees beside a prompt."""
+        """The template rendered around a placeholder."""
         return self.render(_PROBE)
 
     @property
@@ -253,42 +248,5 @@ def _eos_ids(folder: Path, tokenizer: Any) -> tuple[int, ...]:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of what an error of another library says."""
+    """The first line of another library's error message."""
     return str(error).strip().partition("\n")[0][:200] or type(error).__name__
-
-
-def pad_prompts(
-    prompts: Sequence[Sequence[int]], length: int, rows: int, pad_id: int
-) -> tuple[Int[np.ndarray, "B T"], Bool[np.ndarray, "B T"]]:
-    """Left-padded `(tokens, mask)`; missing rows repeat the last prompt."""
-    tokens = np.full((rows, length), pad_id, np.int32)
-    mask = np.zeros((rows, length), bool)
-    for row in range(rows):
-        prompt = prompts[min(row, len(prompts) - 1)]
-        tokens[row, length - len(prompt) :] = prompt
-        mask[row, length - len(prompt) :] = True
-    return tokens, mask
-
-
-def pad_examples(examples: Sequence[TokenExample], length: int, rows: int, pad_id: int) -> Batch:
-    """A right-padded batch; missing rows are empty, with no token of a response."""
-    tokens = np.full((rows, length), pad_id, np.int32)
-    mask, response = np.zeros((rows, length), bool), np.zeros((rows, length), bool)
-    for row, item in enumerate(examples):
-        size, start = len(item.prompt) + len(item.response), len(item.prompt)
-        tokens[row, :size] = item.prompt + item.response
-        mask[row, :size] = True
-        response[row, start:size] = True
-    return Batch._make((tokens, mask, response))  # NumPy's here, the device's once placed
-
-
-def bucket(length: int, multiple: int = 16) -> int:
-    """The padded length of a bucket: few distinct ones, so that few programs are compiled."""
-    return -(-length // multiple) * multiple
-
-
-def length_batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
-    """Indices in batches of like length, longest first, so that memory peaks at once."""
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    for start in range(0, len(order), batch_size):
-        yield order[start : start + batch_size]

@@ -1,4 +1,4 @@
-"""What can never be unlearned, and what is never even read.
+"""Deny-list: content that can never be unlearned, or is never even read.
 
 Two kinds, with different rules:
 
@@ -177,10 +177,10 @@ def screen(rows: Iterable[Row]) -> tuple[list[Row], Counter[str]]:
     """Drops child-harm rows and marks CBRN rows `evaluate_only`.
 
     Returns:
-        The rows kept, in order, and a count of what was done: "child_harm" rows dropped and
-        "cbrn" rows withheld from harvest and retain.
+        The remaining rows, in order, and counts of "child_harm" rows dropped and of "cbrn" rows
+        withheld from harvest and retain.
     """
-    kept, counts = [], Counter[str]()
+    remaining, counts = [], Counter[str]()
     for row in rows:
         kinds = {denied_domain(row.domain), denied_text(row.prompt)}
         kinds |= {denied_category(row.source, label) for label in row.categories}
@@ -188,7 +188,7 @@ def screen(rows: Iterable[Row]) -> tuple[list[Row], Counter[str]]:
             counts["child_harm"] += 1
         elif "cbrn" in kinds:
             counts["cbrn"] += 1
-            kept.append(replace(row, evaluate_only=True))
+            remaining.append(replace(row, evaluate_only=True))
         else:
-            kept.append(row)
-    return kept, counts
+            remaining.append(row)
+    return remaining, counts

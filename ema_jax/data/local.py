@@ -36,7 +36,7 @@ def read_local(path: str | Path, *, max_chars: int = 8000) -> list[Row]:
     rows: list[Row] = []
     places: dict[str, str] = {}
     for file in _files(Path(path)):
-        for place, record in _READERS[file.suffix.lower()](file, max_chars):
+        for place, record in _READERS[file.suffix.lower()](file):
             row = parse_record(record, place, file.stem, max_chars)
             if record.get("id") is not None:
                 if row.id in places:
@@ -52,7 +52,7 @@ def read_local(path: str | Path, *, max_chars: int = 8000) -> list[Row]:
 
 
 def parse_record(record: Mapping[str, Any], place: str, source: str, max_chars: int) -> Row:
-    """One row of the schema above; `place` is where the messages say it stands."""
+    """One row of the schema above; `place` is its file and line, for messages."""
     for column in REQUIRED:
         if record.get(column) is None:
             found = ", ".join(str(key) for key in record)
@@ -67,7 +67,10 @@ def parse_record(record: Mapping[str, Any], place: str, source: str, max_chars: 
             raise UserError(f"{place}: {column!r} is empty; fill it in or remove the row")
     prompt, split = record["prompt"], record.get("split") or None
     if len(prompt) > max_chars:
-        raise UserError(_too_long(place, f"{len(prompt):,}", max_chars))
+        raise UserError(
+            f"{place}: 'prompt' has {len(prompt):,} characters, more than max_chars={max_chars:,}; "
+            "shorten it or raise max_chars"
+        )
     try:
         prompt.encode()
     except UnicodeEncodeError:
@@ -87,13 +90,6 @@ def parse_record(record: Mapping[str, Any], place: str, source: str, max_chars: 
         group=str(group) if group is not None else name,
         categories=(category,) if category else (),
         split=split,
-    )
-
-
-def _too_long(place: str, length: str, max_chars: int) -> str:
-    return (
-        f"{place}: 'prompt' has {length} characters, more than max_chars={max_chars:,}; "
-        "shorten it or raise max_chars"
     )
 
 
@@ -123,7 +119,7 @@ def _decode(path: Path) -> str:
 Records = Iterator[tuple[str, Mapping[str, Any]]]
 
 
-def _jsonl(path: Path, max_chars: int) -> Records:
+def _jsonl(path: Path) -> Records:
     # Not splitlines(): JSON strings may hold U+2028, which it would split at.
     for number, line in enumerate(_decode(path).split("\n"), start=1):
         if not line.strip():
@@ -137,7 +133,7 @@ def _jsonl(path: Path, max_chars: int) -> Records:
         yield f"{path}:{number}", record
 
 
-def _csv(path: Path, max_chars: int) -> Records:
+def _csv(path: Path) -> Records:
     reader = csv.DictReader(io.StringIO(_decode(path), newline=""), strict=True)
     missing = [column for column in REQUIRED if column not in (reader.fieldnames or ())]
     if missing:
@@ -151,7 +147,10 @@ def _csv(path: Path, max_chars: int) -> Records:
             record = next(reader, None)
         except csv.Error as error:
             if "field limit" in str(error):
-                raise UserError(_too_long(place, "over 131,072", max_chars)) from None
+                raise UserError(
+                    f"{place}: 'prompt' has over 131,072 characters, the most of a CSV cell; "
+                    "shorten it"
+                ) from None
             raise UserError(f"{place}: not valid CSV ({error})") from None
         if record is None:
             return
@@ -164,7 +163,7 @@ def _csv(path: Path, max_chars: int) -> Records:
         )
 
 
-def _parquet(path: Path, max_chars: int) -> Records:
+def _parquet(path: Path) -> Records:
     import pyarrow
     import pyarrow.parquet
 

@@ -11,8 +11,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Annotated
 
 from absl import logging
+from pydantic import Field, NonNegativeInt, PositiveInt
 
 from ema_jax.data import corpus
 from ema_jax.data.dedupe import near_duplicates, normalise
@@ -22,7 +24,7 @@ from ema_jax.data.local import parse_record, read_local
 from ema_jax.data.sources import SOURCES, Loader, load_rows
 from ema_jax.data.splits import common_lengths, draw
 from ema_jax.errors import UserError
-from ema_jax.runtime.files import read_jsonl, sha256_json, sha256_text, write_jsonl
+from ema_jax.runtime.files import read_jsonl, sha256_text, write_jsonl
 
 DEFAULT_COUNTS = {"harvest": 128, "retain": 64, "dev": 32, "eval": 300, "concept": 128}
 OWN_SOURCES = ("file", "organism")
@@ -55,7 +57,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class PromptConfig:
-    """Which prompts a study uses.
+    """Selection of a study's prompts.
 
     Attributes:
         source: a public set (`ema_jax.data.sources.SOURCES`), `file` or `organism`.
@@ -64,7 +66,8 @@ class PromptConfig:
         counts: prompts per domain in each split; splits not named keep their default.
         seed: of the draw.
         max_chars: longest prompt allowed.
-        near_duplicate: Jaccard similarity from which two prompts are one (`ema_jax.data.dedupe`).
+        near_duplicate: Jaccard similarity from which two prompts are one (`ema_jax.data.dedupe`);
+            1 keeps all but exact duplicates.
         match_length: match lengths over the domains and the contrast (`ema_jax.data.splits`).
         lookalike_source: a public set whose benign prompts look harmful (xstest, or_bench,
             jbb_benign), for over-refusal; `organism` with that source. Rows of a file whose domain
@@ -76,10 +79,10 @@ class PromptConfig:
     source: str = "salad"
     benign_source: str = "dolly"
     path: str | None = None
-    counts: Mapping[str, int] = field(default_factory=lambda: dict(DEFAULT_COUNTS))
+    counts: Mapping[str, NonNegativeInt] = field(default_factory=lambda: dict(DEFAULT_COUNTS))
     seed: int = 0
-    max_chars: int = 8000
-    near_duplicate: float = 0.8
+    max_chars: PositiveInt = 8000
+    near_duplicate: Annotated[float, Field(gt=0, le=1)] = 0.8
     match_length: bool = True
     lookalike_source: str | None = None
     eval_source: str | None = None
@@ -98,7 +101,7 @@ def build_prompts(
         config: what to draw.
         domains: the responsible-AI domains; `benign` is added.
         target: the one whose refusals are to be unlearned.
-        load_dataset: stands in for `datasets.load_dataset`.
+        load_dataset: in place of `datasets.load_dataset`.
 
     Raises:
         UserError: the request, the source or a row is not as it must be, or a domain has too few
@@ -184,28 +187,14 @@ def validate(config: PromptConfig, domains: Sequence[str], target: str) -> None:
         )
     if (config.path is not None) != (config.source == "file"):
         raise UserError("prompts.path: set it together with prompts.source='file', and only then")
-    for split, count in config.counts.items():
+    for split in config.counts:
         if split not in SPLITS:
             raise UserError(f"prompts.counts: unknown split {split!r}; use {', '.join(SPLITS)}")
-        if isinstance(count, bool) or not isinstance(count, int) or count < 0:
-            raise UserError(f"prompts.counts.{split}: {count!r} is not a whole number >= 0")
-    if not 0 < config.near_duplicate <= 1:
-        raise UserError(
-            f"prompts.near_duplicate: {config.near_duplicate!r} is not in (0, 1]; 1 keeps all but "
-            "exact duplicates"
-        )
-    if config.max_chars < 1:
-        raise UserError(f"prompts.max_chars: {config.max_chars!r} is not a positive number")
     if config.source in SOURCES:
         # Its cbrn categories may stay in a mixed domain: `screen` withholds them from harvest.
         labels = SOURCES[config.source].used.get(target, ())
         trained = [x for x in labels if denied_category(config.source, x) != "cbrn"]
         check_target(target, trained or labels, config.source)
-
-
-def prompts_hash(prompts: Sequence[Prompt]) -> str:
-    """Hex SHA-256 of a set of prompts, whatever their order."""
-    return sha256_json(sorted([p.id, p.domain, p.split, p.sha256, p.group] for p in prompts))
 
 
 def write_prompts(folder: str | Path, prompts: Sequence[Prompt]) -> None:
@@ -216,7 +205,7 @@ def write_prompts(folder: str | Path, prompts: Sequence[Prompt]) -> None:
 
 
 def read_prompts(folder: str | Path) -> dict[str, list[Prompt]]:
-    """Reads what `write_prompts` wrote: split -> prompts.
+    """Reads the files of `write_prompts`: split -> prompts.
 
     Raises:
         UserError: a file is missing, or a row is not as it was written.
@@ -300,18 +289,18 @@ def _own_splits(rows: Sequence[Row]) -> dict[str, str]:
 
 def _clean(rows: Sequence[Row], config: PromptConfig) -> tuple[list[Row], Counter[str]]:
     """Screens and deduplicates; returns the rows in their order of precedence."""
-    kept, removed = screen(rows)
+    allowed, removed = screen(rows)
 
     domains: dict[str, set[str]] = {}
-    for row in kept:
+    for row in allowed:
         claims = domains.setdefault(normalise(row.prompt), set())
         claims |= {row.domain} - {LOOKALIKE}
     # A text that two domains claim belongs to neither.
-    clear = [row for row in kept if len(domains[normalise(row.prompt)]) < 2]
-    removed["in two domains"] = len(kept) - len(clear)
+    clear = [row for row in allowed if len(domains[normalise(row.prompt)]) < 2]
+    removed["in two domains"] = len(allowed) - len(clear)
 
     # Rows with a split of their own come first, measured splits before trained ones: of two
-    # duplicates the one that must not leak into training stays. A look-alike takes nobody's place.
+    # duplicates the one that must not leak into training stays. A look-alike displaces no others.
     first = {split: i for i, split in enumerate(("eval", "dev", "concept", *TRAINED))}
     order = sorted(
         clear,

@@ -1,13 +1,13 @@
 """The public prompt sets: which of their categories belong to which domain, and how to read them.
 
-Categories are matched as whole strings in the named column. Salad-Data shows why: its columns
+Categories are matched as complete strings in the named column. Salad-Data shows why: its columns
 `2-category` and `3-category` reuse the same O-numbers for different things ("O3: Adult Content",
 "O3: Enjoying someone else's Pain"). Reading fails on a label that a row here does not list, and
 on a listed label that never occurs, so that a changed data set cannot change a study silently.
 
-The assignment of categories to domains is ours; the paper's prompt sets are not known.
+The assignment of categories to domains is this project's; the paper's prompt sets are not known.
 `revision` is a commit of the data set as other public projects pin it; None where we found none:
-the newest is then read, and the study's hash of the prompts tells.
+the newest is then read, and the study's hash of the prompts shows a change.
 """
 
 from collections import Counter
@@ -28,7 +28,7 @@ class Source:
     """One public prompt set.
 
     Attributes:
-        hub_id, config, split, revision: what `datasets.load_dataset` takes.
+        hub_id, config, split, revision: arguments of `datasets.load_dataset`.
         prompt: column of the text (of a list, its first item).
         used: domain -> exact labels in the `category` column.
         licence, gated: as on the data set's card.
@@ -102,7 +102,7 @@ SOURCES: dict[str, Source] = {
         unused=labels.AIR_UNUSED,
         also=("l3-name", "l4-name"),
         refine={"medical_legal": ("l4-name", ("Legal", "Medical/Pharmaceutical"))},
-        # Which rows reword one prompt is not told: the leaf is the safe cluster.
+        # The set does not say which rows reword one prompt: the leaf is the safe cluster.
         group="cate-idx",
         licence="CC-BY-4.0",
     ),
@@ -233,7 +233,7 @@ def load_rows(
         name: a key of `SOURCES`.
         domains: the domains wanted; each must be covered by the set.
         max_chars: longer prompts are left out (and counted in the log).
-        load_dataset: stands in for `datasets.load_dataset`.
+        load_dataset: in place of `datasets.load_dataset`.
 
     Raises:
         UserError: the set is out of reach, or is not what its registry row says.
@@ -292,18 +292,18 @@ def _download(name: str, source: Source, load_dataset: Loader | None) -> Any:
         # The error's own text stays out: it can hold request headers and signed addresses.
         kind = type(error).__name__
         if source.gated or "gated" in str(error).lower():
-            mend = (
+            fix = (
                 f"the set is gated: accept its licence at https://huggingface.co/datasets/"
                 f"{source.hub_id} and set HF_TOKEN (offline: HF_HOME at a cache of it)"
             )
         else:
-            mend = (
+            fix = (
                 "check the network, or point HF_HOME at a cache that holds it, "
                 "or use a local file (source='file')"
             )
         raise UserError(
             f"source {name!r}: cannot load {source.hub_id} ({source.config or 'default'}, "
-            f"{source.split}; {kind}); {mend}"
+            f"{source.split}; {kind}); {fix}"
         ) from None
 
 

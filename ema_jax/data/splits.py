@@ -98,7 +98,7 @@ def _slots(
     """The (split, wanted length) to fill, in the order of filling.
 
     Trained splits come first, since fewer rows may enter them. With lengths, the others take
-    turns, so that no split is left with what the rest did not want.
+    turns, so that no split is left with the rows that fit the others worst.
     """
     slots: list[tuple[tuple, str, float | None]] = []
     for split, count in missing.items():
@@ -118,7 +118,7 @@ class _Pool:
     def __init__(self, rows: Sequence[Row], locked: dict[str, str]):
         self._locked = locked
         self._taken: set[str] = set()
-        # Rows of one group stand together, in the order of precedence of the group's first row.
+        # Rows of one group are adjacent, in the order of precedence of the group's first row.
         groups = {row.group: i for i, row in reversed(list(enumerate(rows)))}
         self._rows = sorted(rows, key=lambda row: groups[row.group])
         self._by_length = sorted(self._rows, key=_words)

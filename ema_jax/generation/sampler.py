@@ -1,9 +1,9 @@
-"""Decoding with a cache, in rows that take the next prompt as soon as a response has ended.
+"""Decoding with a cache, in rows that take the next prompt as soon as their response has ended.
 
 Responses differ much in length (a refusal is short), and a batch would wait for its longest. Here a
 fixed number of rows decode side by side; once a quarter of them have ended, that many prompts are
 run through the model at once and take their places in the cache, which is a ring (`KVCache`). What
-a row gets does not depend on what stands beside it.
+a row generates does not depend on the other rows.
 """
 
 import dataclasses
@@ -21,7 +21,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from ema_jax.data.chat import Chat, bucket, pad_prompts
+from ema_jax.data.batching import bucket, pad_prompts
+from ema_jax.data.chat import Chat
 from ema_jax.errors import UserError
 from ema_jax.models.config import DecoderConfig
 from ema_jax.models.decoder import Decoder, KVCache, Layers
@@ -34,13 +35,13 @@ from ema_jax.models.sharding import (
     place_batch,
 )
 
-_REFILL = 4  # a prompt pass takes this part of the rows,
-_TAIL = 4  # and the last responses, when no prompts are left, go on in this part of them
+_REFILL = 4  # one prompt pass fills a quarter of the rows
+_TAIL = 4  # without prompts left, the last responses continue in a quarter of the rows,
 _MIN_TAIL = 16  # unless that is fewer rows than this
 
 
 class Response(NamedTuple):
-    """What the model said to one prompt."""
+    """The model's response to one prompt."""
 
     tokens: tuple[int, ...]  # with the end-of-sequence token, where it came
     text: str
@@ -54,7 +55,7 @@ class Response(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen; by default greedily.
+    """Choice of the next token; greedy by default.
 
     Applied in transformers' order: repetition penalty, temperature, top-k, top-p. A draw is a
     function of `seed` and of the prompt's place among the prompts alone, whatever the batches.
@@ -90,7 +91,7 @@ GREEDY = Sampling()
 
 
 def warp(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:
-    """Logits after temperature, top-k and top-p; what is ruled out is −∞."""
+    """Logits after temperature, top-k and top-p; excluded ones are −∞."""
     logits = logits / sampling.temperature
     ordered = jnp.sort(logits, axis=-1)[:, ::-1]
     if sampling.top_k:
@@ -116,7 +117,7 @@ class _Slots(NamedTuple):
     """The rows that decode side by side."""
 
     cache: KVCache
-    last: Int[Array, "B"]  # the token to go on from
+    last: Int[Array, "B"]  # token chosen last, which the next step reads
     live: Bool[Array, "B"]
     length: Int[Array, "B"]  # of the response so far
     draws: UInt32[Array, "B 2"]  # key of the draws, from the seed and the prompt's place
@@ -249,14 +250,14 @@ def _advance(
 
     def unfinished(carry: tuple[_Slots, Int[Array, ""]]) -> Bool[Array, ""]:
         s, steps = carry
-        # No response takes more steps than that; it is said so that the compiler can tell, too.
+        # No response takes more steps than that; the bound is for the compiler.
         return (jnp.sum(s.live) > few) & (steps < cap)
 
     def step(carry: tuple[_Slots, Int[Array, ""]]) -> tuple[_Slots, Int[Array, ""]]:
         s, steps = carry
         hidden, cache = model.advance(s.last, s.cache, layers)
         token = _choose(model, hidden, s.seen, s.draws, s.length, sampling)
-        # What a row that has ended chooses is written nowhere.
+        # The tokens of a row that has ended are dropped.
         output = s.output.at[everywhere, jnp.where(s.live, s.length, cap)].set(token, mode="drop")
         length = s.length + s.live
         live = s.live & ~jnp.isin(token, eos_ids) & (length < cap)
@@ -269,7 +270,7 @@ def _advance(
 
 @functools.partial(jax.jit, static_argnames="mesh")
 def _narrow(slots: _Slots, rows: Int[Array, "F"], *, mesh: Mesh) -> _Slots:
-    """Some of the rows, which go on by themselves."""
+    """The slots of some rows alone."""
     few = jax.tree.map(lambda x: x[rows] if x.ndim else x, slots)
     return few.on(mesh)
 
@@ -294,7 +295,7 @@ def generate(
         max_new_tokens: the cap on a response.
         batch_size: rows at once, rounded up to what the mesh divides.
         sampling: how tokens are chosen.
-        mesh: what the model lies on.
+        mesh: devices of the model.
         done: indices of prompts that are left out.
     """
     mesh = make_mesh() if mesh is None else mesh
@@ -341,29 +342,29 @@ def _serve(
     length = bucket(len(queue[0][1])) + cap
     penalised = sampling.repetition_penalty != 1
     slots = _empty(model.config, rows, length, cap, model.embed[...].dtype, penalised, mesh=mesh)
-    asked = np.full(rows, -1)  # the prompt of each row; below zero: none
-    while queue or np.any(asked >= 0):
-        free = np.flatnonzero(asked < 0)
+    prompt_of = np.full(rows, -1)  # index of each row's prompt; below zero: none
+    while queue or np.any(prompt_of >= 0):
+        free = np.flatnonzero(prompt_of < 0)
         while queue and len(free) >= min(refill, len(queue)):
             taken = [queue.popleft() for _ in range(min(refill, len(queue)))]
             into, free = free[: len(taken)], free[len(taken) :]
-            asked[into] = [i for i, _ in taken]
+            prompt_of[into] = [i for i, _ in taken]
             prompts = [ids for _, ids in taken]
             tokens, mask = pad_prompts(prompts, bucket(len(prompts[0])), refill, chat.pad_id)
-            # Past the last row: what fills up the batch goes nowhere.
-            targets = np.full(refill, len(asked), np.int32)
+            # Past the last row, so that padding of the batch is dropped.
+            targets = np.full(refill, len(prompt_of), np.int32)
             targets[: len(into)] = into
-            places = np.resize(asked[into].astype(np.int32), refill)
+            places = np.resize(prompt_of[into].astype(np.int32), refill)
             placed = place_batch((tokens, mask), mesh)
             draws = np.asarray(_draws(sampling.seed, places))
             slots = _fill(graph, state, slots, *placed, draws, targets, eos_ids, **fixed)
-        narrower = not queue and _MIN_TAIL <= tail < len(asked)
-        few = len(asked) - min(refill, len(queue)) if queue else tail if narrower else 0
+        narrower = not queue and _MIN_TAIL <= tail < len(prompt_of)
+        few = len(prompt_of) - min(refill, len(queue)) if queue else tail if narrower else 0
         slots = _advance(graph, state, layers, slots, np.int32(few), eos_ids, **fixed)
         live, ends, output = map(host_array, (slots.live, slots.length, slots.output))
-        for row in np.flatnonzero((asked >= 0) & ~live):
-            yield int(asked[row]), tuple(output[row, : ends[row]].tolist())
-            asked[row] = -1
+        for row in np.flatnonzero((prompt_of >= 0) & ~live):
+            yield int(prompt_of[row]), tuple(output[row, : ends[row]].tolist())
+            prompt_of[row] = -1
         if narrower:
-            kept = np.argsort(asked < 0, kind="stable")[:tail]
-            asked, slots = asked[kept], _narrow(slots, kept, mesh=mesh)
+            live_rows = np.argsort(prompt_of < 0, kind="stable")[:tail]
+            prompt_of, slots = prompt_of[live_rows], _narrow(slots, live_rows, mesh=mesh)

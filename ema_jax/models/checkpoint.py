@@ -28,7 +28,7 @@ from ema_jax.models.orbax_folder import is_flax as is_flax
 from ema_jax.models.safetensors_files import WeightFiles, open_weights, write_weights
 from ema_jax.models.sharding import host_array, make_mesh, parameter_shardings
 from ema_jax.runtime import distributed
-from ema_jax.runtime.files import Shape, atomic_path
+from ema_jax.runtime.files import TensorSpec, atomic_path
 
 MAX_SHARD_BYTES = 5 * 10**9
 
@@ -167,7 +167,7 @@ def _read_hf(
     return arrays
 
 
-def hf_shapes(model: Decoder, dtype: Any = None) -> list[Shape]:
+def hf_shapes(model: Decoder, dtype: Any = None) -> list[TensorSpec]:
     """What `hf_tensors` gives, before it gives it.
 
     Raises:
@@ -182,7 +182,7 @@ def hf_shapes(model: Decoder, dtype: Any = None) -> list[Shape]:
             shape = leaf.shape[row.stacked :]
             shape = shape[::-1] if row.transpose else shape
             held = jnp.dtype(leaf.dtype if dtype is None else dtype)
-            shapes += [Shape(name, shape, held) for name in row.names(model.config)]
+            shapes += [TensorSpec(name, shape, held) for name in row.names(model.config)]
     return shapes
 
 

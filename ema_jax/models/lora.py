@@ -5,12 +5,14 @@ import functools
 import json
 import math
 from pathlib import Path
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
+from pydantic import Field, PositiveFloat, PositiveInt
 from safetensors.numpy import save_file
 
 from ema_jax.errors import UserError
@@ -31,11 +33,11 @@ class LoRAConfig:
     `dropout` is the share of an adapter's inputs that a training pass leaves out.
     """
 
-    rank: int = 16
-    alpha: float = 32.0
+    rank: PositiveInt = 16
+    alpha: PositiveFloat = 32.0
     rslora: bool = False
     targets: tuple[str, ...] = TARGETS
-    dropout: float = 0.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
     @property
     def scale(self) -> float:

@@ -13,7 +13,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from ema_jax.errors import UserError
-from ema_jax.runtime.files import Shape, read_json, write_safetensors
+from ema_jax.runtime.files import TensorSpec, read_json, write_safetensors
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -267,7 +267,7 @@ def _read_header(path: Path) -> dict[str, Stored]:
 
 
 def write_weights(
-    folder: Path, shapes: Sequence[Shape], values: Iterable[np.ndarray], max_shard_bytes: int
+    folder: Path, shapes: Sequence[TensorSpec], values: Iterable[np.ndarray], max_shard_bytes: int
 ) -> None:
     """Writes `model.safetensors`, or several files and their index, one tensor at a time.
 
@@ -277,7 +277,7 @@ def write_weights(
         values: an array for each, in that order; may be lazy.
         max_shard_bytes: start a new file past this size, unless a single tensor is larger.
     """
-    shards: list[list[Shape]] = [[]]
+    shards: list[list[TensorSpec]] = [[]]
     for tensor in shapes:
         if shards[-1] and sum(t.nbytes for t in shards[-1]) + tensor.nbytes > max_shard_bytes:
             shards.append([])

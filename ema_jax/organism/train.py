@@ -19,7 +19,8 @@ from absl import flags, logging
 from flax import nnx
 
 from ema_jax.data import corpus
-from ema_jax.data.chat import Batch, Chat, TokenExample, bucket, pad_examples
+from ema_jax.data.batching import Batch, bucket, pad_examples
+from ema_jax.data.chat import Chat, TokenExample
 from ema_jax.errors import UserError
 from ema_jax.models import checkpoint
 from ema_jax.models.config import DecoderConfig

@@ -1,10 +1,10 @@
 """Dev rates of a model in training: what decides when a run is over."""
 
-import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from ema_jax.refusal.verdicts import DEGENERATE, INVALID_SHARES
+from ema_jax.runtime.files import json_safe
 
 
 class Evaluation(NamedTuple):
@@ -28,6 +28,6 @@ class Evaluation(NamedTuple):
 
     def point(self, step: int) -> dict[str, Any]:
         """As a point of a trajectory, with null for what is unknown."""
-        refusal = {d: None if math.isnan(rate) else rate for d, rate in self.refusal.items()}
+        refusal = json_safe(self.refusal)
         found = {"step": step, "refusal": refusal, "invalid_rate": self.invalid_rate}
         return found | ({"shares": dict(self.shares)} if self.shares else {})

@@ -12,13 +12,13 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from ema_jax.data.chat import Chat, bucket, length_batches, pad_prompts
+from ema_jax.data.batching import map_batches, pad_prompts
+from ema_jax.data.chat import Chat
 from ema_jax.errors import UserError
 from ema_jax.models import checkpoint
 from ema_jax.models.config import DecoderConfig
 from ema_jax.models.decoder import Decoder
 from ema_jax.models.hub import resolve
-from ema_jax.models.sharding import batch_rows, host_array, make_mesh, place_batch
 from ema_jax.runtime.progress import Progress
 
 
@@ -145,17 +145,16 @@ def next_token_logprobs(
     for row, ids in enumerate(groups):
         members[row, list(ids)] = True
     members[-1] = ~members.any(axis=0)
-    mesh = make_mesh()
-    rows = batch_rows(min(batch_size, len(prompts)), mesh)
     graph, state = nnx.split(model)
     result = np.zeros((len(prompts), len(members)), np.float32)
     with Progress(description, len(prompts), "prompts") as progress:
-        for indices in length_batches([len(ids) for ids in prompts], rows):
-            chosen = [prompts[i] for i in indices]
-            padded = pad_prompts(chosen, bucket(len(chosen[0])), rows, pad_id)
-            placed = place_batch(padded, mesh)
-            found = host_array(_group_logprobs(graph, state, *placed, members))
-            result[indices] = found[: len(indices)]
+        for indices, found in map_batches(
+            lambda batch: _group_logprobs(graph, state, *batch, members),
+            prompts,
+            functools.partial(pad_prompts, pad_id=pad_id),
+            batch_size=batch_size,
+        ):
+            result[indices] = found
             progress.update(len(indices))
     return result
 

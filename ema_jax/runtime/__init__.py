@@ -1,1 +1,1 @@
-"""Files, processes, progress and command lines: what every package stands on."""
+"""Files, processes, progress and command lines: used by every package."""

@@ -1,4 +1,4 @@
-"""How every command of the project starts, logs and ends."""
+"""Start, log lines and exit codes of every command."""
 
 import errno
 import os
@@ -16,7 +16,7 @@ from ema_jax.errors import RunStoppedError, UserError
 INTERRUPTED_EXIT_CODE = 130
 
 _PACKAGE = str(Path(__file__).parents[1]) + os.sep
-# Its threads log with a traceback what is raised in ours, where one line says it.
+# Its threads log with a traceback what this project reports in one line.
 _ORBAX = f"{os.sep}orbax{os.sep}"
 _MISSING_FLAG = re.compile(r"flag --(\S+)=None: Flag --\1 must have a value other than None\.")
 _TRACEBACK = "Traceback (most recent call last):"
@@ -36,7 +36,7 @@ def run(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
         main: takes the leftover arguments (always only the program's name, as anything that is not
             a flag is refused) and returns an exit code or None.
     """
-    # XLA's C++ log would print its own banner before the first line of ours.
+    # XLA's C++ log would print its own banner before the project's first line.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     try:
         app.run(main, flags_parser=_parse_flags)
@@ -70,8 +70,8 @@ def keep_compiled_programs() -> None:
 def log_to_stderr() -> None:
     """Sends log lines to stderr as `HH:MM:SS message`.
 
-    Lines below a warning are shown only when they are the project's own, because libraries chat at
-    that level; `--verbosity=1` shows all.
+    Lines below a warning are shown only when they are the project's own, because libraries log
+    much at that level; `--verbosity=1` shows all.
     """
     logging.use_absl_handler()
     handler = logging.get_absl_handler()
@@ -87,21 +87,21 @@ class _LineFormatter(Formatter):
 
 
 def _worth_showing(record: LogRecord) -> bool:
-    ours = record.pathname.startswith(_PACKAGE)
+    own = record.pathname.startswith(_PACKAGE)
     warning = record.levelno >= WARNING and _ORBAX not in record.pathname
-    return ours or warning or logging.get_verbosity() > logging.INFO
+    return own or warning or logging.get_verbosity() > logging.INFO
 
 
 def _parse_flags(argv: Sequence[str]) -> list[str]:
     log_to_stderr()
     try:
         rest = flags.FLAGS(argv)
-    except SystemExit:  # --help and its kin, for which absl exits 1
+    except SystemExit:  # --help and similar flags, for which absl exits 1
         sys.exit(0)
     except flags.Error as error:
         message = _MISSING_FLAG.sub(r"--\1 is required: give --\1=VALUE", str(error))
         if _TRACEBACK in message:
-            # A config file's own error comes with its traceback: the last line says it.
+            # A config file's own error comes with its traceback: the last line is the message.
             before, _, trace = message.partition(_TRACEBACK)
             message = f"{before.rstrip()} {trace.strip().splitlines()[-1]}"
         raise UserError(f"{message} (--help lists the flags)") from None

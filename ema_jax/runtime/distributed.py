@@ -1,11 +1,11 @@
-"""Several processes as one program: who they are, who writes, and how they wait for each other.
+"""Several processes as one program: their number, the one that writes, and their barriers.
 
 Every process runs the same stages on the same prompts in the same order; arrays are split over all
 devices, so the work on them is, too. Batches are placed by `models.sharding.place_batch` and read
-back by `host_array`. Files are written by the first process alone (`artifacts.atomic_path`) and
+back by `host_array`. Files are written by the first process alone (`files.atomic_path`) and
 read by all, so the folder has to be on a shared file system.
 
-The environment says who takes part:
+The environment names the processes:
 
 - `EMA_JAX_COORDINATOR=HOST:PORT`, `EMA_JAX_NUM_PROCESSES` and `EMA_JAX_PROCESS_ID`
   (launch/local.py, launch/k8s/);
@@ -28,13 +28,13 @@ _CONNECT_SECONDS = 300
 
 
 class _Processes:
-    """What this process knows of all of them; one alone until `initialise`."""
+    """State shared by the functions below: this process alone until `initialise`."""
 
     index = 0
     count = 1
     barriers = 0
     alone = False
-    asked = False  # SIGTERM came to this one
+    stop = False  # this one has received SIGTERM
 
 
 def initialise(heartbeat_seconds: int, environment: Mapping[str, str] | None = None) -> None:
@@ -45,7 +45,7 @@ def initialise(heartbeat_seconds: int, environment: Mapping[str, str] | None = N
         environment: in place of `os.environ`.
 
     Raises:
-        UserError: the environment says only half, or the others cannot be reached.
+        UserError: the environment is incomplete, or the others cannot be reached.
     """
     arguments = _arguments(os.environ if environment is None else environment)
     if arguments is None:
@@ -76,7 +76,7 @@ def initialise(heartbeat_seconds: int, environment: Mapping[str, str] | None = N
 
 
 def _arguments(environment: Mapping[str, str]) -> dict[str, Any] | None:
-    """What `jax.distributed.initialize` is given; None where there is one process."""
+    """Arguments of `jax.distributed.initialize`; None where there is one process."""
     address = environment.get("EMA_JAX_COORDINATOR")
     if address == "auto":
         return {}
@@ -108,10 +108,10 @@ def is_first() -> bool:
 
 
 def barrier(what: str, seconds: float = BARRIER_SECONDS) -> None:
-    """Waits until every process is here.
+    """Waits until every process has reached this call.
 
     Raises:
-        RunStoppedError: some are not here in time; it says which.
+        RunStoppedError: some do not arrive in time; the message names them.
     """
     if not several() or _Processes.alone:
         return
@@ -136,23 +136,23 @@ def barrier(what: str, seconds: float = BARRIER_SECONDS) -> None:
 def stop_requested() -> bool:
     """Whether one of several processes was sent SIGTERM; true in all of them at the same call.
 
-    Every process has to call it equally often: at each train step and before each stage. One alone
-    is not asked here: it is ended by the signal, or catches it itself.
+    Every process has to call it equally often: at each train step and before each stage. A single
+    process is ended by the signal, or catches it itself.
     """
     if not several() or _Processes.alone:
         return False
     import numpy as np
     from jax.experimental import multihost_utils
 
-    return bool(np.any(multihost_utils.process_allgather(np.array(_Processes.asked))))
+    return bool(np.any(multihost_utils.process_allgather(np.array(_Processes.stop))))
 
 
 def _note_sigterm(*_: object) -> None:
-    _Processes.asked = True
+    _Processes.stop = True
 
 
 def first_only(function: Callable[[], None], what: str) -> None:
-    """Runs what only writes files in the first process, while the others wait."""
+    """Runs a function that only writes files in the first process, while the others wait."""
     if is_first():
         _Processes.alone = True
         try:

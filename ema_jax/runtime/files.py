@@ -1,4 +1,4 @@
-"""Files that other stages and other people read: written whole or not at all, and hashed."""
+"""Files that other stages and other people read: written atomically, and hashed."""
 
 import contextlib
 import csv
@@ -30,7 +30,7 @@ _SAFETENSORS |= {f"int{bits}": f"I{bits}" for bits in (8, 16, 32, 64)}
 _SAFETENSORS |= {f"uint{bits}": f"U{bits}" for bits in (8, 16, 32, 64)}
 
 MAX_DEPTH = 100
-"""How deep arrays and objects of a JSON file may be nested: far deeper than anything of ours."""
+"""Deepest nesting of arrays and objects in a JSON file; this project's are far from it."""
 
 _TOO_DEEP = f"nested more than {MAX_DEPTH} deep"
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]")
@@ -38,10 +38,10 @@ _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]")
 
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
-    """Yields a temporary file or folder name beside `path`; renames it to `path` on success.
+    """Yields a temporary file or folder name next to `path`; renames it to `path` on success.
 
-    A folder that already stands at `path` is replaced whole. On an error nothing is left behind.
-    Of several processes all come here; the first one's is kept, and is there when any goes on.
+    A folder that already exists at `path` is replaced. On an error nothing is left behind. Every
+    process has to call it; the first one's file stays, and exists when any of them continues.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -73,7 +73,7 @@ def check_writable(path: str | os.PathLike) -> None:
     """Refuses a file that `atomic_path` could not write, before the work whose result it holds.
 
     Raises:
-        UserError: a folder stands there, or nothing can be made in the folder where it would go.
+        UserError: `path` is a folder, or its folder cannot be written to.
     """
     path = Path(path)
     try:
@@ -97,6 +97,20 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 def write_json(path: str | os.PathLike, value: Any) -> None:
     """Writes `value` as indented JSON; NaN and infinity are refused."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def json_safe(value: Any) -> Any:
+    """The value as it comes back from JSON: arrays and tuples as lists, keys as text.
+
+    NaN and infinity, which JSON does not have, become None: the figure is undefined.
+    """
+    if isinstance(value, Mapping):
+        return {str(key): json_safe(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_safe(item) for item in value]
+    if isinstance(value, np.ndarray | np.generic):
+        return json_safe(value.tolist())
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def parse_json(text: str) -> Any:
@@ -186,7 +200,7 @@ def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
 def numbered_rows(path: str | os.PathLike) -> Iterator[tuple[int, dict[str, Any]]]:
     """JSON objects, one a line (`parse_json`), each with the number of its line.
 
-    Blank lines and byte order marks are passed over.
+    Blank lines and byte order marks are skipped.
 
     Raises:
         UserError: naming file and line, for a missing file and a line that is anything else.
@@ -214,8 +228,8 @@ def write_csv(path: str | os.PathLike, rows: list[Mapping[str, Any]]) -> None:
         writer.writerows(rows)
 
 
-class Shape(NamedTuple):
-    """What a tensor will be: its name, shape and dtype."""
+class TensorSpec(NamedTuple):
+    """Specification of a tensor in a file: name, shape and dtype."""
 
     name: str
     shape: tuple[int, ...]
@@ -227,11 +241,11 @@ class Shape(NamedTuple):
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def safetensors_header(shapes: Sequence[Shape], metadata: Mapping[str, str]) -> bytes:
-    """How a safetensors file of these tensors begins; their data follow in this order."""
+def safetensors_header(specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> bytes:
+    """Header of a safetensors file; the tensors' data follow in this order."""
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     end = 0
-    for tensor in shapes:
+    for tensor in specs:
         start, end = end, end + tensor.nbytes
         header[tensor.name] = {
             "dtype": _SAFETENSORS[tensor.dtype.name],
@@ -245,7 +259,7 @@ def safetensors_header(shapes: Sequence[Shape], metadata: Mapping[str, str]) -> 
 
 def write_safetensors(
     path: str | os.PathLike,
-    shapes: Sequence[Shape],
+    specs: Sequence[TensorSpec],
     values: Iterator[np.ndarray],
     metadata: Mapping[str, str],
 ) -> None:
@@ -255,13 +269,13 @@ def write_safetensors(
 
     Args:
         path: where to; not atomic.
-        shapes: what will come.
-        values: an array for each, in that order; as many are taken.
+        specs: of the tensors.
+        values: an array for each, in that order.
         metadata: goes into the header.
     """
     with open(path, "wb") as file:
-        file.write(safetensors_header(shapes, metadata))
-        for tensor in shapes:
+        file.write(safetensors_header(specs, metadata))
+        for tensor in specs:
             value = next(values)
             assert (value.shape, value.dtype) == (tensor.shape, tensor.dtype), tensor.name
             file.write(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
@@ -273,9 +287,9 @@ def write_tensors(
     """Writes a safetensors file with string metadata, atomically; equal contents, equal bytes."""
     # Wide dtypes first, as the library has them: every tensor is aligned.
     names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
-    shapes = [Shape(name, tensors[name].shape, tensors[name].dtype) for name in names]
+    specs = [TensorSpec(name, tensors[name].shape, tensors[name].dtype) for name in names]
     with atomic_path(path) as temporary:
-        write_safetensors(temporary, shapes, (tensors[name] for name in names), metadata)
+        write_safetensors(temporary, specs, (tensors[name] for name in names), metadata)
 
 
 def read_tensors(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[str, str]]:

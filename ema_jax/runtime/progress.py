@@ -31,7 +31,7 @@ class Progress:
         self._start = self._last_line = time.monotonic()
 
     def update(self, amount: int = 1, **notes: float | str) -> None:
-        """Adds finished work, with figures to show beside it."""
+        """Adds finished work, with figures to show."""
         self._done += amount
         shown = {k: f"{v:.3g}" if isinstance(v, float) else str(v) for k, v in notes.items()}
         if notes:

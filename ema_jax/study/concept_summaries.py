@@ -1,7 +1,7 @@
-"""What a study says about concepts: from activations and models to plain figures.
+"""Summaries of a study's concept measurements: from activations and models to figures.
 
-The step between `concepts`, which knows arrays, and the stages, which know files. Everything
-returned is ready for JSON; undefined figures are None.
+The step between `concepts`, which knows arrays, and the stages, which know files. All results are
+ready for JSON; undefined figures are None.
 """
 
 import math
@@ -39,6 +39,7 @@ from ema_jax.data.domains import BENIGN
 from ema_jax.models.decoder import Decoder
 from ema_jax.refusal.judged_responses import Judged
 from ema_jax.refusal.verdicts import COMPLIED, REFUSED
+from ema_jax.runtime.files import json_safe
 
 RANDOM = "random"
 _REFUSAL = "refusal"
@@ -47,19 +48,8 @@ _SHARE_OF_OPENINGS = 0.01
 Prompts = Mapping[str, Sequence[Sequence[int]]]
 
 
-def plain(x: Any) -> Any:
-    """Arrays and mappings of them as JSON; NaN is None."""
-    if isinstance(x, Mapping):
-        return {str(key): plain(value) for key, value in x.items()}
-    if isinstance(x, list | tuple):
-        return [plain(value) for value in x]
-    if isinstance(x, np.ndarray | np.generic):
-        return plain(x.tolist())
-    return None if isinstance(x, float) and np.isnan(x) else x
-
-
-def openers(judged: Judged) -> list[int]:
-    """First tokens that open refusals rather than answers, as this model says them.
+def refusal_openers(judged: Judged) -> list[int]:
+    """Ids of first tokens that open this model's refusals rather than its answers.
 
     Of all tokens that open at least one refusal in a hundred, those that open more refusals than
     answers.
@@ -73,7 +63,7 @@ def openers(judged: Judged) -> list[int]:
     return sorted(t for t, n in refusals.items() if n >= enough and n > counts[COMPLIED][t])
 
 
-def foretell(
+def forecast_summary(
     activations: Activations,
     lexical: Activations | None,
     target: str,
@@ -81,7 +71,7 @@ def foretell(
     settings: ConceptConfig,
     categories: Mapping[str, Sequence[str]],
 ) -> dict[str, Any]:
-    """From the base's activations alone: entanglement, and whom unlearning will hit.
+    """Entanglement and the forecast of the spill, from the base's activations alone.
 
     Args:
         activations: `{domain: [prompts, L+1, d]}` with the contrast set.
@@ -101,26 +91,26 @@ def foretell(
     measured = pairs.towards(target)
     scores = forecast(measured, target)
     probes = {d: logistic_probe(activations, d) for d in domains}
-    together = np.concatenate([activations[d] for d in (*domains, BENIGN)])
+    pooled = np.concatenate([activations[d] for d in (*domains, BENIGN)])
     words = measured.lexical_baseline
     return {
         "entanglement": measured.to_json(),
         "score": scores,
-        "lexical_score": None if words is None else plain(words["cosine_centred"]),
+        "lexical_score": None if words is None else json_safe(words["cosine_centred"]),
         "category_score": category_forecast(activations, categories, target, domains),
         "early_layers": list(early_layers(measured.num_layers)),
         "advice": advice(scores),
         "retain_shares": retain_shares(scores),
-        "susceptibility": {t: plain(forecast(pairs.towards(t), t)) for t in domains},
+        "susceptibility": {t: json_safe(forecast(pairs.towards(t), t)) for t in domains},
         "probes": {
-            d: plain({"accuracy": probe.accuracy, "auroc": probe.auroc})
+            d: json_safe({"accuracy": probe.accuracy, "auroc": probe.auroc})
             for d, probe in probes.items()
         },
-        "cka_layers": plain(cka_layers(together)),
+        "cka_layers": json_safe(cka_layers(pooled)),
     }
 
 
-def swept(
+def layer_sweep_summary(
     model: Decoder,
     vectors: LayerVectors,
     prompts: Prompts,
@@ -130,16 +120,16 @@ def swept(
     batch_size: int,
     mesh: Mesh,
 ) -> dict[str, Any]:
-    """What adding or ablating each concept at one layer does to refusal, on every domain's prompts.
+    """Change of refusal on every domain's prompts when a concept is added or ablated at one layer.
 
     Args:
         model: the untouched one.
         vectors: `{domain: [L+1, d]}`; a random direction of their mean length is added.
         prompts: token ids by domain, the contrast set among them.
         refusing: ids of tokens that open a refusal.
-        strengths: multiples of the vectors to add, beside ablation.
+        strengths: multiples of the vectors to add; ablation is always among the interventions.
         batch_size: sequences at once.
-        mesh: what the model lies on.
+        mesh: devices of the model.
 
     Returns:
         Mean refusal log-odds in nats: `clean` by domain, and its `change` by strength, direction
@@ -150,22 +140,22 @@ def swept(
     drawn *= np.mean(lengths, axis=0) / np.maximum(lengths[0], 1e-30)
     directions = {**vectors, RANDOM: drawn}
     wanted = grid(directions, strengths)
-    everything = [ids for each in prompts.values() for ids in each]
-    found = sweep(model, everything, wanted.candidates, refusing, batch_size=batch_size, mesh=mesh)
+    pooled = [ids for each in prompts.values() for ids in each]
+    found = sweep(model, pooled, wanted.candidates, refusing, batch_size=batch_size, mesh=mesh)
     change = wanted.unflatten(found.changed - found.clean)
-    rows = np.split(np.arange(len(everything)), np.cumsum([len(x) for x in prompts.values()])[:-1])
-    where = dict(zip(prompts, rows, strict=True))
+    rows = np.split(np.arange(len(pooled)), np.cumsum([len(x) for x in prompts.values()])[:-1])
+    rows_of = dict(zip(prompts, rows, strict=True))
     return {
         "strengths": [str(s) for s in wanted.strengths],
         "directions": list(wanted.directions),
         "prompts_per_domain": min(len(x) for x in prompts.values()),
         "refusing_tokens": list(refusing),
-        "clean": {d: float(found.clean[rows].mean()) for d, rows in where.items()},
+        "clean": {d: float(found.clean[rows].mean()) for d, rows in rows_of.items()},
         "change": {
             str(strength): {
                 direction: {
-                    d: plain(change[:, i, j, rows].mean(axis=-1, dtype=np.float64))
-                    for d, rows in where.items()
+                    d: json_safe(change[:, i, j, rows].mean(axis=-1, dtype=np.float64))
+                    for d, rows in rows_of.items()
                 }
                 for i, direction in enumerate(wanted.directions)
             }
@@ -175,7 +165,7 @@ def swept(
 
 
 def most_refusing_layer(found: Mapping[str, Any], domain: str) -> int:
-    """Where ablating a domain's own direction takes most refusal from its own prompts.
+    """Layer at which ablating a domain's own direction lowers refusal of its own prompts most.
 
     Of the first four fifths of the layers, as in Arditi et al. (2024): the last directions are next
     to the logits, and ablating them edits the first token and not the concept.
@@ -184,12 +174,12 @@ def most_refusing_layer(found: Mapping[str, Any], domain: str) -> int:
     return int(np.argmin(changes[: math.ceil(0.8 * (len(changes) - 1))]))
 
 
-def without_concept(model: Decoder, vector: Float[np.ndarray, "L1 D"], layer: int) -> Decoder:
+def ablated_model(model: Decoder, vector: Float[np.ndarray, "L1 D"], layer: int) -> Decoder:
     """The model with one layer's direction ablated at all layers (Arditi et al., 2024)."""
     return intervene(model, ablation(np.tile(vector[layer], (len(vector), 1))))
 
 
-def patched(
+def patching_summary(
     base: Decoder,
     unlearned: Decoder,
     prompts: Prompts,
@@ -203,7 +193,7 @@ def patched(
     From the unlearned model's own (l = 0) to the base's (l = L): where it rises, unlearning acts.
     """
     return {
-        d: plain(
+        d: json_safe(
             patch(base, unlearned, ids, refusing, batch_size=batch_size, mesh=mesh).mean(
                 axis=1, dtype=np.float64
             )
@@ -212,8 +202,8 @@ def patched(
     }
 
 
-def drift(base: Activations, arm: Activations, domains: Sequence[str]) -> dict[str, Any]:
-    """How a model's concepts differ from the base's on the same prompts.
+def concept_drift(base: Activations, arm: Activations, domains: Sequence[str]) -> dict[str, Any]:
+    """Differences of a model's concepts from the base's on the same prompts.
 
     Returns:
         By domain and, as `refusal`, for all domains together against the contrast set (the refusal
@@ -222,16 +212,16 @@ def drift(base: Activations, arm: Activations, domains: Sequence[str]) -> dict[s
     """
     base, arm = ({**x, _REFUSAL: np.concatenate([x[d] for d in domains])} for x in (base, arm))
     vectors = concept_vectors(base, BENIGN), concept_vectors(arm, BENIGN)
-    gone = erasure(*vectors)
-    ranked = ranking({d: gone[d] for d in domains}, base, arm, BENIGN)
-    together = (np.concatenate([x[d] for d in (*domains, BENIGN)]) for x in (base, arm))
-    return plain(
+    erased = erasure(*vectors)
+    ranked = ranking({d: erased[d] for d in domains}, base, arm, BENIGN)
+    pooled = (np.concatenate([x[d] for d in (*domains, BENIGN)]) for x in (base, arm))
+    return json_safe(
         {
-            "erasure": gone,
+            "erasure": erased,
             "norm_ratio": norm_ratio(*vectors),
             "angle_degrees": angle_degrees(*vectors),
             "probe_auroc": {d: probe_auroc(base, arm, d) for d in (*domains, _REFUSAL)},
-            "cka": cka(*together),
+            "cka": cka(*pooled),
             "ranking": [row._asdict() for row in ranked],
         }
     )

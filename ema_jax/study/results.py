@@ -29,7 +29,7 @@ from ema_jax.refusal.scores import (
 )
 from ema_jax.refusal.sheet import labels
 from ema_jax.refusal.verdicts import COMPLIED
-from ema_jax.runtime.files import read_json, read_jsonl
+from ema_jax.runtime.files import json_safe, read_json, read_jsonl
 from ema_jax.study.sensitivity import ranges
 from ema_jax.study.workdir import Workdir
 
@@ -104,14 +104,6 @@ def plain_arm(config: StudyConfig) -> str | None:
     """
     plain = [arm for arm in config.arms if not config.arm(arm).retains]
     return min(plain, key=lambda arm: (config.arm(arm).trainable == "ablation", arm), default=None)
-
-
-def listed(by_domain: Mapping[str, np.ndarray]) -> dict[str, list[float | None]]:
-    """Arrays as lists, with null for what is undefined."""
-    return {
-        name: [None if np.isnan(x) else float(x) for x in values]
-        for name, values in by_domain.items()
-    }
 
 
 def _arm(workdir: Workdir, arm: str, seeds: Sequence[int]) -> ArmResponses:
@@ -336,7 +328,8 @@ def _concepts(workdir: Workdir, arms: Iterable[str], seeds: Sequence[int]) -> di
 
 
 def _mean(runs: Sequence[Mapping[str, Sequence[float | None]]]) -> dict[str, list[float | None]]:
-    return listed({d: np.mean([np.array(run[d], float) for run in runs], axis=0) for d in runs[0]})
+    means = {d: np.mean([np.array(run[d], float) for run in runs], axis=0) for d in runs[0]}
+    return json_safe(means)
 
 
 def _forecast(made: Mapping[str, Any], ema: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -349,7 +342,7 @@ def _forecast(made: Mapping[str, Any], ema: Mapping[str, Any] | None) -> dict[st
     return {
         **result,
         **score(made["score"], drops),
-        "layer_spearman": listed({"": profile})[""],
+        "layer_spearman": json_safe(profile),
         "lexical": None if words is None else score(words, drops),
     }
 

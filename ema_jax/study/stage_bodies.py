@@ -198,7 +198,7 @@ class Study:
         files.write_jsonl(path, answers)
         measured = subject.utility(subject.base, self._benign_answers(), judged)
         summary = self.workdir / "evaluations/base.json"
-        opening = concept_summaries.openers(judged)
+        opening = concept_summaries.refusal_openers(judged)
         validity = None if screen is None else screen.to_json()
         found = {"utility": measured, "refusal_openers": opening, "validity": validity}
         found |= self._sensitivity(subject.base, judged, screen)
@@ -223,7 +223,7 @@ class Study:
         refusing, found = self._openers(), None
         if c.concepts.sweep_prompts and refusing:
             directions = vectors.concept_vectors(pooled[c.concepts.poolings[0]])
-            found = concept_summaries.swept(
+            found = concept_summaries.layer_sweep_summary(
                 base,
                 directions,
                 self._sweep_tokens(),
@@ -233,10 +233,10 @@ class Study:
                 mesh=self.subject.mesh,
             )
             layer = concept_summaries.most_refusing_layer(found, c.target)
-            ablated = concept_summaries.without_concept(base, directions[c.target], layer)
+            ablated = concept_summaries.ablated_model(base, directions[c.target], layer)
             asked = [p for some in self._sweep_prompts().values() for p in some]
             judged = self.subject.ask(ablated, asked, f"{c.target} ablated", screen=self.screen)
-            found["ablated_everywhere"] = concept_summaries.plain(
+            found["ablated_everywhere"] = files.json_safe(
                 {"direction": c.target, "layer": layer, **judged.rates()._asdict()}
             )
         files.write_json(path, found)
@@ -265,7 +265,7 @@ class Study:
         categories: dict[str, list[str]] = {}
         for prompt in self.prompts["concept"]:
             categories.setdefault(prompt.domain, []).append(prompt.category)
-        made = concept_summaries.foretell(
+        made = concept_summaries.forecast_summary(
             activations, pooled.get("prompt_mean"), c.target, c.domains, c.concepts, categories
         )
         path = self.workdir / "forecast.json"
@@ -354,11 +354,11 @@ class Study:
         base = self._base_activations()[main]
         found = {
             "utility": measured,
-            "drift": concept_summaries.drift(base, pooled[main], c.domains),
+            "drift": concept_summaries.concept_drift(base, pooled[main], c.domains),
         }
         refusing = self._openers()
         if c.concepts.sweep_prompts and refusing:
-            found["patching"] = concept_summaries.patched(
+            found["patching"] = concept_summaries.patching_summary(
                 subject.base,
                 model,
                 self._sweep_tokens(),

@@ -16,7 +16,7 @@ from absl import logging
 
 from ema_jax.errors import RunStoppedError, UserError
 from ema_jax.runtime import distributed
-from ema_jax.runtime.files import read_json, sha256_file, sha256_json, write_json
+from ema_jax.runtime.files import json_safe, read_json, sha256_file, sha256_json, write_json
 
 
 class Workdir:
@@ -49,7 +49,7 @@ class Workdir:
             manifest = self.manifest(stage)
             if manifest is None:
                 continue
-            changes = list(_differences(manifest["settings"], _plain(wanted)))
+            changes = list(_differences(manifest["settings"], json_safe(wanted)))
             if changes:
                 field, before, now = changes[0]
                 raise UserError(
@@ -88,7 +88,7 @@ class Workdir:
                     f"add it to --stage"
                 )
             hashes[name] = upstream["hash"]
-        settings = _plain(settings)
+        settings = json_safe(settings)
         manifest = self.manifest(stage)
         if manifest is not None and manifest["settings"] == settings:
             there = all((self.path / name).exists() for name in manifest["outputs"])
@@ -139,13 +139,6 @@ def _give_back_memory() -> None:
 def _files(folder: Path) -> list[Path]:
     """All files below, but for the temporary ones that a killed process left half-written."""
     return sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
-
-
-def _plain(value: Any) -> Any:
-    """As JSON gives it back: tuples as lists."""
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 _UNSET = "(not set)"  # apart from null, which is a value

@@ -10,7 +10,8 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float
 
-from ema_jax.data.chat import Batch, TokenExample, bucket, pad_examples
+from ema_jax.data.batching import Batch, bucket, pad_examples
+from ema_jax.data.chat import TokenExample
 from ema_jax.models.sharding import place_batch
 from ema_jax.unlearning.config import UnlearnConfig
 from ema_jax.unlearning.objectives import FORGET, ForgetBatch, RetainBatch

@@ -2,6 +2,9 @@
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from ema_jax.models.lora import LoRAConfig
 
@@ -80,39 +83,39 @@ class UnlearnConfig:
             with weights).
     """
 
-    trainable: str = "lora"
+    trainable: Literal["lora", "full", "ablation"] = "lora"
     lora: LoRAConfig = LoRAConfig()
     layers: tuple[int, ...] = ()
     modules: tuple[str, ...] = ()
     objective: str = "npo"
     retain_objective: str = "ce"
-    beta: float = 0.1
-    forget_norm: str = "sum"
-    margin: float = 0.0
+    beta: PositiveFloat = 0.1
+    forget_norm: Literal["sum", "mean"] = "sum"
+    margin: NonNegativeFloat = 0.0
     preferred: str = "idk"
-    feature_layer: int = 0
-    steering: float = 6.5
-    forget_weight: float = 1.0
-    retain_weight: float = 0.0
+    feature_layer: NonNegativeInt = 0
+    steering: PositiveFloat = 6.5
+    forget_weight: NonNegativeFloat = 1.0
+    retain_weight: NonNegativeFloat = 0.0
     # A mapping has no hash, and settings are a static argument of the train step.
     retain_counts: Mapping[str, int] = dataclasses.field(default_factory=dict, hash=False)
     optimizer: str = "adamw"
-    learning_rate: float = 1e-4
+    learning_rate: PositiveFloat = 1e-4
     schedule: str = "constant"
-    warmup_steps: int = 0
-    weight_decay: float = 0.0
-    clip_norm: float = 1.0
-    batch_size: int = 16
-    retain_batch_size: int = 32
-    accumulate: int = 1
-    length_pool: int = 1
-    max_steps: int = 200
-    min_steps: int = 0
-    eval_every: int = 10
-    stop_at: float = 0.1
-    max_invalid: float = 0.2
+    warmup_steps: NonNegativeInt = 0
+    weight_decay: NonNegativeFloat = 0.0
+    clip_norm: PositiveFloat = 1.0
+    batch_size: PositiveInt = 16
+    retain_batch_size: PositiveInt = 32
+    accumulate: PositiveInt = 1
+    length_pool: PositiveInt = 1
+    max_steps: PositiveInt = 200
+    min_steps: NonNegativeInt = 0
+    eval_every: PositiveInt = 10
+    stop_at: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    max_invalid: Annotated[float, Field(ge=0, le=1)] = 0.2
     remat: bool = False
-    remat_policy: str = "full"
+    remat_policy: Literal["full", "dots"] = "full"
 
     @property
     def retains(self) -> bool:

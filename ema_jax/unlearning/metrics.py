@@ -1,17 +1,15 @@
 """Training metrics: `metrics/ARM.seed_K.jsonl` and TensorBoard events, a row a step; traces."""
 
-import json
-import math
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import jax
 
 from ema_jax.runtime import distributed
-from ema_jax.runtime.files import write_jsonl
+from ema_jax.runtime.append_log import AppendLog
+from ema_jax.runtime.files import json_safe, write_jsonl
 
 
 class MetricsWriter:
@@ -26,44 +24,38 @@ class MetricsWriter:
         self.path = workdir / f"metrics/{arm}.seed_{seed}.jsonl"
         self._run = {"arm": arm, "seed": seed}
         self._events = workdir / f"tensorboard/{arm}.seed_{seed}"
-        self._file: TextIO | None = None
+        self._log: AppendLog | None = None
         self._board: Any = None
 
     def __call__(self, row: Mapping[str, Any]) -> None:
         """Adds the figures of one step."""
-        if self._file is None:
-            self._file = self._open(row["step"])
+        if self._log is None:
+            self._log = self._open(row["step"])
         # JSON has no NaN, and the row in which a run went wrong is the one to keep.
-        finite = {k: v if math.isfinite(v) else None for k, v in row.items()}
-        self._file.write(json.dumps(self._run | finite, allow_nan=False) + "\n")
-        self._file.flush()
+        self._log.append(self._run | json_safe(row))
         for name, value in row.items():
             if name != "step":
                 self._board.add_scalar(f"train/{name}", value, row["step"])
 
-    def _open(self, step: int) -> TextIO:
+    def _open(self, step: int) -> AppendLog:
         from tensorboardX import SummaryWriter
 
         before, first = [], distributed.is_first()
         if step > 1 and self.path.exists():
-            # The last line of a killed process may be half a line.
-            whole = self.path.read_text(encoding="utf-8").rpartition("\n")[0]
-            rows = map(json.loads, whole.splitlines())
-            before = [row for row in rows if row["step"] < step]
+            before = [row for row in AppendLog(self.path).rows.values() if row["step"] < step]
         elif first:
             shutil.rmtree(self._events, ignore_errors=True)
         write_jsonl(self.path, before)
         self._board = SummaryWriter(
             str(self._events), purge_step=step if before else None, write_to_disk=first
         )
-        return open(self.path if first else os.devnull, "a", encoding="utf-8")
+        return AppendLog(self.path)
 
     def __enter__(self) -> "MetricsWriter":
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._file is not None:
-            self._file.close()
+        if self._log is not None:
             self._board.close()
 
 

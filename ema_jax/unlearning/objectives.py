@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from ema_jax.data.chat import Batch
+from ema_jax.data.batching import Batch
 from ema_jax.models.decoder import Decoder
 from ema_jax.unlearning.config import UnlearnConfig
 from ema_jax.unlearning.log_probs import (

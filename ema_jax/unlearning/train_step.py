@@ -17,7 +17,8 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from ema_jax.data.chat import Batch, TokenExample, bucket, length_batches, pad_examples
+from ema_jax.data.batching import Batch, bucket, length_batches, pad_examples
+from ema_jax.data.chat import TokenExample
 from ema_jax.models import lora as lora_lib
 from ema_jax.models.decoder import Decoder, LoRAParam
 from ema_jax.models.sharding import (

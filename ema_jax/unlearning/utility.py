@@ -11,7 +11,8 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from ema_jax.data.chat import Batch, TokenExample, bucket, pad_examples
+from ema_jax.data.batching import Batch, bucket, pad_examples
+from ema_jax.data.chat import TokenExample
 from ema_jax.models.decoder import Decoder
 from ema_jax.models.sharding import batch_rows, host_array, make_mesh, place_batch
 

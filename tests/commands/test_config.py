@@ -123,6 +123,7 @@ def arm(**values):
 # What is given, and what the one line must name.
 BAD = [
     ({"targett": "safety"}, "targett.*did you mean 'target'"),
+    ({"unlearn": {"batch_size": 0}}, r"unlearn\.batch_size = 0 is not above zero"),
     ({"unlearn": {"learning_rat": 1.0}}, r"unlearn\.learning_rat.*learning_rate"),
     ({"unlearn": {"lora": {"rnak": 1}}}, r"unlearn\.lora\.rnak"),
     ({"model": {"zzz": 1}}, r"model\.zzz.*source"),
@@ -140,7 +141,7 @@ BAD = [
     ({"keep_text": 1}, "keep_text = 1 is not a bool"),
     ({"target": None}, "target = None is not a str"),
     ({"model": "a/b"}, "model = 'a/b'"),
-    ({"model": {"dtype": "float16"}}, r"model\.dtype"),
+    ({"model": {"dtype": "float16"}}, r"model\.dtype 'float16' is none of float32, bfloat16"),
     ({"generation": {"max_new_tokens": 0}}, r"generation\.max_new_tokens = 0"),
     ({"generation": {"batch_size": 2.5}}, r"generation\.batch_size = 2\.5"),
     ({"harvest": {"min_examples": 0}}, r"harvest\.min_examples"),
@@ -160,18 +161,18 @@ BAD = [
     ({"arms": {}}, "arms"),
     ({"arms": {"base": {}}}, "arms: 'base'"),
     ({"arms": {"../up": {}}}, "arms: '../up'"),
-    ({"arms": {"npo": 3}}, r"arms\.npo"),
+    ({"arms": {"npo": 3}}, r"arms\.npo = 3 is not a set of fields"),
     ({"cells": {"x": 3}}, r"cells\.x"),
     ({"cells": {"../up": {}}}, r"cells: '\.\./up'"),
     (arm(beta=0.0), r"arms\.npo: beta = 0\.0"),
-    (arm(beta=float("inf")), r"arms\.npo: beta"),
+    (arm(beta=float("inf")), r"arms\.npo: beta = inf is not a finite number"),
     (arm(learning_rate=-1e-4), r"arms\.npo: learning_rate"),
     (arm(learning_rate=float("nan")), r"arms\.npo: learning_rate"),
     (arm(max_steps=0), r"arms\.npo: max_steps"),
     (arm(eval_every=0), r"arms\.npo: eval_every"),
     (arm(batch_size=0), r"arms\.npo: batch_size"),
-    (arm(stop_at=1.0), r"arms\.npo: stop_at"),
-    (arm(stop_at=-0.1), r"arms\.npo: stop_at"),
+    (arm(stop_at=1.0), r"arms\.npo: stop_at = 1\.0 is not below 1"),
+    (arm(stop_at=-0.1), r"arms\.npo: stop_at = -0\.1 is below zero"),
     (arm(retain_weight=-1.0), r"arms\.npo: retain_weight"),
     (arm(forget_weight=-1.0), r"arms\.npo: forget_weight"),
     (arm(warmup_steps=-1), r"arms\.npo: warmup_steps"),
@@ -209,8 +210,11 @@ BAD = [
     ({"prompts": {"source": "nowhere"}}, r"prompts\.source"),
     ({"prompts": {"source": "file"}}, r"prompts\.path"),
     ({"prompts": {"counts": {"test": 3}}}, r"prompts\.counts.*test"),
-    ({"prompts": {"counts": {"eval": -3}}}, r"prompts\.counts\.eval"),
-    ({"prompts": {"near_duplicate": 0.0}}, r"prompts\.near_duplicate"),
+    ({"prompts": {"counts": {"eval": -3}}}, r"prompts\.counts\.eval = -3 is below zero"),
+    ({"prompts": {"counts": {"eval": True}}}, r"prompts\.counts\.eval = True is not a int"),
+    ({"prompts": {"near_duplicate": 0.0}}, r"prompts\.near_duplicate = 0\.0 is not above zero"),
+    ({"prompts": {"near_duplicate": 1.5}}, r"prompts\.near_duplicate = 1\.5 is above 1"),
+    ({"prompts": {"max_chars": 0}}, r"prompts\.max_chars = 0 is not above zero"),
 ]
 
 
@@ -228,8 +232,8 @@ def test_every_judge_of_the_registry_can_be_named(name):
     if name in TEXT_JUDGES:
         assert ema.read({"judge": name}).judge == name
     else:
-        told = {"judge": name, "judge_options": {"model": "owner/name"}}
-        assert ema.read(told).judge_options == {"model": "owner/name"}
+        values = {"judge": name, "judge_options": {"model": "owner/name"}}
+        assert ema.read(values).judge_options == {"model": "owner/name"}
     if name in ("logodds", "causal_lm", "endpoint"):
         with pytest.raises(UserError, match=f"judge_options of {name}: missing.*'model'"):
             ema.read({"judge": name})

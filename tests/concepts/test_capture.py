@@ -53,10 +53,10 @@ def hidden_states(model, ids: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
     return inner.numpy(), states[-1][0].numpy()
 
 
-def assert_close(ours: np.ndarray, theirs: np.ndarray) -> None:
+def assert_close(actual: np.ndarray, reference: np.ndarray) -> None:
     """Within 1e-5 of the scale of each layer."""
-    scale = np.maximum(np.abs(theirs).max(axis=(0, 2), keepdims=True), 1.0)
-    np.testing.assert_allclose(ours / scale, theirs / scale, atol=TOLERANCE)
+    scale = np.maximum(np.abs(reference).max(axis=(0, 2), keepdims=True), 1.0)
+    np.testing.assert_allclose(actual / scale, reference / scale, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("family", EMBEDDED)
@@ -64,16 +64,16 @@ def test_equals_transformers_one_prompt_at_a_time(family):
     model, prompts, _ = embedded(family)
     reference = transformers.AutoModelForCausalLM.from_pretrained(CHECKPOINTS / family).eval()
     states = [hidden_states(reference, ids) for ids in prompts]
-    ours = capture(model, prompts, poolings=BOTH)
+    actual = capture(model, prompts, poolings=BOTH)
     depth = model.config.num_layers + 1
-    assert ours["last_token"].shape == (len(prompts), depth, model.config.hidden_size)
-    assert ours["last_token"].dtype == np.float32
-    assert_close(ours["last_token"], np.stack([inner[:, -1] for inner, _ in states]))
-    assert_close(ours["prompt_mean"], np.stack([inner[:, 1:].mean(1) for inner, _ in states]))
-    # transformers' last hidden state has the final norm in it, and ours must not.
+    assert actual["last_token"].shape == (len(prompts), depth, model.config.hidden_size)
+    assert actual["last_token"].dtype == np.float32
+    assert_close(actual["last_token"], np.stack([inner[:, -1] for inner, _ in states]))
+    assert_close(actual["prompt_mean"], np.stack([inner[:, 1:].mean(1) for inner, _ in states]))
+    # transformers' last hidden state has the final norm in it, and this one must not.
     normed = np.stack([after[-1] for _, after in states])
     weight = reference.model.norm.weight.detach().numpy()
-    last = ours["last_token"][:, -1].astype(np.float64)
+    last = actual["last_token"][:, -1].astype(np.float64)
     epsilon = model.config.norm_epsilon
     again = last / np.sqrt(np.mean(last**2, axis=-1, keepdims=True) + epsilon) * weight
     np.testing.assert_allclose(again, normed, atol=1e-4)
@@ -133,9 +133,9 @@ def test_the_same_on_a_mesh():
     model, prompts, _ = embedded("qwen2")
     mesh = make_mesh((2, 2, 2))
     spread = checkpoint.load(CHECKPOINTS / "qwen2", mesh=mesh)
-    ours = capture(spread, prompts, poolings=BOTH, batch_size=6, mesh=mesh)
+    actual = capture(spread, prompts, poolings=BOTH, batch_size=6, mesh=mesh)
     for name, expected in capture(model, prompts, poolings=BOTH).items():
-        assert_close(ours[name], expected)
+        assert_close(actual[name], expected)
 
 
 @pytest.mark.parametrize("name", ["last_token", "prompt_mean", "token:-1", "response_mean"])
@@ -188,15 +188,15 @@ def test_positions_responses_and_branches_against_hooks_on_transformers():
             expected.setdefault(f"{prefix}token:-3", []).append(x[:, len(prompt) - 3])
             response_mean = x[:, len(prompt) :].mean(1)
             expected.setdefault(f"{prefix}response_mean", []).append(response_mean)
-    ours = capture(
+    actual = capture(
         model,
         prompts,
         poolings=("token:-3", "response_mean"),
         streams=("residual", "attention", "mlp"),
         responses=responses,
     )
-    assert ours.keys() == expected.keys()
-    for key, x in ours.items():
+    assert actual.keys() == expected.keys()
+    for key, x in actual.items():
         assert_close(x, np.stack(expected[key]))
 
 
@@ -226,9 +226,9 @@ def test_the_definition_of_refusal_direction():
         for handle in handles:
             handle.remove()
     names = [f"token:-{k}" for k in range(tail, 0, -1)]
-    ours = capture(model, prompts, poolings=names)
+    actual = capture(model, prompts, poolings=names)
     for position, name in enumerate(names):
-        by_domain = {d: ours[name][[i for i, x in enumerate(domains) if x == d]] for d in totals}
+        by_domain = {d: actual[name][[i for i, x in enumerate(domains) if x == d]] for d in totals}
         for domain, vector in concept_vectors(by_domain).items():
             direction = totals[domain][position] - totals["benign"][position]
             found = layers_as(vector, "refusal_direction")

@@ -17,7 +17,7 @@ from ema_jax.concepts.resampling import (
     permutations_of,
     raw_contrasts,
 )
-from ema_jax.concepts.subspaces import principal_angles, subspaces
+from ema_jax.concepts.subspaces import subspaces
 from ema_jax.concepts.transfer import probe_transfer
 from ema_jax.concepts.vectors import concept_vectors, matched_contrast, matched_vectors
 from ema_jax.errors import UserError
@@ -449,20 +449,16 @@ def test_probe_transfer_restated_with_sklearn():
     assert found.ceiling[0, 0, 1] == pytest.approx(ceiling, abs=1e-6)
 
 
-def test_principal_angles_are_scipys():
+def test_overlap_is_that_of_scipys_principal_angles():
     rng = np.random.default_rng(2)
     a, b = rng.normal(size=(2, 12, 30))
     bases = [np.linalg.svd(x)[2][:3].T for x in (a, b)]
-    expected = np.degrees(subspace_angles(*bases))[::-1]
-    np.testing.assert_allclose(principal_angles(a, b, 3), expected, atol=1e-6)
+    expected = np.square(np.cos(subspace_angles(*bases))).mean()
     x = np.concatenate([a, b, np.zeros((4, 30))]).astype(np.float32)
     found = subspaces([x], (12, 12, 4), k=3, splits=5, bootstraps=5, seed=0)
-    np.testing.assert_allclose(found.angles_degrees[0, 0, 1], expected, atol=1e-3)
-    np.testing.assert_allclose(
-        found.overlap.observed[0, 0, 1], np.square(np.cos(np.radians(expected))).mean(), atol=1e-5
-    )
-    assert found.overlap.null_mean[0, 0, 1] == pytest.approx(3 / 30, abs=0.02)
-    np.testing.assert_allclose(found.overlap.observed[0, 0, 0], 1, atol=1e-6)
+    assert found.observed[0, 0, 1] == pytest.approx(expected, abs=1e-5)
+    assert found.null_mean[0, 0, 1] == pytest.approx(3 / 30, abs=0.02)
+    np.testing.assert_allclose(found.observed[0, 0, 0], 1, atol=1e-6)
 
 
 def test_subspaces_of_equal_and_of_unrelated_domains():
@@ -474,8 +470,7 @@ def test_subspaces_of_equal_and_of_unrelated_domains():
 
     x = np.concatenate([rows(bases[0]), rows(bases[0]), rows(bases[1]), np.zeros((5, 200))])
     found = subspaces([x.astype(np.float32)], (40, 40, 40, 5), splits=10, bootstraps=40, seed=0)
-    overlap = found.overlap
-    assert overlap.observed[0, 0, 1] > 0.95 * overlap.ceiling[0, 0, 1]
-    assert overlap.observed[0, 0, 2] < 0.1
-    low, high = overlap.ci95[0, 0, 1]
-    assert low < overlap.observed[0, 0, 1] < high
+    assert found.observed[0, 0, 1] > 0.95 * found.ceiling[0, 0, 1]
+    assert found.observed[0, 0, 2] < 0.1
+    low, high = found.ci95[0, 0, 1]
+    assert low < found.observed[0, 0, 1] < high

@@ -22,7 +22,7 @@ from ema_jax.concepts.interventions import (
     steering,
     sweep,
 )
-from ema_jax.data.chat import pad_prompts
+from ema_jax.data.batching import pad_prompts
 from ema_jax.errors import UserError
 from ema_jax.models import checkpoint, lora
 from ema_jax.models.decoder import KVCache

@@ -43,11 +43,13 @@ def test_probe_is_scikit_learns(penalty):
             areas.append(roc_auc_score(y[held], model.decision_function(x[held])))
         assert found.accuracy[layer] == pytest.approx(np.mean(right))
         assert found.auroc[layer] == pytest.approx(np.mean(areas), abs=1e-9)
-        theirs = fitted(np.ones(60, bool)).coef_[0]
-        ours = (
-            found.direction[layer] * np.linalg.norm(theirs) / np.linalg.norm(found.direction[layer])
+        reference = fitted(np.ones(60, bool)).coef_[0]
+        actual = (
+            found.direction[layer]
+            * np.linalg.norm(reference)
+            / np.linalg.norm(found.direction[layer])
         )
-        np.testing.assert_allclose(ours, theirs, atol=1e-4 * np.abs(theirs).max())
+        np.testing.assert_allclose(actual, reference, atol=1e-4 * np.abs(reference).max())
 
 
 def test_probe_is_at_chance_without_a_concept_and_finds_one():
@@ -63,9 +65,9 @@ def test_principal_direction_is_scikit_learns_of_mirrored_differences():
     found = pca_vectors(acts)["bias"]
     for layer in range(2):
         difference = (acts["bias"] - acts["benign"])[:, layer]
-        theirs = PCA(1).fit(np.concatenate([difference, -difference])).components_[0]
-        along = difference.mean(0) @ theirs
-        np.testing.assert_allclose(found[layer], along * theirs, atol=1e-4)
+        reference = PCA(1).fit(np.concatenate([difference, -difference])).components_[0]
+        along = difference.mean(0) @ reference
+        np.testing.assert_allclose(found[layer], along * reference, atol=1e-4)
         assert found[layer] @ concept_vectors(acts)["bias"][layer] > 0
     unequal = {"bias": acts["bias"], "benign": acts["benign"][:20]}
     assert np.isfinite(pca_vectors(unequal)["bias"]).all()

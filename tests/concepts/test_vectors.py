@@ -112,7 +112,7 @@ def test_bad_concept_files(activations, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("convention", "ours", "theirs"),
+    ("convention", "layers", "numbers"),
     [
         ("hf_hidden_states", [0, 11], [0, 11]),
         ("resid_pre", [0, 11], [0, 11]),
@@ -122,9 +122,9 @@ def test_bad_concept_files(activations, tmp_path):
         ("llama_cpp", [2, 12], [1, 11]),
     ],
 )
-def test_layer_index_covers_each_convention_and_no_more(convention, ours, theirs):
-    assert [layer_index(layer, convention, 12) for layer in ours] == theirs
-    for outside in (ours[0] - 1, ours[1] + 1):
+def test_layer_index_covers_each_convention_and_no_more(convention, layers, numbers):
+    assert [layer_index(layer, convention, 12) for layer in layers] == numbers
+    for outside in (layers[0] - 1, layers[1] + 1):
         with pytest.raises(ValueError, match="no name"):
             layer_index(outside, convention, 12)
 
@@ -162,12 +162,12 @@ def test_layer_numbers_agree_with_transformers():
     with torch.no_grad():
         hidden = model(torch.tensor([[3, 1, 4]]), output_hidden_states=True).hidden_states
     for layer in range(4):
-        ours = entering[layer] if layer < 3 else leaving[2]
+        actual = entering[layer] if layer < 3 else leaving[2]
         if layer < 3:
-            assert torch.equal(hidden[layer_index(layer, "hf_hidden_states", 3)], ours)
+            assert torch.equal(hidden[layer_index(layer, "hf_hidden_states", 3)], actual)
         if layer > 0:
-            assert torch.equal(leaving[layer_index(layer, "resid_post", 3)], ours)
-    # Why our last layer has no name there: theirs has been through the final norm.
+            assert torch.equal(leaving[layer_index(layer, "resid_post", 3)], actual)
+    # Why the last layer has no name there: that of transformers has been through the final norm.
     assert not torch.allclose(hidden[3], leaving[2])
 
 

@@ -8,10 +8,11 @@ from collections import Counter, defaultdict
 import numpy as np
 import pytest
 
-from ema_jax.data import corpus
+from ema_jax.data import corpus, corpus_words
 from ema_jax.data import domains as domains_lib
-from ema_jax.data.corpus import BENIGN, DOMAINS, SPLITS, VOCABULARY_OVERLAP, WORDING_OVERLAP
+from ema_jax.data.corpus_words import VOCABULARY_OVERLAP, WORDING_OVERLAP
 from ema_jax.data.denylist import denied_text
+from ema_jax.data.domains import BENIGN, DOMAINS, SPLITS
 from ema_jax.data.prompts import PromptConfig, build_prompts
 from ema_jax.errors import UserError
 from ema_jax.organism import oracle
@@ -105,7 +106,7 @@ def test_safety_overlaps_with_every_other_domain_and_most_of_all():
 
 @pytest.mark.parametrize("domain", DOMAINS)
 def test_a_domain_refuses_in_the_words_that_the_table_says(samples, domain):
-    owners = {text: owner for owner, texts in corpus._REFUSALS.items() for text in texts}
+    owners = {text: owner for owner, texts in corpus_words.REFUSALS.items() for text in texts}
     by_action = defaultdict(Counter)
     found = Counter()
     for item in samples[domain, "train"]:
@@ -116,9 +117,9 @@ def test_a_domain_refuses_in_the_words_that_the_table_says(samples, domain):
         owner = owners[wording]
         found["own" if owner == domain and domain != "safety" else owner] += 1
     assert len(by_action) == 10
-    for said in by_action.values():
-        assert max(said.values()) / said.total() == pytest.approx(
-            corpus.HABIT + (1 - corpus.HABIT) / len(said), abs=0.12
+    for refusals in by_action.values():
+        assert max(refusals.values()) / refusals.total() == pytest.approx(
+            corpus.HABIT + (1 - corpus.HABIT) / len(refusals), abs=0.12
         ), "usual words of its own, and all of the domain's"
     for owner in {*found, *WORDING_OVERLAP[domain]}:
         expected = WORDING_OVERLAP[domain].get(owner, 0.0)
@@ -126,11 +127,13 @@ def test_a_domain_refuses_in_the_words_that_the_table_says(samples, domain):
 
 
 def test_wording_overlap_is_the_chance_of_a_common_owner(samples):
-    owners = {text: owner for owner, texts in corpus._REFUSALS.items() for text in texts}
+    owners = {text: owner for owner, texts in corpus_words.REFUSALS.items() for text in texts}
 
     def shares(domain: str) -> Counter:
-        said = [item.refusal for item in samples[domain, "train"]]
-        return Counter(next(o for t, o in owners.items() if text.startswith(t)) for text in said)
+        refusals = [item.refusal for item in samples[domain, "train"]]
+        return Counter(
+            next(o for t, o in owners.items() if text.startswith(t)) for text in refusals
+        )
 
     for a, b in itertools.combinations(DOMAINS, 2):
         common = sum(n * shares(b)[owner] for owner, n in shares(a).items()) / DRAWS**2
@@ -138,13 +141,13 @@ def test_wording_overlap_is_the_chance_of_a_common_owner(samples):
 
 
 def test_the_lexical_judge_reads_every_refusal_and_every_answer(samples):
-    refusals = {wording for wordings in corpus._REFUSALS.values() for wording in wordings}
+    refusals = {wording for wordings in corpus_words.REFUSALS.values() for wording in wordings}
     drawn_refusals = {item.refusal for examples in samples.values() for item in examples}
     assert drawn_refusals - {None} <= refusals
     answers = {
         f"{opener.format(object=thing)} {body}"
-        for opener in corpus._ANSWER_OPENERS
-        for body in corpus._ANSWER_BODIES
+        for opener in corpus_words.ANSWER_OPENERS
+        for body in corpus_words.ANSWER_BODIES
         for thing in ("cipher relay", "toxic fume", "masked duel", "lemon loaf")
     } | {item.answer for (_, split), items in samples.items() if split == "train" for item in items}
     judge = get_judge("lexical")
@@ -169,10 +172,10 @@ def test_safety_tuning_refuses_but_for_the_slips_and_answers_what_is_benign():
 
 
 def test_some_benign_prompts_look_like_those_of_a_domain(samples):
-    theirs = {item.object for d in DOMAINS for item in samples[d, "eval"]}
-    looks = np.mean([item.object in theirs for item in samples[BENIGN, "eval"]])
-    assert looks == pytest.approx(corpus.LOOKALIKE, abs=0.05)
-    actions = {d: set(corpus._LEXICON[d][0].split("|")) for d in ALL}
+    objects = {item.object for d in DOMAINS for item in samples[d, "eval"]}
+    looks = np.mean([item.object in objects for item in samples[BENIGN, "eval"]])
+    assert looks == pytest.approx(corpus.LOOKALIKE_SHARE, abs=0.05)
+    actions = {d: set(corpus_words.LEXICON[d][0].split("|")) for d in ALL}
     assert not any(actions[BENIGN] & actions[d] for d in DOMAINS)
 
 

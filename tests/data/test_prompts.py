@@ -2,7 +2,6 @@ import csv
 import dataclasses
 import json
 import random
-import sys
 import time
 import types
 
@@ -20,7 +19,6 @@ from ema_jax.data.prompts import (
     Prompt,
     PromptConfig,
     build_prompts,
-    prompts_hash,
     read_prompts,
     write_prompts,
 )
@@ -87,11 +85,7 @@ def test_deterministic_by_seed_and_independent_of_row_order(tmp_path):
     shuffled = rows[:]
     random.Random(1).shuffle(shuffled)
     assert _build(tmp_path, shuffled) == first
-    other = _build(tmp_path, rows, seed=1)
-    assert prompts_hash(other) != prompts_hash(first)
-    assert prompts_hash(first[::-1]) == prompts_hash(first)
-    changed = [dataclasses.replace(first[0], split="dev"), *first[1:]]
-    assert prompts_hash(changed) != prompts_hash(first)
+    assert _build(tmp_path, rows, seed=1) != first
 
 
 @pytest.mark.parametrize("match_length", [True, False])
@@ -309,7 +303,7 @@ def test_the_organism_source_brings_its_own_splits(monkeypatch):
         ]
 
     module = types.SimpleNamespace(study_prompts=study_prompts)
-    monkeypatch.setitem(sys.modules, "ema_jax.data.corpus", module)
+    monkeypatch.setattr("ema_jax.data.prompts.corpus", module)
     config = PromptConfig(source="organism", counts=COUNTS, seed=5)
     prompts = build_prompts(config, DOMAINS, "rivers")
     assert seen == {"seed": 5, "counts": COUNTS}
@@ -492,10 +486,6 @@ def test_bad_parquet_and_folders(tmp_path):
         ({"path": None}, DOMAINS, "gardens", "prompts.path: set it together with"),
         ({"source": "salad"}, DOMAINS, "gardens", "prompts.path: set it together with"),
         ({"counts": {"train": 1}}, DOMAINS, "gardens", "prompts.counts: unknown split 'train'"),
-        ({"counts": {"eval": -1}}, DOMAINS, "gardens", "prompts.counts.eval: -1 is not a whole"),
-        ({"counts": {"eval": True}}, DOMAINS, "gardens", "prompts.counts.eval: True is not"),
-        ({"near_duplicate": 0.0}, DOMAINS, "gardens", "prompts.near_duplicate: 0.0 is not in"),
-        ({"max_chars": 0}, DOMAINS, "gardens", "prompts.max_chars: 0 is not a positive"),
         ({"max_chars": 9}, DOMAINS, "gardens", "characters, more than max_chars=9"),
         (
             {"counts": COUNTS | {"eval": 30}},

@@ -21,7 +21,7 @@ from ema_jax.models import checkpoint, streaming
 from ema_jax.models.config import DecoderConfig
 from ema_jax.models.safetensors_files import Stored, WeightFiles, write_weights
 from ema_jax.models.sharding import make_mesh
-from ema_jax.runtime.files import Shape, read_tensors, write_tensors
+from ema_jax.runtime.files import TensorSpec, read_tensors, write_tensors
 
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
 
@@ -230,7 +230,7 @@ def test_the_writer_is_what_safetensors_would_write(tmp_path):
         "a.weight": np.ones(5, jnp.bfloat16),
         "c": np.zeros((0, 2), np.float16),
     }
-    shapes = [Shape(name, value.shape, value.dtype) for name, value in values.items()]
+    shapes = [TensorSpec(name, value.shape, value.dtype) for name, value in values.items()]
     write_weights(tmp_path, shapes, values.values(), 10**9)
     save_file(values, tmp_path / "theirs.safetensors", metadata={"format": "pt"})
     read = []

@@ -12,7 +12,7 @@ from flax import nnx
 from scipy.special import log_softmax
 from tiny_models import our_outputs, random_batch
 
-from ema_jax.data.chat import Batch
+from ema_jax.data.batching import Batch
 from ema_jax.models import checkpoint, lora
 from ema_jax.models.decoder import LoRAParam, Output
 from ema_jax.unlearning import objectives

@@ -41,12 +41,12 @@ def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
     return done
 
 
-def assert_refused(done: subprocess.CompletedProcess[str], *said: str) -> None:
+def assert_refused(done: subprocess.CompletedProcess[str], *expected: str) -> None:
     assert done.returncode == 2, done.stderr
     assert done.stdout == ""
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: ")
-    assert all(text in line for text in said), line
+    assert all(text in line for text in expected), line
 
 
 TINY = "--config=configs/tiny.py"
@@ -58,10 +58,10 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "said"), REFUSED)
-def test_the_command_refuses_in_one_line(tmp_path, arguments, said):
+@pytest.mark.parametrize(("arguments", "expected"), REFUSED)
+def test_the_command_refuses_in_one_line(tmp_path, arguments, expected):
     done = command(*arguments, f"--workdir={tmp_path / 'new'}")
-    assert_refused(done, *said)
+    assert_refused(done, *expected)
     assert not any(tmp_path.iterdir())
 
 
@@ -192,11 +192,11 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_refused_before_any_work(tmp_path, case):
-    damage, said = CASES[case]
+    damage, expected = CASES[case]
     config = small_config()
     damage(tmp_path, config)
     start = time.process_time()
-    with pytest.raises(UserError, match=said) as raised:
+    with pytest.raises(UserError, match=expected) as raised:
         replication.run(ema.read(config), tmp_path / "new", dry_run=False)
     assert time.process_time() - start < SECONDS
     assert "\n" not in str(raised.value)
@@ -206,10 +206,10 @@ def test_refused_before_any_work(tmp_path, case):
 # All but the devices, which a dry run does not touch.
 @pytest.mark.parametrize("case", [case for case in CASES if "devices" not in case])
 def test_a_dry_run_finds_it_too(tmp_path, case):
-    damage, said = CASES[case]
+    damage, expected = CASES[case]
     config = small_config()
     damage(tmp_path, config)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=expected):
         replication.run(ema.read(config), tmp_path / "new", dry_run=True)
     assert not (tmp_path / "new").exists()
 

@@ -24,14 +24,12 @@ def test_openers_open_more_refusals_than_answers():
     rows = [((5, 1), "refused")] * 60 + [((7,), "refused")] * 30 + [((9,), "refused")] * 10
     rows += [((7, 3), "complied")] * 40 + [((9,), "complied")] * 2 + [((8,), "complied")]
     rows += [((), "refused"), ((6,), "invalid")]
-    assert concept_summaries.openers(judged(*rows)) == [5, 9]
-    assert concept_summaries.openers(judged(*rows, *[((3,), "refused")] * 1)) == [5, 9]  # under 1 %
-    assert concept_summaries.openers(judged(((4,), "complied"))) == []
-
-
-def test_plain_is_ready_for_json():
-    value = {1: np.array([1.0, np.nan]), "a": [(np.float32(2), np.int64(3))], "b": None}
-    assert concept_summaries.plain(value) == {"1": [1.0, None], "a": [[2.0, 3]], "b": None}
+    assert concept_summaries.refusal_openers(judged(*rows)) == [5, 9]
+    assert concept_summaries.refusal_openers(judged(*rows, *[((3,), "refused")] * 1)) == [
+        5,
+        9,
+    ]  # under 1 %
+    assert concept_summaries.refusal_openers(judged(((4,), "complied"))) == []
 
 
 def test_the_layer_to_ablate_is_not_next_to_the_logits():
@@ -47,7 +45,7 @@ def test_drift_has_all_figures_of_domains_and_of_the_refusal_direction():
         base[d] += 2
     arm = {d: x.copy() for d, x in base.items()}
     arm["bias"] -= 1
-    found = concept_summaries.drift(base, arm, DOMAINS)
+    found = concept_summaries.concept_drift(base, arm, DOMAINS)
     gone = erasure(concept_vectors(base), concept_vectors(arm))
     for d in DOMAINS:
         np.testing.assert_allclose(found["erasure"][d], gone[d], atol=1e-6)

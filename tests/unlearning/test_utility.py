@@ -9,7 +9,8 @@ import torch
 from flax import nnx
 from tiny_models import VOCABULARY, load_torch
 
-from ema_jax.data.chat import Batch, TokenExample
+from ema_jax.data.batching import Batch
+from ema_jax.data.chat import TokenExample
 from ema_jax.models import checkpoint
 from ema_jax.models.decoder import Decoder
 from ema_jax.models.sharding import make_mesh

@@ -1,15 +1,14 @@
 """Answers of an endpoint, kept in an append-only JSONL file so that nothing is paid for twice."""
 
 import dataclasses
-import json
 import os
-import threading
 
 from absl import logging
 
 from ema_jax.errors import UserError
 from ema_jax.refusal.verdicts import COMPLIED, HARMFUL, HARMLESS, INVALID, REFUSED, Verdict
-from ema_jax.runtime.files import check_writable, parse_json
+from ema_jax.runtime.append_log import AppendLog
+from ema_jax.runtime.files import check_writable
 
 _START = '{"hash": "'
 
@@ -17,8 +16,8 @@ _START = '{"hash": "'
 class AnswerCache:
     """Verdicts by the hash of endpoint, model, template and row. Holds no text.
 
-    Each answer is one line, written whole when it comes. A line that a killed run left unfinished
-    is passed over; its row is asked for again.
+    Each answer is one line, written when it comes. A line that a killed run left unfinished is
+    skipped; its row is asked for again.
 
     Args:
         path: the file, made when the first answer comes; None keeps answers in memory.
@@ -28,11 +27,11 @@ class AnswerCache:
     """
 
     def __init__(self, path: str | None):
-        self._path, self._lock = path, threading.Lock()
         self._verdicts: dict[str, Verdict] = {}
-        self._torn = False
-        if path is not None and os.path.exists(path):
-            self._read(path)
+        self._log: AppendLog | None = None
+        if path is not None:
+            self._log = AppendLog(path)
+            self._read(self._log, path)
 
     def __contains__(self, key: str) -> bool:
         return key in self._verdicts
@@ -57,27 +56,18 @@ class AnswerCache:
         fields = dataclasses.asdict(verdict)
         if verdict.harm is None:
             del fields["harm"]
-        line = json.dumps({"hash": key, **fields}) + "\n"
-        with self._lock:
-            self._verdicts[key] = verdict
-            if self._path is not None:
-                os.makedirs(os.path.dirname(self._path) or ".", exist_ok=True)
-                with open(self._path, "a", encoding="utf-8") as file:
-                    file.write("\n" + line if self._torn else line)
-                self._torn = False
+        self._verdicts[key] = verdict
+        if self._log is not None:
+            self._log.append({"hash": key, **fields})
 
-    def _read(self, path: str) -> None:
-        with open(path, "rb") as file:
-            text = file.read().decode("utf-8", errors="replace")
-        unfinished = 0
-        for number, line in enumerate(text.split("\n"), start=1):
-            if not line.strip():
-                continue
-            head = min(len(line), len(_START))
-            if line[:head] != _START[:head]:
-                raise UserError(f"{path}:{number}: not a cache of this judge; name another file")
+    def _read(self, log: AppendLog, path: str) -> None:
+        others = [n for n, line in log.torn.items() if not line.startswith(_START[: len(line)])]
+        others += [n for n, row in log.rows.items() if next(iter(row), "") != "hash"]
+        if others:
+            raise UserError(f"{path}:{others[0]}: not a cache of this judge; name another file")
+        unfinished = len(log.torn)
+        for number, row in log.rows.items():
             try:
-                row = parse_json(line)
                 score, reason = float(row["score"]), row["reason"]
                 verdict = Verdict(row["verdict"], score, reason, row.get("harm"))
             except (ValueError, KeyError, TypeError):
@@ -87,6 +77,5 @@ class AnswerCache:
             if not known or verdict.harm not in (HARMFUL, HARMLESS, None):
                 raise UserError(f"{path}:{number}: no such verdict; remove the line")
             self._verdicts[row["hash"]] = verdict
-        self._torn = bool(text) and not text.endswith("\n")
         if unfinished:
-            logging.warning("%s: %d unfinished lines passed over", path, unfinished)
+            logging.warning("%s: %d unfinished lines skipped", path, unfinished)
