@@ -30,11 +30,13 @@ from ema_jax.data.chat import Chat, TokenExample
 from ema_jax.models import checkpoint, lora
 from ema_jax.models.sharding import make_mesh, place_batch
 from ema_jax.organism import CHECKPOINTS
+from ema_jax.refusal.evaluation import Evaluation
 from ema_jax.unlearning import train_step as steps
 from ema_jax.unlearning.batches import Data
 from ema_jax.unlearning.config import UnlearnConfig
+from ema_jax.unlearning.reference import reference_log_probs
 from ema_jax.unlearning.together import Member, unlearn_together
-from ema_jax.unlearning.trainer import Evaluation, reference_log_probs, unlearn
+from ema_jax.unlearning.trainer import unlearn
 
 BETA, RATE, LENGTH, ROWS = 0.1, 1e-4, 128, 8  # 8 forget + 8 retain rows: a batch of 16
 LORA = lora.LoRAConfig(rank=16, alpha=32.0)

@@ -26,6 +26,7 @@ from ema_jax.models.card import unlearned_card
 from ema_jax.models.config import DecoderConfig
 from ema_jax.models.decoder import Decoder
 from ema_jax.refusal import sheet
+from ema_jax.refusal.evaluation import Evaluation
 from ema_jax.refusal.judged_responses import Judged
 from ema_jax.refusal.screen import Screen
 from ema_jax.refusal.verdicts import COMPLIED
@@ -38,8 +39,9 @@ from ema_jax.study.workdir import Workdir
 from ema_jax.unlearning.ablation import ablate
 from ema_jax.unlearning.config import UnlearnConfig
 from ema_jax.unlearning.harvest import Harvested, harvest, harvest_yield
+from ema_jax.unlearning.reference import reference_log_probs
 from ema_jax.unlearning.run_checkpoints import Checkpoints
-from ema_jax.unlearning.trainer import Evaluation, Trained, check_arm, reference_log_probs
+from ema_jax.unlearning.trainer import Trained, check_arm
 
 STAGES = (
     "prompts",

@@ -16,8 +16,9 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from ema_jax.models.decoder import Decoder
+from ema_jax.refusal.evaluation import Evaluation
 from ema_jax.unlearning.config import UnlearnConfig
-from ema_jax.unlearning.trainer import Evaluation, Trained
+from ema_jax.unlearning.trainer import Trained
 
 # Directions of the last fifth of the layers are about the next word (their section 2.3).
 _DEPTH = 0.8

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int
 from ema_jax.errors import UserError
 from ema_jax.models.decoder import Decoder
 from ema_jax.models.sharding import BATCH, make_mesh
+from ema_jax.refusal.evaluation import Evaluation
 from ema_jax.runtime.progress import Progress
 from ema_jax.unlearning.batches import Data
 from ema_jax.unlearning.config import UnlearnConfig
@@ -28,7 +29,6 @@ from ema_jax.unlearning.optimizers import optimizer
 from ema_jax.unlearning.train_step import Trainee, assemble, split, update
 from ema_jax.unlearning.trainer import (
     Course,
-    Evaluation,
     Trained,
     check_arm,
     check_data,

@@ -23,32 +23,20 @@ from ema_jax.models.sharding import host_array, make_mesh, place_batch, validate
 from ema_jax.refusal.evaluation import Evaluation
 from ema_jax.refusal.verdicts import COMPLIED
 from ema_jax.runtime.progress import Progress
-from ema_jax.unlearning.batches import Data, batch_indices
+from ema_jax.unlearning.batches import Data
 from ema_jax.unlearning.config import UnlearnConfig
 from ema_jax.unlearning.metrics import Profile
 from ema_jax.unlearning.objectives import FORGET
+from ema_jax.unlearning.reference import reference_log_probs, response_log_probs
 from ema_jax.unlearning.run_checkpoints import Checkpoints, NonFiniteError, stop_requested
 from ema_jax.unlearning.throughput import flops_per_token, memory_gib, peak_flops
 from ema_jax.unlearning.train_step import (
     assemble,
     init_moments,
-    reference_log_probs,
-    response_log_probs,
-    select_trainable,
     split,
     train_step,
     trainable_part,
 )
-
-__all__ = [
-    "Evaluation",
-    "Trained",
-    "UnlearnConfig",
-    "batch_indices",
-    "reference_log_probs",
-    "select_trainable",
-    "unlearn",
-]
 
 # Forget examples and leading positions whose log-ratio is followed: NPO's drop hides in the first
 # tokens of a refusal, where the sum does not show it.

@@ -14,10 +14,13 @@ from flax import nnx
 from ema_jax.data.chat import TokenExample
 from ema_jax.models import checkpoint, lora
 from ema_jax.models.sharding import host_array, make_mesh
+from ema_jax.refusal.evaluation import Evaluation
 from ema_jax.runtime import cli, distributed
+from ema_jax.unlearning.config import UnlearnConfig
 from ema_jax.unlearning.metrics import MetricsWriter
+from ema_jax.unlearning.reference import reference_log_probs
 from ema_jax.unlearning.run_checkpoints import Checkpoints
-from ema_jax.unlearning.trainer import Evaluation, UnlearnConfig, reference_log_probs, unlearn
+from ema_jax.unlearning.trainer import unlearn
 
 STEPS = 24
 CONFIG = UnlearnConfig(

@@ -15,6 +15,7 @@ from tiny_models import our_outputs, random_batch
 from ema_jax.data.chat import Batch
 from ema_jax.models import checkpoint, lora
 from ema_jax.models.decoder import LoRAParam, Output
+from ema_jax.models.sharding import make_mesh
 from ema_jax.unlearning import objectives
 from ema_jax.unlearning import train_step as steps
 from ema_jax.unlearning.config import UnlearnConfig
@@ -347,7 +348,7 @@ def test_only_the_chosen_layers_and_modules_are_trained(models):
     base = models[1]
     config = dataclasses.replace(CONFIG, layers=(1, 1))
     trainee = steps.split(base, config, seed=0)
-    mesh = steps.make_mesh()
+    mesh = make_mesh()
     trainable = steps.trainable_part(trainee, config, mesh)
     assert {leaf.shape[0] for leaf in jax.tree.leaves(trainable)} == {1}
     moved = jax.tree.map(lambda x: x + 1.0, trainable)
@@ -382,7 +383,7 @@ def test_full_training_of_a_bfloat16_base_is_in_float32(tiny):
     base = checkpoint.load(tiny("mistral"), dtype=jnp.bfloat16)
     config = UnlearnConfig(trainable="full")
     trainee = steps.split(base, config, seed=0)
-    trainable = steps.trainable_part(trainee, config, steps.make_mesh())
+    trainable = steps.trainable_part(trainee, config, make_mesh())
     assert {leaf.dtype.name for leaf in jax.tree.leaves(trainable)} == {"float32"}
     model = steps.assemble(trainee, config, trainable)
     assert model.embed[...].dtype == jnp.bfloat16

@@ -10,13 +10,13 @@ from tiny_models import our_outputs, random_batch
 from ema_jax.data import corpus
 from ema_jax.errors import UserError
 from ema_jax.models import checkpoint
+from ema_jax.refusal.evaluation import Evaluation
 from ema_jax.refusal.judges import get_judge
 from ema_jax.refusal.verdicts import COMPLIED
 from ema_jax.unlearning.ablation import ablate, orthogonalise
 from ema_jax.unlearning.config import UnlearnConfig
 from ema_jax.unlearning.harvest import Harvested, retained
 from ema_jax.unlearning.preferred import IDK, preferred_responses
-from ema_jax.unlearning.trainer import Evaluation
 
 
 def test_the_corpus_answers_its_own_prompts():

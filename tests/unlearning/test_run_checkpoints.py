@@ -20,6 +20,7 @@ from ema_jax.errors import RunStoppedError
 from ema_jax.models import checkpoint
 from ema_jax.runtime.files import read_jsonl
 from ema_jax.unlearning import trainer
+from ema_jax.unlearning.batches import batch_indices
 from ema_jax.unlearning.run_checkpoints import NonFiniteError
 
 TIMED = ("tokens_per_second", "mfu", "memory_gib")
@@ -123,8 +124,8 @@ def test_what_is_not_finite_names_its_batch_and_keeps_the_last_good_state(
     with pytest.raises(NonFiniteError, match="gradient_norm is nan at step 7") as error:
         train(base, tmp_path, every=2)
     assert error.value.step == 7
-    assert error.value.forget == trainer.batch_indices(9, 8, 0, 6).tolist()
-    assert error.value.retain == trainer.batch_indices(11, 8, 1, 6).tolist()
+    assert error.value.forget == batch_indices(9, 8, 0, 6).tolist()
+    assert error.value.retain == batch_indices(11, 8, 1, 6).tolist()
     monkeypatch.undo()
     seen: list[int] = []
     trained = train(base, tmp_path, every=2, log=lambda row: seen.append(row["step"]))

@@ -17,11 +17,13 @@ from ema_jax.data.chat import TokenExample
 from ema_jax.errors import UserError
 from ema_jax.models import checkpoint, lora
 from ema_jax.models.sharding import make_mesh, place_batch, validate
+from ema_jax.refusal.evaluation import Evaluation
 from ema_jax.unlearning import log_probs, trainer
 from ema_jax.unlearning import train_step as steps
 from ema_jax.unlearning.batches import Data, batch_indices, size_of
 from ema_jax.unlearning.config import UnlearnConfig
 from ema_jax.unlearning.optimizers import optimizer, schedule
+from ema_jax.unlearning.reference import reference_log_probs
 from ema_jax.unlearning.throughput import flops_per_token, peak_flops
 
 CONFIG = UnlearnConfig(
@@ -159,7 +161,7 @@ def test_a_program_for_each_length(folder, shape, monkeypatch):
                 config,
                 seed=0,
                 target="t",
-                evaluate=lambda model: trainer.Evaluation({"t": 1.0}, 0.0),
+                evaluate=lambda model: Evaluation({"t": 1.0}, 0.0),
                 mesh=mesh,
                 log=log.append,
             )
@@ -168,9 +170,9 @@ def test_a_program_for_each_length(folder, shape, monkeypatch):
     assert not kept, "donated"
 
     chosen, retained = Data(forget, reference, RETAIN).indices(arm, 0, 0)
-    ratio = trainer.reference_log_probs(base, forget, 8, mesh).astype(np.float64) - reference
+    ratio = reference_log_probs(base, forget, 8, mesh).astype(np.float64) - reference
     number = sum(len(RETAIN[i].response) for i in retained)
-    entropy = -trainer.reference_log_probs(base, RETAIN, 8, mesh)[retained].sum() / number
+    entropy = -reference_log_probs(base, RETAIN, 8, mesh)[retained].sum() / number
     for config, log in zip(arms, rows, strict=True):
         npo = 2 / config.beta * np.logaddexp(0, config.beta * ratio[chosen]).mean()
         loss = config.forget_weight * npo + config.retain_weight * entropy

@@ -20,16 +20,14 @@ from ema_jax.errors import RunStoppedError
 from ema_jax.models import checkpoint, lora
 from ema_jax.models.sharding import make_mesh
 from ema_jax.organism import CHECKPOINTS
+from ema_jax.refusal.evaluation import Evaluation
 from ema_jax.runtime.files import read_jsonl
 from ema_jax.unlearning import trainer
+from ema_jax.unlearning.batches import batch_indices
+from ema_jax.unlearning.config import UnlearnConfig
 from ema_jax.unlearning.metrics import MetricsWriter
-from ema_jax.unlearning.trainer import (
-    Evaluation,
-    UnlearnConfig,
-    batch_indices,
-    reference_log_probs,
-    unlearn,
-)
+from ema_jax.unlearning.reference import reference_log_probs
+from ema_jax.unlearning.trainer import unlearn
 
 LORA = lora.LoRAConfig(rank=2, alpha=4.0)
 # Shared by as many tests as can: each other config compiles a step of its own.
