@@ -28,7 +28,7 @@ import transformers
 from ema_jax.data import corpus
 from ema_jax.data.chat import Chat, TokenExample
 from ema_jax.models import checkpoint, lora
-from ema_jax.models.sharding import make_mesh, place_batch
+from ema_jax.models.sharding import make_mesh
 from ema_jax.organism import CHECKPOINTS
 from ema_jax.refusal.evaluation import Evaluation
 from ema_jax.unlearning import train_step as steps
@@ -78,26 +78,13 @@ def ours(folder: Path, config: UnlearnConfig) -> Callable[[], float]:
     base, mesh = checkpoint.load(folder), make_mesh()
     forget, retain = examples(1), examples(2)
     data = Data(forget, reference_log_probs(base, forget, ROWS), retain, forget)
-    trainee = steps.split(base, config, 0)
-    state: list[Any] = [steps.trainable_part(trainee, config, mesh)]
-    state.append(steps.init_moments(config, state[0], mesh))
-    count = iter(range(10_000))
+    setup = steps.prepare(base, config, 0, mesh)
+    state, count = steps.init_state(setup), iter(range(10_000))
 
     def step() -> float:
-        i = next(count)
-        batch = place_batch(data.host_batch(config, 0, i), mesh)
-        state[0], state[1], metrics = steps.train_step(
-            trainee.graph,
-            config.program,
-            mesh,
-            config.numbers,
-            state[0],
-            trainee.whole,
-            trainee.frozen,
-            state[1],
-            *batch,
-            np.array([0, i], np.uint32),
-        )
+        nonlocal state
+        batch = data.host_batch(config, 0, next(count)).placed(mesh)
+        state, metrics = steps.train_step(setup, state, batch)
         return float(metrics["loss"])
 
     return step

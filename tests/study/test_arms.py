@@ -75,7 +75,7 @@ def test_an_orthogonalised_model_writes_nothing_along_the_direction(tiny):
     ("rates", "invalid", "layers", "best", "stopped"),
     [
         ([1, 0.5, 0.02, 0.3], [0, 0, 0, 0], (0, 2), 1, "target"),
-        ([1, 0.5, 0.0, 0.3], [0, 0, 0.9, 0], (0, 2), 2, "limit"),  # garble is no success
+        ([1, 0.5, 0.0, 0.3], [0, 0, 0.9, 0], (0, 2), 2, "limit"),  # degenerate output is no success
         ([1, 0.0, 0.0, 0.0], [0, 0.5, 0.4, 0.4], (0, 2), 0, "invalid"),
     ],
 )
@@ -88,7 +88,7 @@ def test_the_layer_that_leaves_the_fewest_refusals(tiny, rates, invalid, layers,
         rate, bad = next(given)
         return Evaluation({"t": float(rate)}, float(bad))
 
-    config = UnlearnConfig(trainable="ablation", layers=layers)
+    config = UnlearnConfig(trainable="ablation", layers=layers).ablation
     trained = ablate(base, directions, config, target="t", evaluate=evaluate)
     assert trained.stopped == stopped
     assert [point.get("layer") for point in trained.trajectory] == [None, 0, 1, 2]
