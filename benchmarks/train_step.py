@@ -1,4 +1,4 @@
-"""The train step beside transformers + PEFT, and many adapters beside one after another.
+"""The train step against transformers + PEFT, and many adapters against one after another.
 
 python benchmarks/train_step.py --part=step      # one decoder, the same losses, the same cores
 python benchmarks/train_step.py --part=together  # 8 adapters at once on the embedded model
@@ -174,10 +174,10 @@ def step_part(number: int, rounds: int) -> dict[str, Any]:
     }
 
 
-def summary(runs: list[dict[str, Any]], beside: list[dict[str, Any]]) -> dict[str, Any]:
-    """Quartiles over all steps, and how many times as fast as `beside` in each round."""
+def summary(runs: list[dict[str, Any]], baseline: list[dict[str, Any]]) -> dict[str, Any]:
+    """Quartiles over all steps, and how many times as fast as `baseline` in each round."""
     medians = [statistics.median(run["seconds"]) for run in runs]
-    others = [statistics.median(run["seconds"]) for run in beside]
+    others = [statistics.median(run["seconds"]) for run in baseline]
     seconds = np.quantile([x for run in runs for x in run["seconds"]], (0.25, 0.5, 0.75))
     means = {
         key: statistics.mean(r[key] for r in runs) for key in ("user", "system", "page_faults")

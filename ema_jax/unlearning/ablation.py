@@ -1,4 +1,4 @@
-"""Directional ablation: the baseline without training. The refusal direction is projected out.
+"""Directional ablation, the baseline without training: the refusal direction is projected out.
 
 arXiv 2406.11717: the difference in means between prompts that are refused and prompts that are
 not, at the last token, is a direction r; no weight may write along it any more (section 2.4,
@@ -58,7 +58,7 @@ def ablate(
         base: the untouched model.
         directions: the target's concept vector at every layer.
         arm: the candidate layers, and what counts as damaged.
-        target: the domain whose refusals should go.
+        target: the domain whose refusals are to be removed.
         evaluate: dev rates of a model.
 
     Returns:

@@ -93,7 +93,7 @@ class Data:
     Attributes:
         forget: refusals of the target domain.
         reference: log π_ref of each.
-        retain: what must not change.
+        retain: examples of the behaviour to keep.
         preferred: preferred responses to the forget prompts, one for each; for some objectives.
         preferred_reference: log π_ref of each of them.
     """

@@ -40,10 +40,10 @@ def reference_log_probs(
     """log π_ref of every response, summed over its tokens: the reference model as numbers.
 
     Args:
-        model: adapters on it are left out.
+        model: its adapters, if it has any, are left out.
         examples: prompts with responses.
         batch_size: rows at once.
-        mesh: what the model lies on.
+        mesh: the mesh that the model lies on.
         multiple: batches are padded to multiples of this; smaller ones pad less, compile more.
     """
     mesh = make_mesh() if mesh is None else mesh
@@ -62,7 +62,7 @@ def reference_log_probs(
 def response_log_probs(
     model: Decoder, examples: Sequence[TokenExample], positions: int, mesh: Mesh
 ) -> Float[np.ndarray, "N P"]:
-    """log π of each of the first tokens of every response; NaN after a response's end."""
+    """log π of each of the first `positions` tokens of every response; NaN after its end."""
     rows = batch_rows(len(examples), mesh)
     batch = pad_examples(examples, padded_length(examples), rows, 0)
     graph, state = nnx.split(model)

@@ -49,8 +49,7 @@ class Member(NamedTuple):
 
 @functools.partial(jax.jit, donate_argnames="state")
 def _step(setup: TrainSetup, state: TrainState, batch: StepBatch) -> tuple[TrainState, Metrics]:
-    """`update` of every run: each leaf is `[S, …]`, but those of `setup.frozen`, of which all share
-    one copy."""
+    """One step of S runs: leaves are `[S, …]`, but those of `setup.frozen`, which all share."""
 
     def one(
         initial: nnx.State, settings: Mapping[str, Any], state: TrainState, batch: StepBatch

@@ -66,7 +66,7 @@ class TrainSetup:
 
 
 class TrainState(NamedTuple):
-    """What a step changes; all of it is donated."""
+    """Everything that a step changes; all of it is donated."""
 
     trainable: nnx.State  # float32, of all layers or of `UnlearnConfig.layers`
     opt_state: optax.OptState
@@ -198,8 +198,8 @@ def train_step(
     """One step of one run.
 
     Args:
-        setup: what does not change; its arrays outlive the step.
-        state: what does; donated.
+        setup: everything that does not change; its arrays outlive the step.
+        state: everything that does; donated.
         batch: examples of the step, and its draw for dropout.
 
     Returns:

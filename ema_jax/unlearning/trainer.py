@@ -208,7 +208,7 @@ def unlearn(
     Args:
         base: the untouched model; its arrays are shared, not copied, under adapters.
         forget: refusals of the target domain.
-        retain: what must not change; unused where `config.retain_weight` is 0.
+        retain: examples of the behaviour to keep; unused where `config.retain_weight` is 0.
         reference: log π_ref of the forget responses (`reference_log_probs`).
         config: the arm.
         seed: of adapters and batches.
@@ -322,7 +322,7 @@ class Meter:
 class MetricsReader:
     """Reads the metrics of each step one step behind, so that the device never waits for the host.
 
-    What is read is logged, shown and checked, in the order of the steps.
+    Once read, they are logged, shown and checked, in the order of the steps.
     """
 
     def __init__(self, run: RunProgress, meter: Meter, bar: Progress, log: Log):

@@ -57,14 +57,14 @@ def utility(
     batch_size: int = 16,
     mesh: Mesh | None = None,
 ) -> dict[str, float]:
-    """Per response token on the base's own benign answers: NLL, and KL from the base.
+    """NLL and KL from the base per response token, on the base's own benign answers.
 
     Args:
         model: the one to measure.
         base: the untouched model.
         examples: benign prompts with the base's answers.
         batch_size: rows at once.
-        mesh: what the models lie on.
+        mesh: the mesh that the models lie on.
 
     Returns:
         `benign_nll` and `kl_to_base` = KL(base ‖ model), in nats a token.

@@ -46,7 +46,7 @@ def random_examples(number: int, seed: int) -> list[TokenExample]:
 
 
 def train(base, folder: Path, *, every: int = 1, log=None, config=CONFIG, mesh=None, **more):
-    """Trains, or goes on, and returns what `unlearn` does."""
+    """Trains, or resumes, and returns what `unlearn` does."""
     forget, retain = random_examples(9, 1), random_examples(11, 2)
     with (
         MetricsWriter(folder, "arm", 0) as metrics,

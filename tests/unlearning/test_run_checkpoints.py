@@ -171,8 +171,8 @@ def kill_and_resume(base: Path, folder: Path, steps: int, kills: int) -> dict:
         process.kill()
         process.communicate()
     process = worker(base, folder, steps)
-    _, said = process.communicate()
-    assert process.returncode == 0, said
+    _, stderr = process.communicate()
+    assert process.returncode == 0, stderr
     return dict(np.load(folder / "model.npz"))
 
 
@@ -198,12 +198,12 @@ def test_a_full_disk_stops_in_one_line_and_loses_nothing(base, tiny, whole, tmp_
     with pytest.raises(KilledError):
         train(base, tmp_path, every=4, log=dies_at(9), config=config)
     process = worker(tiny("qwen2"), tmp_path, STEPS, limit=16384)
-    _, said = process.communicate()
-    assert process.returncode == 3, said
-    lines = [line for line in said.splitlines() if line.startswith("stopped: ")]
-    assert len(lines) == 1, said
+    _, stderr = process.communicate()
+    assert process.returncode == 3, stderr
+    lines = [line for line in stderr.splitlines() if line.startswith("stopped: ")]
+    assert len(lines) == 1, stderr
     assert "could not be written" in lines[0]
-    assert "Traceback" not in said
+    assert "Traceback" not in stderr
     trained = train(base, tmp_path, every=4)
     assert_same_run(whole, tmp_path, trained)
 

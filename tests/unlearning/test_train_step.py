@@ -122,7 +122,7 @@ def compilations():
 
 @pytest.mark.parametrize("shape", [pytest.param((1, 1, 1), marks=pytest.mark.slow), (2, 2, 2)])
 def test_a_program_for_each_length(folder, shape, monkeypatch):
-    """In the loop itself: what a step gives back lies as what it took, so it is not compiled again.
+    """In the loop itself: what a step returns lies as what it took, so it is not compiled again.
 
     Nor is it for an arm with other numbers, which has the loss that NumPy gives for its own.
     """
@@ -177,16 +177,16 @@ def test_a_program_for_each_length(folder, shape, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("tensor", "batch", "said"),
+    ("tensor", "batch", "message"),
     [
         (8, 8, "tensor = 8 does not divide 4 heads and 2 key-value heads; use one of 1, 2"),
         (1, 6, r"batch_size = 6 does not divide .*data · fsdp = 8.*use 8"),
     ],
 )
-def test_what_does_not_divide_is_refused_with_a_fix(folder, tensor, batch, said):
+def test_what_does_not_divide_is_refused_with_a_fix(folder, tensor, batch, message):
     base = checkpoint.load(folder)
     mesh = make_mesh((8 // tensor, 1, tensor))
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         validate(base.config, mesh.shape, {"unlearn.batch_size": batch})
     validate(base.config, make_mesh((4, 1, 2)).shape, {"unlearn.batch_size": 8}, parts=2)
 
