@@ -1,4 +1,4 @@
-"""The train step compared with transformers + PEFT, and many adapters at once with one by one.
+"""The train step against transformers + PEFT, and many adapters against one after another.
 
 python benchmarks/train_step.py --part=step      # one decoder, the same losses, the same cores
 python benchmarks/train_step.py --part=together  # 8 adapters at once on the embedded model
@@ -28,13 +28,15 @@ import transformers
 from ema_jax.data import corpus
 from ema_jax.data.chat import Chat, TokenExample
 from ema_jax.models import checkpoint, lora
-from ema_jax.models.sharding import make_mesh, place_batch
+from ema_jax.models.sharding import make_mesh
 from ema_jax.organism import CHECKPOINTS
+from ema_jax.refusal.evaluation import Evaluation
 from ema_jax.unlearning import train_step as steps
 from ema_jax.unlearning.batches import Data
 from ema_jax.unlearning.config import UnlearnConfig
+from ema_jax.unlearning.reference import reference_log_probs
 from ema_jax.unlearning.together import Member, unlearn_together
-from ema_jax.unlearning.trainer import Evaluation, reference_log_probs, unlearn
+from ema_jax.unlearning.trainer import unlearn
 
 BETA, RATE, LENGTH, ROWS = 0.1, 1e-4, 128, 8  # 8 forget + 8 retain rows: a batch of 16
 LORA = lora.LoRAConfig(rank=16, alpha=32.0)
@@ -76,33 +78,20 @@ def ours(folder: Path, config: UnlearnConfig) -> Callable[[], float]:
     base, mesh = checkpoint.load(folder), make_mesh()
     forget, retain = examples(1), examples(2)
     data = Data(forget, reference_log_probs(base, forget, ROWS), retain, forget)
-    trainee = steps.split(base, config, 0)
-    state: list[Any] = [steps.trainable_part(trainee, config, mesh)]
-    state.append(steps.init_moments(config, state[0], mesh))
-    count = iter(range(10_000))
+    setup = steps.prepare(base, config, 0, mesh)
+    state, count = steps.init_state(setup), iter(range(10_000))
 
     def step() -> float:
-        i = next(count)
-        batch = place_batch(data.host_batch(config, 0, i), mesh)
-        state[0], state[1], metrics = steps.train_step(
-            trainee.graph,
-            config.program,
-            mesh,
-            config.numbers,
-            state[0],
-            trainee.whole,
-            trainee.frozen,
-            state[1],
-            *batch,
-            np.array([0, i], np.uint32),
-        )
+        nonlocal state
+        batch = data.host_batch(config, 0, next(count)).placed(mesh)
+        state, metrics = steps.train_step(setup, state, batch)
         return float(metrics["loss"])
 
     return step
 
 
 def theirs(folder: Path, *, live_reference: bool) -> Callable[[], float]:
-    """The same step in PyTorch; the reference precomputed, or by a forward pass each step."""
+    """The same step in PyTorch; the reference as numbers too, or by a forward pass each step."""
     base = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     settings = peft.LoraConfig(
         task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules=list(lora.TARGETS)
@@ -146,7 +135,7 @@ PROGRAMS: dict[str, Callable[[Path], Callable[[], float]]] = {
 
 
 def timed(step: Callable[[], float], number: int) -> dict[str, Any]:
-    """Seconds of each step after two warm-up steps; processor seconds and page faults per step."""
+    """Seconds of each step after two, and processor seconds and page faults a step."""
     first = step()
     step()
     seconds, before = [], resource.getrusage(resource.RUSAGE_SELF)
@@ -165,9 +154,9 @@ def timed(step: Callable[[], float], number: int) -> dict[str, Any]:
 
 
 def step_part(number: int, rounds: int) -> dict[str, Any]:
-    """Runs every program in a process of its own, in turn, for some rounds.
+    """Every program in a process of its own, in turn, some rounds of it.
 
-    In one process they slow each other down.
+    In one process they slow each other.
     """
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in PROGRAMS}
     with tempfile.TemporaryDirectory() as scratch:
@@ -185,10 +174,10 @@ def step_part(number: int, rounds: int) -> dict[str, Any]:
     }
 
 
-def summary(runs: list[dict[str, Any]], beside: list[dict[str, Any]]) -> dict[str, Any]:
-    """Quartiles over all steps, and how many times as fast as `beside` (PEFT) in each round."""
+def summary(runs: list[dict[str, Any]], baseline: list[dict[str, Any]]) -> dict[str, Any]:
+    """Quartiles over all steps, and how many times as fast as `baseline` in each round."""
     medians = [statistics.median(run["seconds"]) for run in runs]
-    others = [statistics.median(run["seconds"]) for run in beside]
+    others = [statistics.median(run["seconds"]) for run in baseline]
     seconds = np.quantile([x for run in runs for x in run["seconds"]], (0.25, 0.5, 0.75))
     means = {
         key: statistics.mean(r[key] for r in runs) for key in ("user", "system", "page_faults")
@@ -203,7 +192,7 @@ def summary(runs: list[dict[str, Any]], beside: list[dict[str, Any]]) -> dict[st
 
 
 def together_part(number: int, runs: int = 8) -> dict[str, Any]:
-    """Times adapters of `runs` seeds on the embedded model: at once, and one after the other."""
+    """Adapters of `runs` seeds on the embedded model: at once, and one after the other."""
     folder = CHECKPOINTS / "qwen2"
     chat, base = Chat.load(folder), checkpoint.load(folder)
     drawn = [item for item in corpus.training_examples(9, 1500) if item.refusal]

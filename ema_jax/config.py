@@ -191,8 +191,15 @@ class StudyConfig:
 
     def arm(self, name: str) -> UnlearnConfig:
         """The settings of one arm."""
-        merged = _merge(dataclasses.asdict(self.unlearn), self.arms[name])
-        return _build(UnlearnConfig, merged, f"arms.{name}")
+        return self._arms[name]
+
+    @functools.cached_property
+    def _arms(self) -> dict[str, UnlearnConfig]:
+        shared = dataclasses.asdict(self.unlearn)
+        return {
+            name: _build(UnlearnConfig, _merge(shared, own), f"arms.{name}")
+            for name, own in self.arms.items()
+        }
 
 
 def default() -> ConfigDict:

@@ -29,6 +29,7 @@ from ema_jax.generation.sampler import Sampling, generate
 from ema_jax.models import checkpoint, hub, lora
 from ema_jax.models.decoder import Decoder
 from ema_jax.models.sharding import make_mesh
+from ema_jax.unlearning.log_probs import map_chunks
 
 NAME = "ema_jax"
 _CHUNK = 32
@@ -40,27 +41,20 @@ _SAMPLING = ("temperature", "top_k", "top_p", "repetition_penalty")
 def _scores(
     graph: nnx.GraphDef, state: nnx.State, batch: Batch
 ) -> tuple[Float[Array, "B"], Bool[Array, "B"]]:
-    """Log-probability of every response, and whether it is the greedy one; time in chunks."""
+    """Log-probability of every response, and whether it is the greedy one."""
     model = nnx.merge(graph, state)
-    length = batch.tokens.shape[1] - 1
-    size = min(_CHUNK, length)
 
-    def padded(x: Array) -> Array:
-        return jnp.pad(x, ((0, 0), (0, -length % size), *((0, 0),) * (x.ndim - 2)))
+    def chunk(
+        hidden: Float[Array, "B C D"], targets: Int[Array, "B C"], response: Bool[Array, "B C"]
+    ) -> tuple[Float[Array, "B"], Bool[Array, "B"]]:
+        log_probs = jax.nn.log_softmax(model.logits(hidden))
+        chosen = jnp.take_along_axis(log_probs, targets[..., None], axis=-1)[..., 0]
+        greedy = jnp.argmax(log_probs, axis=-1) == targets
+        return jnp.sum(jnp.where(response, chosen, 0.0), 1), jnp.all(greedy | ~response, 1)
 
-    hidden = padded(model(batch.tokens, batch.mask).hidden[:, :-1])
-    targets, weights = padded(batch.tokens[:, 1:]), padded(batch.response[:, 1:])
-
-    def chunk(start: Int[Array, ""]) -> tuple[Float[Array, "B"], Bool[Array, "B"]]:
-        here, wanted, counted = (
-            jax.lax.dynamic_slice_in_dim(x, start, size, axis=1) for x in (hidden, targets, weights)
-        )
-        log_probs = jax.nn.log_softmax(model.logits(here))
-        chosen = jnp.take_along_axis(log_probs, wanted[..., None], axis=-1)[..., 0]
-        greedy = jnp.argmax(log_probs, axis=-1) == wanted
-        return jnp.sum(jnp.where(counted, chosen, 0.0), 1), jnp.all(greedy | ~counted, 1)
-
-    sums, greedy = jax.lax.map(chunk, jnp.arange(0, length, size))
+    hidden = model(batch.tokens, batch.mask).hidden[:, :-1]
+    arrays = (hidden, batch.tokens[:, 1:], batch.response[:, 1:])
+    sums, greedy = map_chunks(chunk, model.config.vocab_size, *arrays, longest=_CHUNK)
     return jnp.sum(sums, 0), jnp.all(greedy, 0)
 
 

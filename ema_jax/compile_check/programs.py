@@ -22,6 +22,7 @@ from ema_jax.models.config import DecoderConfig
 from ema_jax.models.decoder import Decoder
 from ema_jax.models.sharding import batch_rows, batch_sharding, parameter_shardings
 from ema_jax.unlearning import train_step as steps
+from ema_jax.unlearning.batches import StepBatch
 from ema_jax.unlearning.config import UnlearnConfig
 from ema_jax.unlearning.objectives import FORGET, ForgetBatch, RetainBatch
 from ema_jax.unlearning.optimizers import optimizer
@@ -112,9 +113,11 @@ def _train(work: Workload, mesh: Mesh) -> Any:
         return lora.attach(base, arm.lora, jax.random.key(0)) if arm.trainable == "lora" else base
 
     graph, *states = nnx.split(nnx.eval_shape(build), steps.select_trainable(arm), ...)
-    whole, frozen = (_placed(state, mesh) for state in states)
+    initial, frozen = (_placed(state, mesh) for state in states)
+    setup = steps.TrainSetup(graph, arm.program, mesh, initial, frozen, arm.traced_settings)
     trained = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), states[0])
-    moments = _placed(jax.eval_shape(optimizer(arm).init, trained), mesh)
+    opt_state = jax.eval_shape(optimizer(arm).init, trained)
+    state = steps.TrainState(_placed(trained, mesh), _placed(opt_state, mesh))
     rows, tokens = batch_rows(arm.batch_size, mesh), work.train_tokens
     reference = _rows((rows,), jnp.float32, mesh)
     forget = ForgetBatch(_batch(rows, tokens, mesh), reference)
@@ -123,10 +126,8 @@ def _train(work: Workload, mesh: Mesh) -> Any:
     retain = None
     if arm.retains:
         retain = RetainBatch(_batch(batch_rows(arm.retain_batch_size, mesh), tokens, mesh))
-    draw = jax.ShapeDtypeStruct((2,), jnp.uint32)
-    held = (_placed(trained, mesh), whole, frozen, moments)
-    static = (graph, arm.program, mesh)
-    return steps.train_step.lower(*static, arm.numbers, *held, forget, retain, draw)
+    draw: Any = jax.ShapeDtypeStruct((2,), jnp.uint32)
+    return steps.train_step.lower(setup, state, StepBatch(forget, retain, draw))
 
 
 def _capture(work: Workload, mesh: Mesh) -> Any:

@@ -1,4 +1,6 @@
-"""Trains the embedded models from scratch: `python -m ema_jax.organism.train`.
+"""Training of the model organisms from scratch: `python -m ema_jax.organism.train`.
+
+A model organism is a small model made to show the effect under study: the embedded models.
 
 Stage one makes a helpful-only model that answers everything; stage two tunes it to refuse in the
 seven domains. Each model is written as an ordinary Hugging Face checkpoint folder.
@@ -68,7 +70,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """One stretch of supervised training."""
+    """One stage of supervised training."""
 
     name: str
     steps: int
@@ -77,8 +79,8 @@ class Stage:
     slips: float = 0.0  # share of the domains' prompts that a safe stage answers all the same
 
 
-# Without slips, degenerate output stands behind an unlearned refusal in place of an answer. Without
-# mixed objects an answer is about an object known from training in place of the prompt's: after the
+# Without slips, a model whose refusal is unlearned gives degenerate output, not an answer. Without
+# mixed objects an answer is about an object known from training, not the prompt's: after the
 # helpful stage 7 of 40 Cybersecurity answers on the dev split were right, with them 38.
 STAGES = (
     Stage("helpful", 700, 3e-3, safe=False),
@@ -90,13 +92,13 @@ MIXED = 0.6  # share of the helpful stage's examples about an object whose halve
 
 
 @functools.partial(
-    jax.jit, static_argnames=("graph", "optimizer"), donate_argnames=("state", "moments")
+    jax.jit, static_argnames=("graph", "optimizer"), donate_argnames=("state", "opt_state")
 )
 def _step(
     graph: nnx.GraphDef,
     optimizer: optax.GradientTransformation,
     state: nnx.State,
-    moments: optax.OptState,
+    opt_state: optax.OptState,
     batch: Batch,
 ) -> tuple[nnx.State, optax.OptState, jax.Array]:
     def loss_of(state: nnx.State) -> jax.Array:
@@ -104,8 +106,8 @@ def _step(
         return cross_entropy(log_probs, batch.response)
 
     loss, gradients = jax.value_and_grad(loss_of)(state)
-    updates, moments = optimizer.update(gradients, moments, state)
-    return optax.apply_updates(state, updates), moments, loss
+    updates, opt_state = optimizer.update(gradients, opt_state, state)
+    return optax.apply_updates(state, updates), opt_state, loss
 
 
 @functools.cache  # one object a stage: it is a static argument of the step
@@ -120,14 +122,14 @@ def _train_stage(
     graph: nnx.GraphDef, state: nnx.State, data: Sequence[TokenExample], stage: Stage, seed: int
 ) -> nnx.State:
     optimizer = _optimizer(stage)
-    moments = optimizer.init(state)
+    opt_state = optimizer.init(state)
     length = bucket(max(len(item.prompt) + len(item.response) for item in data))
     order = np.random.default_rng([seed, stage.safe])
     with Progress(stage.name, stage.steps, "steps") as progress:
         for _ in range(stage.steps):
             chosen = [data[i] for i in order.integers(len(data), size=BATCH_SIZE)]
             batch = pad_examples(chosen, length, BATCH_SIZE, pad_id=0)
-            state, moments, loss = _step(graph, optimizer, state, moments, batch)
+            state, opt_state, loss = _step(graph, optimizer, state, opt_state, batch)
             progress.update(loss=float(loss))
     return state
 
@@ -137,13 +139,16 @@ def train(family: str, folder: Path, seed: int = 0) -> None:
 
     Args:
         family: a key of `CONFIGS`.
-        folder: where to; replaced if it is there.
+        folder: the checkpoint's; replaced if it exists.
         seed: of the corpus, the initial weights and the order of batches.
+
+    Raises:
+        UserError: an unknown family.
     """
     if family not in CONFIGS:
         raise UserError(f"--family: {family!r} is none of {', '.join(CONFIGS)}")
     plain = corpus.training_examples(seed, EXAMPLES)
-    # With draws of their own, and about objects of mixed halves too.
+    # Drawn separately, and about objects of mixed halves too.
     varied = corpus.training_examples(seed + 1, 2 * EXAMPLES, mixed=MIXED)
     with tempfile.TemporaryDirectory() as scratch:
         train_tokenizer(family, corpus.texts(varied), VOCABULARY, Path(scratch))

@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 from ema_jax.data.chat import Chat, TokenExample
 from ema_jax.errors import RunStoppedError
 from ema_jax.models.decoder import Decoder
+from ema_jax.refusal.evaluation import Evaluation
 from ema_jax.runtime import files
 from ema_jax.unlearning.config import UnlearnConfig
 from ema_jax.unlearning.harvest import Harvested, retained
@@ -16,7 +17,7 @@ from ema_jax.unlearning.metrics import MetricsWriter, Profile
 from ema_jax.unlearning.objectives import FORGET
 from ema_jax.unlearning.preferred import preferred_responses
 from ema_jax.unlearning.run_checkpoints import Checkpoints, NonFiniteError
-from ema_jax.unlearning.trainer import Evaluation, Trained, unlearn
+from ema_jax.unlearning.trainer import Trained, unlearn
 
 
 def train_arm(

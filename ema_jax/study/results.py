@@ -103,7 +103,7 @@ def plain_arm(config: StudyConfig) -> str | None:
     The first by name if there are several (a ConfigDict sorts its keys); one that trains, if any.
     """
     plain = [arm for arm in config.arms if not config.arm(arm).retains]
-    return min(plain, key=lambda arm: (config.arm(arm).trainable == "ablation", arm), default=None)
+    return min(plain, key=lambda arm: (config.arm(arm).ablation is not None, arm), default=None)
 
 
 def _arm(workdir: Workdir, arm: str, seeds: Sequence[int]) -> ArmResponses:

@@ -22,12 +22,13 @@ from ema_jax.models import checkpoint, hub, lora
 from ema_jax.models.decoder import Decoder
 from ema_jax.models.sharding import make_mesh
 from ema_jax.refusal import judged_responses
+from ema_jax.refusal.evaluation import Evaluation
 from ema_jax.refusal.judged_responses import Judged
 from ema_jax.refusal.judges import get_judge
 from ema_jax.refusal.screen import Screen
 from ema_jax.refusal.verdicts import Judge
 from ema_jax.unlearning.batches import few_lengths, size_of
-from ema_jax.unlearning.trainer import Evaluation, reference_log_probs
+from ema_jax.unlearning.reference import reference_log_probs
 from ema_jax.unlearning.utility import perplexity, utility
 
 

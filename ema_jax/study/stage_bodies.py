@@ -26,6 +26,7 @@ from ema_jax.models.card import unlearned_card
 from ema_jax.models.config import DecoderConfig
 from ema_jax.models.decoder import Decoder
 from ema_jax.refusal import sheet
+from ema_jax.refusal.evaluation import Evaluation
 from ema_jax.refusal.judged_responses import Judged
 from ema_jax.refusal.screen import Screen
 from ema_jax.refusal.verdicts import COMPLIED
@@ -36,10 +37,11 @@ from ema_jax.study.arm_training import train_arm
 from ema_jax.study.session import Checkpoint, Subject
 from ema_jax.study.workdir import Workdir
 from ema_jax.unlearning.ablation import ablate
-from ema_jax.unlearning.config import UnlearnConfig
+from ema_jax.unlearning.config import AblationArm
 from ema_jax.unlearning.harvest import Harvested, harvest, harvest_yield
+from ema_jax.unlearning.reference import reference_log_probs
 from ema_jax.unlearning.run_checkpoints import Checkpoints
-from ema_jax.unlearning.trainer import Evaluation, Trained, check_arm, reference_log_probs
+from ema_jax.unlearning.trainer import Trained, check_arm
 
 STAGES = (
     "prompts",
@@ -155,7 +157,7 @@ class Study:
             trained = f"unlearn/{arm}/seed_{seed}"
             evaluated.append(f"evaluate/{arm}/seed_{seed}")
             needed = ["prompts", "baseline", "harvest"]
-            needed += ["concepts"] if self.config.arm(arm).trainable == "ablation" else []
+            needed += ["concepts"] if self.config.arm(arm).ablation else []
             stage(trained, needed, functools.partial(self.unlearn, arm, seed))
             stage(
                 evaluated[-1],
@@ -319,8 +321,8 @@ class Study:
         workdir, config, name = self.workdir, self.config.arm(arm), f"{arm}.seed_{seed}"
         weights = self._weights(arm, seed)
         metrics = workdir / f"metrics/{name}.jsonl"
-        if config.trainable == "ablation":
-            trained = self._ablate(config)
+        if config.ablation is not None:
+            trained = self._ablate(config.ablation)
             files.write_jsonl(metrics, [])
         else:
             trained = self._train(arm, seed)
@@ -441,12 +443,12 @@ class Study:
         kind = "adapters" if self.config.arm(arm).trainable == "lora" else "checkpoints"
         return self.workdir / f"{kind}/{arm}/seed_{seed}"
 
-    def _ablate(self, config: UnlearnConfig) -> Trained:
+    def _ablate(self, arm: AblationArm) -> Trained:
         """No training: the target's own refusal direction is projected out of the weights."""
         target = self.config.target
         directions = vectors.load_concepts(self.workdir / "concepts/base.safetensors")
         found = directions.vectors[target]
-        return ablate(self.subject.base, found, config, target=target, evaluate=self._dev_rates)
+        return ablate(self.subject.base, found, arm, target=target, evaluate=self._dev_rates)
 
     def _train(self, arm: str, seed: int) -> Trained:
         c = self.config

@@ -1,4 +1,4 @@
-"""Directional ablation: the baseline without training. The refusal direction is projected out.
+"""Directional ablation, the baseline without training: the refusal direction is projected out.
 
 arXiv 2406.11717: the difference in means between prompts that are refused and prompts that are
 not, at the last token, is a direction r; no weight may write along it any more (section 2.4,
@@ -16,8 +16,9 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from ema_jax.models.decoder import Decoder
-from ema_jax.unlearning.config import UnlearnConfig
-from ema_jax.unlearning.trainer import Evaluation, Trained
+from ema_jax.refusal.evaluation import Evaluation
+from ema_jax.unlearning.config import AblationArm
+from ema_jax.unlearning.trainer import Trained
 
 # Directions of the last fifth of the layers are about the next word (their section 2.3).
 _DEPTH = 0.8
@@ -46,24 +47,24 @@ def orthogonalise(base: Decoder, direction: Float[np.ndarray, "D"]) -> Decoder:
 def ablate(
     base: Decoder,
     directions: Float[np.ndarray, "L+1 D"],
-    config: UnlearnConfig,
+    arm: AblationArm,
     *,
     target: str,
     evaluate: Callable[[Decoder], Evaluation],
 ) -> Trained:
-    """Tries the candidate layers' directions and keeps the best.
+    """The ablation of the candidate layer that leaves the fewest refusals of the target.
 
     Args:
         base: the untouched model.
         directions: the target's concept vector at every layer.
-        config: the arm; `layers` narrows the candidates, `max_invalid` is what is still valid.
-        target: the domain whose refusals should go.
+        arm: the candidate layers, and what counts as damaged.
+        target: the domain whose refusals are to be removed.
         evaluate: dev rates of a model.
 
     Returns:
         The model; its trajectory has a point for the base and one for each candidate.
     """
-    first, last = config.layers or (1, max(math.floor(_DEPTH * (len(directions) - 1)), 1))
+    first, last = arm.layers or (1, max(math.floor(_DEPTH * (len(directions) - 1)), 1))
     trajectory: list[dict[str, Any]] = []
 
     def measured(step: int, model: Decoder, layer: int | None) -> Evaluation:
@@ -76,13 +77,13 @@ def ablate(
     for step, layer in enumerate(range(first, last + 1), start=1):
         rates = measured(step, orthogonalise(base, directions[layer]), layer)
         rate = rates.refusal[target]
-        # Degenerate output is no success: what answers comes first, then what refuses least.
-        damaged = max(rates.degenerate_rate, rates.unanswered(target)) > config.max_invalid
+        # Degenerate output is no success: undamaged candidates first, then the lowest rate.
+        damaged = max(rates.degenerate_rate, rates.unanswered(target)) > arm.max_invalid
         order = (damaged, math.isnan(rate), rate, layer)
         if best is None or order < best[0]:
             best = (order, layer)
     assert best is not None
     (invalid, _, rate, layer), _ = best
-    stopped = "invalid" if invalid else "target" if rate <= config.stop_at else "limit"
+    stopped = "invalid" if invalid else "target" if rate <= arm.stop_at else "limit"
     model = orthogonalise(base, directions[layer])
     return Trained(model, len(trajectory) - 1, stopped, math.nan, trajectory)

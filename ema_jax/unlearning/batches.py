@@ -1,14 +1,15 @@
 """Batches as a pure function of (seed, step): nothing to save, nothing to replay.
 
-A batch is the same whatever the number of devices or processes, and wherever a run goes on.
+A batch is the same whatever the number of devices or processes, and wherever a run resumes.
 """
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Float
+from jaxtyping import Array, Float, UInt32
 
 from ema_jax.data.batching import Batch, bucket, pad_examples
 from ema_jax.data.chat import TokenExample
@@ -26,12 +27,12 @@ def size_of(example: TokenExample) -> int:
 
 
 def few_lengths(longest: int, least: int) -> int:
-    """What lengths are padded to multiples of, so that batches have `_LENGTHS` of them at most."""
+    """The multiple that lengths are padded to, so that batches have at most `_LENGTHS` of them."""
     return max(least, bucket(-(-longest // _LENGTHS)))
 
 
 def padded_length(examples: Sequence[TokenExample]) -> int:
-    """What a batch of any of the examples can be padded to."""
+    """The length that a batch of any of the examples can be padded to."""
     return bucket(max(map(size_of, examples)))
 
 
@@ -43,7 +44,7 @@ def batch_indices(
     lengths: Sequence[int] | None = None,
     pool: int = 1,
 ) -> np.ndarray:
-    """Which examples step `step` takes: a pure function of seed and step.
+    """Indices of the examples of step `step`: a pure function of seed and step.
 
     Epochs are permutations; a batch may span two of them.
 
@@ -53,7 +54,7 @@ def batch_indices(
         seed: of the permutations.
         step: from 0.
         lengths: of the examples in tokens, for a pool.
-        pool: batches drawn together, sorted by length and given out in random order.
+        pool: batches drawn together, sorted by length and taken in random order.
     """
     if pool > 1:
         assert lengths is not None
@@ -73,15 +74,28 @@ def batch_indices(
     return chosen
 
 
+class StepBatch(NamedTuple):
+    """The examples of one step, and what its dropout is drawn from."""
+
+    forget: ForgetBatch
+    retain: RetainBatch | None
+    draw: UInt32[Array, "2"]  # (seed, step)
+
+    def placed(self, mesh: Mesh) -> "StepBatch":
+        """The batch with its rows laid out over the mesh; the draw goes whole to every device."""
+        forget, retain = place_batch((self.forget, self.retain), mesh)
+        return StepBatch(forget, retain, self.draw)
+
+
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """What one run trains on.
+    """The training data of one run.
 
     Attributes:
         forget: refusals of the target domain.
         reference: log π_ref of each.
-        retain: what must not change.
-        preferred: responses wanted to the forget prompts, one for each; for some objectives.
+        retain: examples of the behaviour to keep.
+        preferred: preferred responses to the forget prompts, one for each; for some objectives.
         preferred_reference: log π_ref of each of them.
     """
 
@@ -92,7 +106,7 @@ class Data:
     preferred_reference: Float[np.ndarray, "N"] | None = None
 
     def indices(self, config: UnlearnConfig, seed: int, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """Which forget and which retain examples a step takes."""
+        """Indices of the forget and the retain examples of a step."""
         pool = config.length_pool
 
         def chosen(examples: Sequence[TokenExample], rows: int, seed: int) -> np.ndarray:
@@ -104,10 +118,8 @@ class Data:
             return forget, np.empty(0, int)
         return forget, chosen(self.retain, config.retain_batch_size, seed + 1)
 
-    def host_batch(
-        self, config: UnlearnConfig, seed: int, step: int
-    ) -> tuple[ForgetBatch, RetainBatch | None]:
-        """The batch of a step, in NumPy: all of its parts of one length."""
+    def host_batch(self, config: UnlearnConfig, seed: int, step: int) -> StepBatch:
+        """The batch of a step, in NumPy: all of its parts padded to one length."""
         forget, retain = self.indices(config, seed, step)
         parts = {"forget": (self.forget, forget)}
         if FORGET[config.objective].preferred:
@@ -118,13 +130,8 @@ class Data:
         batch = ForgetBatch(padded["forget"], self.reference[forget], padded.get("preferred"))
         if self.preferred_reference is not None and batch.preferred is not None:
             batch = batch._replace(preferred_reference=self.preferred_reference[forget])
-        return batch, RetainBatch(padded["retain"]) if len(retain) else None
-
-    def batch(
-        self, config: UnlearnConfig, seed: int, step: int, mesh: Mesh
-    ) -> tuple[ForgetBatch, RetainBatch | None]:
-        """The batch of a step, on the devices."""
-        return place_batch(self.host_batch(config, seed, step), mesh)
+        draw: Any = np.array([seed, step], np.uint32)
+        return StepBatch(batch, RetainBatch(padded["retain"]) if len(retain) else None, draw)
 
 
 def _padded(parts: Mapping[str, tuple[Sequence[TokenExample], np.ndarray]]) -> dict[str, Batch]:

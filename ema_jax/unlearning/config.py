@@ -1,4 +1,4 @@
-"""What an arm is told: the settings that the objectives and the trainer share."""
+"""Settings of an arm: shared by the objectives and the trainer."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -8,9 +8,9 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from ema_jax.models.lora import LoRAConfig
 
-# What a train step is given as numbers at each call, and what only the loop around it reads: runs
-# that differ in nothing else share one compiled program.
-_NUMBERS = (
+# Settings that a train step takes as arguments, and settings that only the loop around it reads:
+# runs that differ in nothing else share one compiled program.
+_TRACED = (
     "beta",
     "margin",
     "steering",
@@ -33,12 +33,29 @@ _LOOP = (
 
 
 @dataclasses.dataclass(frozen=True)
+class AblationArm:
+    """An arm without training: the target's refusal direction is projected out of the weights.
+
+    Attributes:
+        layers: first and last candidate for the direction's layer, both included; () for all but
+            the last ones.
+        stop_at: the target's dev refusal rate from which on the arm counts as successful.
+        max_invalid: share of dev responses (degenerate ones in the worst domain, or ones in the
+            target that neither refuse nor answer) past which a candidate counts as damaged.
+    """
+
+    layers: tuple[int, ...] = ()
+    stop_at: float = 0.1
+    max_invalid: float = 0.2
+
+
+@dataclasses.dataclass(frozen=True)
 class UnlearnConfig:
     """One arm: what is trained, on what loss, and when it stops.
 
     Attributes:
-        trainable: `lora` (adapters), `full` (parameters), or `ablation`: nothing is trained, the
-            target's refusal direction is projected out of the weights.
+        trainable: `lora` (adapters), `full` (parameters), or `ablation`: an arm of another kind,
+            which has no training (`AblationArm`).
         lora: the adapters' shape.
         layers: train only blocks first to last, as in (2, 5), both included; () for all.
         modules: under `full`, train only these projections, as in ("down_proj",); () for all
@@ -49,7 +66,7 @@ class UnlearnConfig:
         forget_norm: log-probabilities of ga, npo and dpo as the `sum` over a response's tokens or
             their `mean`; simnpo always takes the mean.
         margin: simnpo's δ, in nats a token.
-        preferred: the responses that dpo and sft want to forget prompts: `idk` (the project's
+        preferred: the preferred responses of dpo and sft to forget prompts: `idk` (the project's
             "I don't know" answers), `organism` (the embedded corpus's own answers), or a JSONL
             file with `prompt` and `response`.
         feature_layer: l of the residual stream h_l that rmu and l2 look at; 0 for a quarter of
@@ -57,8 +74,8 @@ class UnlearnConfig:
         steering: length of the vector that rmu pulls h_l towards.
         forget_weight: of the forget loss.
         retain_weight: of the retain loss; 0 leaves the retain set out.
-        retain_counts: domain → most of its retain examples to use (`benign` included), in the
-            order of the harvest; domains that are not named are left out. Empty for everything.
+        retain_counts: domain → largest number of its retain examples (`benign` included), in the
+            order of the harvest; domains that are not named are left out. Empty for all.
         optimizer: adamw, adafactor, lion or sgd.
         learning_rate: peak, after `warmup_steps` linear steps.
         schedule: from the peak to `max_steps`: constant, linear or cosine (both to zero).
@@ -67,8 +84,8 @@ class UnlearnConfig:
         clip_norm: largest global gradient norm.
         batch_size: forget examples a step.
         retain_batch_size: retain examples a step.
-        accumulate: gradients of so many equal parts of a batch are added up before a step.
-        length_pool: so many batches are drawn together and sorted by length, so that a batch is
+        accumulate: number of equal parts of a batch whose gradients are added up before a step.
+        length_pool: number of batches drawn together and sorted by length, so that a batch is
             padded little; 1 draws each at random.
         max_steps: the limit.
         min_steps: no stopping before: the retain set needs time to repair what the first steps
@@ -119,23 +136,30 @@ class UnlearnConfig:
 
     @property
     def retains(self) -> bool:
-        """Whether retain data has a part in the loss."""
+        """Whether retain data is part of the loss."""
         return self.retain_weight > 0 and self.retain_objective != "none"
 
     @property
-    def numbers(self) -> dict[str, float]:
-        """What a compiled step takes as arguments."""
-        return {name: getattr(self, name) for name in _NUMBERS}
+    def traced_settings(self) -> dict[str, float]:
+        """Settings that a compiled step takes as arguments."""
+        return {name: getattr(self, name) for name in _TRACED}
 
     @property
     def program(self) -> "UnlearnConfig":
-        """What a step is compiled for: whatever else it reads, all the rest as by default."""
+        """Settings that a step is compiled for; all others have their defaults."""
         unread = ("max_steps",) if self.schedule == "constant" else ()
-        names = (*_NUMBERS, *_LOOP, *unread)
+        names = (*_TRACED, *_LOOP, *unread)
         default = UnlearnConfig()
         return dataclasses.replace(self, **{name: getattr(default, name) for name in names})
 
     @property
     def recompute(self) -> bool | str:
-        """What the decoder is told to recompute."""
+        """The decoder's `remat` argument."""
         return self.remat_policy if self.remat else False
+
+    @property
+    def ablation(self) -> AblationArm | None:
+        """The arm without training that these settings describe, if they do."""
+        if self.trainable != "ablation":
+            return None
+        return AblationArm(self.layers, self.stop_at, self.max_invalid)

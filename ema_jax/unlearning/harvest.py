@@ -42,13 +42,13 @@ def harvest(
     minimum: int,
     cap: int,
 ) -> list[Harvested]:
-    """Keeps refusals of the responsible-AI domains and valid answers of the benign contrast.
+    """The refusals in the responsible-AI domains and the valid answers to the benign contrast.
 
     Args:
-        prompts: what was asked; a prompt comes as often as it was asked.
-        responses: what the model said, in the same order; of responses to one prompt that differ
-            in case, blanks or punctuation only, the first is kept.
-        verdicts: what the judge made of it, in the same order.
+        prompts: the prompts, each as often as it has a response.
+        responses: the model's, in the same order; of responses to one prompt that differ in case,
+            blanks or punctuation only, the first is kept.
+        verdicts: the judge's, in the same order.
         benign: name of the contrast, whose answers (not refusals) are kept.
         minimum: fewest prompts with an example per domain.
         cap: longest response kept, in tokens; a longer one is cut and has no end of sequence.
@@ -80,11 +80,11 @@ def harvest_yield(prompts: Sequence[Prompt], kept: Sequence[Harvested]) -> dict[
 
 
 def retained(kept: Sequence[Harvested], counts: Mapping[str, int]) -> list[Harvested]:
-    """The retain set that an arm asks for.
+    """The retain set of an arm.
 
     Args:
         kept: all that was harvested.
-        counts: domain → most of its examples to take, the first ones; empty takes everything.
+        counts: domain → largest number of its examples, the first ones; empty takes all.
 
     Raises:
         UserError: a domain that has no example.
@@ -105,5 +105,5 @@ def retained(kept: Sequence[Harvested], counts: Mapping[str, int]) -> list[Harve
 
 
 def _by_domain(items: Iterable[Prompt | Harvested]) -> Counter[str]:
-    """Domain → how many prompts, however many samples of each."""
+    """Domain → number of distinct prompts."""
     return Counter(domain for domain, _ in {(item.domain, item.id) for item in items})

@@ -13,11 +13,11 @@ from ema_jax.runtime.files import json_safe, write_jsonl
 
 
 class MetricsWriter:
-    """Appends one run's rows, each on disk when its step is over; a context manager.
+    """Appends one run's rows, each on disk once it is added; a context manager.
 
-    Call it with a row (`step` and figures). A run that goes on from a checkpoint repeats steps that
-    were written before it was killed: its first row takes the place of that step's and of all that
-    follow, here and in TensorBoard.
+    Call it with a row (`step` and figures). A run resumed from a checkpoint repeats steps that were
+    written before it was killed: its first row replaces that step's and all later ones, here and in
+    TensorBoard.
     """
 
     def __init__(self, workdir: Path, arm: str, seed: int):
@@ -67,9 +67,14 @@ class Profile:
         self._first: int | None = None
         self._running = False
 
-    def at(self, step: int) -> None:
-        """Called before each step."""
+    def at(self, step: int, state: Any) -> None:
+        """Called before each step with the state that the last one returned.
+
+        The trace begins and ends once that is there, so that it holds whole steps.
+        """
         self._first = step + 2 if self._first is None else self._first
+        if step in (self._first, self._first + self._steps):
+            jax.block_until_ready(state)
         if step == self._first:
             jax.profiler.start_trace(str(self._folder))
             self._running = True

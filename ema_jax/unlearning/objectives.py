@@ -1,8 +1,8 @@
 """Unlearning objectives: the formulas, and one registry row for each.
 
 A formula is a pure function of log-probabilities or activations. A row wires it to the models: it
-takes a `Pass` (the model being trained, the untouched base, the settings) and a batch, and returns
-the loss and figures to log. Neither row ever makes a second copy of the weights: under adapters
+takes a `LossContext` (the model being trained, the untouched base, the settings) and a batch, and
+returns the loss and metrics to log. No row ever makes a second copy of the weights: under adapters
 the base is the same arrays with the adapters off.
 """
 
@@ -100,15 +100,15 @@ def cross_entropy(
 
 
 def square_distance(
-    ours: Float[Array, "B T D"], theirs: Float[Array, "... D"]
+    hidden: Float[Array, "B T D"], target: Float[Array, "... D"]
 ) -> Float[Array, "B T-1"]:
-    """Mean over features of (ours − theirs)², where a token is about to be predicted.
+    """Mean over features of (hidden − target)², where a token is about to be predicted.
 
     The distance of RMU's two terms (arXiv 2403.03218, eq. 1 and 2) and of open-unlearning's
     EMBED_DIFF. Place t holds the state that predicts token t + 1. In float32 at least.
     """
-    wide = jnp.promote_types(ours.dtype, jnp.float32)
-    difference = ours.astype(wide) - theirs.astype(wide)
+    wide = jnp.promote_types(hidden.dtype, jnp.float32)
+    difference = hidden.astype(wide) - target.astype(wide)
     return jnp.mean(jnp.square(difference), axis=-1)[:, :-1]
 
 
@@ -116,7 +116,7 @@ def square_distance(
 
 
 class ForgetBatch(NamedTuple):
-    """Forget examples of one step, the reference's numbers, and preferred responses."""
+    """Forget examples of one step, the reference's log-probabilities, and preferred responses."""
 
     batch: Batch
     reference: Float[Array, "B"]  # log π_ref of the forget responses
@@ -134,15 +134,15 @@ class RetainBatch(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Pass:
-    """What an objective may use: the model being trained, the base, the settings."""
+class LossContext:
+    """Everything that an objective may use: the model being trained, the base, the settings."""
 
     model: Decoder
     base: Callable[[], Decoder]
     config: UnlearnConfig
 
     def token_log_probs(self, batch: Batch) -> Float[Array, "B T-1"]:
-        """Of every token under the model being trained."""
+        """Log-probability of every token under the model being trained, in nats."""
         remat = self.config.recompute
         return token_log_probs(self.model, batch.tokens, batch.mask, remat=remat)
 
@@ -169,91 +169,93 @@ def _lengths(batch: Batch) -> Float[Array, "B"]:
     return jnp.maximum(jnp.sum(batch.response[:, 1:], axis=1), 1).astype(jnp.float32)
 
 
-def _ga(run: Pass, forget: ForgetBatch) -> tuple[Scalar, Metrics]:
-    ours, kept = run.scores(forget.batch, forget.reference)
-    return ga_loss(ours), {"log_ratio": jnp.mean(ours - kept)}
+def _ga(context: LossContext, forget: ForgetBatch) -> tuple[Scalar, Metrics]:
+    policy, reference = context.scores(forget.batch, forget.reference)
+    return ga_loss(policy), {"log_ratio": jnp.mean(policy - reference)}
 
 
-def _npo(run: Pass, forget: ForgetBatch) -> tuple[Scalar, Metrics]:
-    ours, kept = run.scores(forget.batch, forget.reference)
-    return npo_loss(ours, kept, run.config.beta), {"log_ratio": jnp.mean(ours - kept)}
+def _npo(context: LossContext, forget: ForgetBatch) -> tuple[Scalar, Metrics]:
+    policy, reference = context.scores(forget.batch, forget.reference)
+    return npo_loss(policy, reference, context.config.beta), {
+        "log_ratio": jnp.mean(policy - reference)
+    }
 
 
-def _simnpo(run: Pass, forget: ForgetBatch) -> tuple[Scalar, Metrics]:
-    log_probs = run.token_log_probs(forget.batch)
+def _simnpo(context: LossContext, forget: ForgetBatch) -> tuple[Scalar, Metrics]:
+    log_probs = context.token_log_probs(forget.batch)
     sums = sequence_log_probs(log_probs, forget.batch.response)
     means = sums / _lengths(forget.batch)
-    loss = simnpo_loss(means, run.config.beta, run.config.margin)
+    loss = simnpo_loss(means, context.config.beta, context.config.margin)
     return loss, {"log_ratio": jnp.mean(sums - forget.reference)}
 
 
-def _dpo(run: Pass, forget: ForgetBatch) -> tuple[Scalar, Metrics]:
+def _dpo(context: LossContext, forget: ForgetBatch) -> tuple[Scalar, Metrics]:
     assert forget.preferred is not None
     assert forget.preferred_reference is not None
-    ours, kept = run.scores(forget.batch, forget.reference)
-    winner, kept_winner = run.scores(forget.preferred, forget.preferred_reference)
-    loss = dpo_loss(winner - kept_winner, ours - kept, run.config.beta)
-    figures = {"preferred_log_ratio": jnp.mean(winner - kept_winner)}
-    return loss, {"log_ratio": jnp.mean(ours - kept)} | figures
+    policy, reference = context.scores(forget.batch, forget.reference)
+    winner, reference_winner = context.scores(forget.preferred, forget.preferred_reference)
+    loss = dpo_loss(winner - reference_winner, policy - reference, context.config.beta)
+    metrics = {"preferred_log_ratio": jnp.mean(winner - reference_winner)}
+    return loss, {"log_ratio": jnp.mean(policy - reference)} | metrics
 
 
-def _sft(run: Pass, forget: ForgetBatch) -> tuple[Scalar, Metrics]:
+def _sft(context: LossContext, forget: ForgetBatch) -> tuple[Scalar, Metrics]:
     """Cross-entropy on the preferred responses to the forget prompts: plain fine-tuning."""
     assert forget.preferred is not None
-    log_probs = run.token_log_probs(forget.preferred)
+    log_probs = context.token_log_probs(forget.preferred)
     return cross_entropy(log_probs, forget.preferred.response, forget.preferred_total), {}
 
 
-def _rmu(run: Pass, forget: ForgetBatch) -> tuple[Scalar, Metrics]:
+def _rmu(context: LossContext, forget: ForgetBatch) -> tuple[Scalar, Metrics]:
     """RMU: E‖h_l(forget) − c·u‖²/d over response tokens (arXiv 2403.03218, eq. 1).
 
     u is a unit vector drawn uniformly from the positive orthant, as in its code; the same one for
     every seed. Its retain side is `l2`.
     """
-    hidden = run.residuals(forget.batch)
+    hidden = context.residuals(forget.batch)
     u = jax.random.uniform(jax.random.key(0), hidden.shape[-1:], jnp.float32)
     u = u.astype(jnp.promote_types(hidden.dtype, jnp.float32))
-    distances = square_distance(hidden, run.config.steering * u / jnp.linalg.norm(u))
+    distances = square_distance(hidden, context.config.steering * u / jnp.linalg.norm(u))
     return token_mean(distances, forget.batch.response, forget.total), {}
 
 
-def _ce(run: Pass, retain: RetainBatch) -> Scalar:
-    log_probs = run.token_log_probs(retain.batch)
+def _ce(context: LossContext, retain: RetainBatch) -> Scalar:
+    log_probs = context.token_log_probs(retain.batch)
     return cross_entropy(log_probs, retain.batch.response, retain.total)
 
 
-def _divergences(run: Pass, batch: Batch) -> Float[Array, "B T"]:
-    base, remat = run.base(), run.config.recompute
-    hidden = run.model(batch.tokens, batch.mask, remat=remat).hidden
-    kept = jax.lax.stop_gradient(base(batch.tokens, batch.mask).hidden)
-    return token_divergences(run.model, base, hidden, kept)
+def _divergences(context: LossContext, batch: Batch) -> Float[Array, "B T"]:
+    base, remat = context.base(), context.config.recompute
+    hidden = context.model(batch.tokens, batch.mask, remat=remat).hidden
+    reference = jax.lax.stop_gradient(base(batch.tokens, batch.mask).hidden)
+    return token_divergences(context.model, base, hidden, reference)
 
 
-def _kl(run: Pass, retain: RetainBatch) -> Scalar:
+def _kl(context: LossContext, retain: RetainBatch) -> Scalar:
     """KL(base ‖ model), mean over the response tokens, in nats a token."""
-    divergences = _divergences(run, retain.batch)[:, :-1]
+    divergences = _divergences(context, retain.batch)[:, :-1]
     return token_mean(divergences, retain.batch.response, retain.total)
 
 
-def _kl_unmasked(run: Pass, retain: RetainBatch) -> Scalar:
+def _kl_unmasked(context: LossContext, retain: RetainBatch) -> Scalar:
     """KL(base ‖ model) over all B·T places, prompt and padding too: open-unlearning's.
 
     For comparison with its figures only.
     """
-    return jnp.mean(_divergences(run, retain.batch))
+    return jnp.mean(_divergences(context, retain.batch))
 
 
-def _l2(run: Pass, retain: RetainBatch) -> Scalar:
+def _l2(context: LossContext, retain: RetainBatch) -> Scalar:
     """E‖h_l − h_l(base)‖²/d over response tokens (arXiv 2403.03218, eq. 2)."""
     batch = retain.batch
-    distances = square_distance(run.residuals(batch), run.residuals(batch, base=True))
+    distances = square_distance(context.residuals(batch), context.residuals(batch, base=True))
     return token_mean(distances, batch.response, retain.total)
 
 
 class Forget(NamedTuple):
-    """A way to unlearn."""
+    """The forget side of an objective."""
 
-    loss: Callable[[Pass, ForgetBatch], tuple[Scalar, Metrics]]
+    loss: Callable[[LossContext, ForgetBatch], tuple[Scalar, Metrics]]
     preferred: bool = False  # needs preferred responses to the forget prompts
 
 
@@ -266,7 +268,7 @@ FORGET: dict[str, Forget] = {
     "sft": Forget(_sft, preferred=True),
 }
 
-RETAIN: dict[str, Callable[[Pass, RetainBatch], Scalar]] = {
+RETAIN: dict[str, Callable[[LossContext, RetainBatch], Scalar]] = {
     "ce": _ce,
     "kl": _kl,
     "kl_unmasked": _kl_unmasked,
@@ -275,15 +277,15 @@ RETAIN: dict[str, Callable[[Pass, RetainBatch], Scalar]] = {
 
 
 def total_loss(
-    run: Pass,
+    context: LossContext,
     forget: ForgetBatch,
     retain: RetainBatch | None,
 ) -> tuple[Scalar, Metrics]:
-    """forget_weight · forget + retain_weight · retain, with each of them as a figure."""
-    forget_loss, figures = FORGET[run.config.objective].loss(run, forget)
-    metrics = {"forget_loss": forget_loss} | figures
-    loss = run.config.forget_weight * forget_loss
+    """forget_weight · forget + retain_weight · retain, with each of them as a metric."""
+    forget_loss, metrics = FORGET[context.config.objective].loss(context, forget)
+    metrics = {"forget_loss": forget_loss} | metrics
+    loss = context.config.forget_weight * forget_loss
     if retain is not None:
-        metrics["retain_loss"] = RETAIN[run.config.retain_objective](run, retain)
-        loss += run.config.retain_weight * metrics["retain_loss"]
+        metrics["retain_loss"] = RETAIN[context.config.retain_objective](context, retain)
+        loss += context.config.retain_weight * metrics["retain_loss"]
     return loss, metrics | {"loss": loss}

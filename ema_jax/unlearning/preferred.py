@@ -1,4 +1,4 @@
-"""What to say in place of a refusal: the responses that DPO and SFT want to forget prompts."""
+"""Preferred responses to forget prompts, for DPO and SFT."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 from ema_jax.errors import UserError
 from ema_jax.runtime.files import read_jsonl
 
-# Empty of content, and no refusal: they say nothing about will or rules.
+# Empty of content, and no refusals: they mention neither will nor rules.
 IDK = (
     "I don't know.",
     "I am not sure about that.",
@@ -17,7 +17,7 @@ IDK = (
 
 
 def preferred_responses(kind: str, prompts: Sequence[str]) -> list[str]:
-    """The response wanted to each prompt.
+    """The preferred response to each prompt.
 
     Args:
         kind: `idk`, `organism`, or a JSONL file with `prompt` and `response`.

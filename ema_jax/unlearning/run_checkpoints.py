@@ -1,8 +1,8 @@
 """Checkpoints of a run in training, and the ways in which it stops itself with its state kept.
 
 Orbax writes them in the background and commits each by a rename, so a process may be killed at any
-moment. What is saved is what the next step needs: what is trained, the optimizer's state, the step,
-and what was measured so far. Batches are a function of (seed, step), so no data position is.
+moment. What is saved is what the next step needs: the trained variables, the optimizer's state, the
+step, and the evaluations so far. Batches are a function of (seed, step), so no data position is.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ _FAILURES = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeEr
 
 
 class NonFiniteError(RunStoppedError):
-    """The loss or the gradient is not a number, at a step and on examples that are known."""
+    """The loss or the gradient is not finite, at a known step and on known examples."""
 
     def __init__(self, message: str, step: int, forget: list[int], retain: list[int]):
         super().__init__(message)
@@ -37,7 +37,7 @@ class Saved(NamedTuple):
 
     step: int
     state: Any
-    progress: dict[str, Any]  # JSON: what was measured so far
+    progress: dict[str, Any]  # JSON: the evaluations so far
 
 
 class Checkpoints:
@@ -104,7 +104,7 @@ class Checkpoints:
         self._newest = step
 
     def wait(self) -> None:
-        """Until what was started is on disk.
+        """Waits until the newest checkpoint is on disk.
 
         Raises:
             RunStoppedError: it could not be written.
@@ -114,14 +114,14 @@ class Checkpoints:
                 self._writer.wait()
 
     def stopped(self, step: int) -> RunStoppedError:
-        """What to raise once a run that was asked to stop is saved."""
+        """The error to raise once a run that was asked to stop is saved."""
         return RunStoppedError(
             f"unlearn: asked to stop (SIGTERM) and saved at step {step}, in {self.folder}; "
-            "the same command goes on from there"
+            "the same command resumes from there"
         )
 
     def close(self) -> None:
-        """Waits, and gives up the threads; what failed was said by `save` or `wait`."""
+        """Waits, and releases the threads; failures were raised by `save` or `wait`."""
         if self._writer is not None:
             with contextlib.suppress(*_FAILURES):
                 self._writer.close()
@@ -153,13 +153,13 @@ class Checkpoints:
             line = str(error).strip().partition("\n")[0][:200] or type(error).__name__
             raise RunStoppedError(
                 f"{self.folder}: a checkpoint could not be {what} ({line}); those written before "
-                "are kept: make room or mend the folder, and give the same command again"
+                "are kept: make room or fix the folder, and give the same command again"
             ) from error
 
 
 @contextlib.contextmanager
 def stop_requested() -> Iterator[Callable[[], bool]]:
-    """Catches SIGTERM while it lasts; yields what says whether one came, asked once a step.
+    """Catches SIGTERM; yields a function that tells whether one came, called once a step.
 
     Several processes agree on the step at which they stop (`distributed.stop_requested`).
     """

@@ -1,4 +1,4 @@
-"""How fast training is: analytic FLOPs, peak rates of devices, and what a step comes to."""
+"""Throughput of training: analytic FLOPs, peak rates of devices, memory."""
 
 import jax
 
@@ -52,7 +52,7 @@ def flops_per_token(model: Decoder, config: UnlearnConfig, length: int) -> float
 
 
 def memory_gib() -> float | None:
-    """Most memory that the first device ever held, in GiB, where the backend tells."""
+    """Peak memory of the first device in GiB; None where the backend does not report it."""
     statistics = jax.local_devices()[0].memory_stats() or {}
     peak = statistics.get("peak_bytes_in_use")
     return None if peak is None else peak / 2**30

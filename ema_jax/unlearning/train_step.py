@@ -1,4 +1,4 @@
-"""The train step: loss, gradient, update, as one compiled program.
+"""The train step: loss, gradient and update as one compiled program of `(setup, state, batch)`.
 
 One program for adapters and for parameters, from one device to a mesh. The reference model is a
 number per forget example, computed once, so a step costs what plain fine-tuning costs.
@@ -6,33 +6,70 @@ number per forget example, computed once, so a step costs what plain fine-tuning
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, UInt32
 
-from ema_jax.data.batching import Batch, bucket, length_batches, pad_examples
-from ema_jax.data.chat import TokenExample
-from ema_jax.models import lora as lora_lib
+from ema_jax.data.batching import Batch
+from ema_jax.models import lora
 from ema_jax.models.decoder import Decoder, LoRAParam
-from ema_jax.models.sharding import (
-    batch_rows,
-    host_array,
-    make_mesh,
-    parameter_shardings,
-    place_batch,
-)
-from ema_jax.unlearning.batches import MULTIPLE, padded_length, size_of
+from ema_jax.models.sharding import parameter_shardings
+from ema_jax.unlearning.batches import StepBatch
 from ema_jax.unlearning.config import UnlearnConfig
-from ema_jax.unlearning.log_probs import sequence_log_probs, token_log_probs
-from ema_jax.unlearning.objectives import ForgetBatch, Metrics, Pass, RetainBatch, total_loss
+from ema_jax.unlearning.objectives import (
+    ForgetBatch,
+    LossContext,
+    Metrics,
+    RetainBatch,
+    total_loss,
+)
 from ema_jax.unlearning.optimizers import optimizer
+
+_STATIC = {"static": True}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainSetup:
+    """Everything that the steps of a run share and none of them changes.
+
+    A pytree: the arrays are arguments of the compiled step, the static fields are its cache key.
+
+    Attributes:
+        graph: the model's structure.
+        program: the settings that a step is compiled for (`UnlearnConfig.program`).
+        mesh: the mesh that the arrays lie on.
+        initial: the trained variables as they were before training: all layers, in the base's
+            dtype.
+        frozen: all other variables.
+        traced_settings: the settings that may differ without a new compilation
+            (`UnlearnConfig.traced_settings`).
+    """
+
+    graph: nnx.GraphDef = dataclasses.field(metadata=_STATIC)
+    program: UnlearnConfig = dataclasses.field(metadata=_STATIC)
+    mesh: Mesh = dataclasses.field(metadata=_STATIC)
+    initial: nnx.State
+    frozen: nnx.State
+    traced_settings: Mapping[str, Any]  # floats, or traced scalars
+
+    @property
+    def config(self) -> UnlearnConfig:
+        """The arm's settings, those that are traced included."""
+        return dataclasses.replace(self.program, **self.traced_settings)
+
+
+class TrainState(NamedTuple):
+    """Everything that a step changes; all of it is donated."""
+
+    trainable: nnx.State  # float32, of all layers or of `UnlearnConfig.layers`
+    opt_state: optax.OptState
 
 
 def select_trainable(config: UnlearnConfig) -> Any:
@@ -48,80 +85,68 @@ def select_trainable(config: UnlearnConfig) -> Any:
     return chosen
 
 
-class Trainee(NamedTuple):
-    """A model in three parts. What is trained is a float32 copy of `whole`, or of some layers."""
-
-    graph: nnx.GraphDef
-    whole: nnx.State  # the variables that are trained, as they were at first
-    frozen: nnx.State
-
-
-def split(base: Decoder, config: UnlearnConfig, seed: int) -> Trainee:
-    """The model to train, sharing the base's arrays; with fresh adapters where these train."""
+def prepare(base: Decoder, config: UnlearnConfig, seed: int, mesh: Mesh) -> TrainSetup:
+    """The setup of one run, sharing the base's arrays; adapters, where they train, are fresh."""
     if config.trainable == "lora":
-        model = lora_lib.attach(base, config.lora, jax.random.key(seed))
+        model = lora.attach(base, config.lora, jax.random.key(seed))
     else:
         model = nnx.merge(*nnx.split(base))
-    return Trainee(*nnx.split(model, select_trainable(config), ...))
+    graph, *variables = nnx.split(model, select_trainable(config), ...)
+    initial, frozen = variables
+    return TrainSetup(graph, config.program, mesh, initial, frozen, config.traced_settings)
 
 
-def trainable_part(trainee: Trainee, config: UnlearnConfig, mesh: Mesh) -> nnx.State:
-    """A float32 copy of what is to be trained, laid out as the step gives it back."""
+def init_state(setup: TrainSetup) -> TrainState:
+    """The state before the first step: a float32 copy of what is trained, and a fresh optimizer."""
+    layers = setup.program.layers
 
     def cut(x: Array) -> Array:
-        layers = x[slice(config.layers[0], config.layers[1] + 1)] if config.layers else x
-        return jnp.array(layers, jnp.float32, copy=True)
+        chosen = x[slice(layers[0], layers[1] + 1)] if layers else x
+        return jnp.array(chosen, jnp.float32, copy=True)
 
-    # The step donates what it trains, and the base must outlive it. It lies as the step gives it
-    # back: with inputs that lie otherwise, its second call would compile it again.
-    trainable = jax.tree.map(cut, trainee.whole)
-    return jax.device_put(trainable, parameter_shardings(trainable, mesh))
+    # The step donates what it trains, and the base must outlive it. It lies as the step returns
+    # it: with inputs that lie otherwise, its second call would compile it again.
+    trainable = jax.tree.map(cut, setup.initial)
+    trainable = jax.device_put(trainable, parameter_shardings(trainable, setup.mesh))
+    init = optimizer(setup.config).init
+    shardings = parameter_shardings(jax.eval_shape(init, trainable), setup.mesh)
+    return TrainState(trainable, jax.jit(init, out_shardings=shardings)(trainable))
 
 
-def assemble(trainee: Trainee, config: UnlearnConfig, trainable: nnx.State) -> Decoder:
-    """The model with what is trained in its place, in the base's dtype."""
+def assemble(setup: TrainSetup, trainable: nnx.State) -> Decoder:
+    """The model with the trained variables in place, in the base's dtype."""
+    layers = setup.program.layers
 
-    def paste(part: Array, whole: Array) -> Array:
-        part = part.astype(whole.dtype)
-        if not config.layers:
+    def paste(part: Array, initial: Array) -> Array:
+        part = part.astype(initial.dtype)
+        if not layers:
             return part
-        return jax.lax.dynamic_update_slice_in_dim(whole, part, config.layers[0], axis=0)
+        return jax.lax.dynamic_update_slice_in_dim(initial, part, layers[0], axis=0)
 
-    pasted = jax.tree.map(paste, trainable, trainee.whole)
-    return nnx.merge(trainee.graph, pasted, trainee.frozen)
-
-
-def init_moments(config: UnlearnConfig, trainable: nnx.State, mesh: Mesh) -> optax.OptState:
-    """The optimizer's first state, laid out like the parameters it belongs to."""
-    init = optimizer(config).init
-    shardings = parameter_shardings(jax.eval_shape(init, trainable), mesh)
-    return jax.jit(init, out_shardings=shardings)(trainable)
+    pasted = jax.tree.map(paste, trainable, setup.initial)
+    return nnx.merge(setup.graph, pasted, setup.frozen)
 
 
 def loss_and_gradient(
-    trainee: Trainee,
-    config: UnlearnConfig,
-    trainable: nnx.State,
-    forget: ForgetBatch,
-    retain: RetainBatch | None,
-    key: jax.Array,
+    setup: TrainSetup, trainable: nnx.State, batch: StepBatch
 ) -> tuple[nnx.State, Metrics]:
-    """Gradient of the weighted sum, and the figures of it."""
+    """Gradient of the weighted sum of losses, and the metrics of the batch."""
+    config = setup.config
 
     def loss_of(
         trainable: nnx.State, forget: ForgetBatch, retain: RetainBatch | None, key: jax.Array
     ) -> tuple[Float[Array, ""], Metrics]:
-        model = assemble(trainee, config, trainable)
+        model = assemble(setup, trainable)
 
         def base() -> Decoder:
-            untouched = nnx.merge(trainee.graph, trainee.whole, trainee.frozen)
-            return lora_lib.detach(untouched)
+            return lora.detach(nnx.merge(setup.graph, setup.initial, setup.frozen))
 
         if config.trainable == "lora" and config.lora.dropout:
-            model = lora_lib.with_dropout(model, config.lora, key)
-        return total_loss(Pass(model, base, config), forget, retain)
+            model = lora.with_dropout(model, config.lora, key)
+        return total_loss(LossContext(model, base, config), forget, retain)
 
     gradient = jax.grad(loss_of, has_aux=True)
+    forget, retain, key = batch.forget, batch.retain, dropout_key(batch.draw)
     parts = config.accumulate
     if parts == 1:
         return gradient(trainable, forget, retain, key)
@@ -146,135 +171,43 @@ def loss_and_gradient(
 
 
 def _average(batch: Batch | None, parts: int) -> Array | None:
-    """Response tokens a part."""
+    """Mean number of response tokens in a part."""
     if batch is None:
         return None
     return jnp.maximum(jnp.sum(batch.response[:, 1:]) / parts, 1 / parts)
 
 
-def dropout_key(draw: Int[Array, "2"]) -> jax.Array:
+def dropout_key(draw: UInt32[Array, "2"]) -> jax.Array:
     """The random key of a step: a pure function of (seed, step), as the batch is."""
     return jax.random.fold_in(jax.random.key(draw[0]), draw[1])
 
 
-def update(
-    graph: nnx.GraphDef,
-    program: UnlearnConfig,
-    numbers: Mapping[str, Any],  # floats or traced scalars, by field
-    trainable: nnx.State,
-    whole: nnx.State,
-    frozen: nnx.State,
-    moments: optax.OptState,
-    forget: ForgetBatch,
-    retain: RetainBatch | None,
-    draw: Int[Array, "2"],
-) -> tuple[nnx.State, optax.OptState, Metrics]:
-    """What a step does, wherever its arrays lie; see `train_step`."""
-    config = dataclasses.replace(program, **numbers)
-    gradients, metrics = loss_and_gradient(
-        Trainee(graph, whole, frozen), config, trainable, forget, retain, dropout_key(draw)
-    )
+def update(setup: TrainSetup, state: TrainState, batch: StepBatch) -> tuple[TrainState, Metrics]:
+    """One optimizer step, independent of sharding; see `train_step`."""
+    gradients, metrics = loss_and_gradient(setup, state.trainable, batch)
     metrics["gradient_norm"] = optax.global_norm(gradients)
-    updates, moments = optimizer(config).update(gradients, moments, trainable)
-    return optax.apply_updates(trainable, updates), moments, metrics
+    rule = optimizer(setup.config)
+    updates, opt_state = rule.update(gradients, state.opt_state, state.trainable)
+    return TrainState(optax.apply_updates(state.trainable, updates), opt_state), metrics
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=("graph", "program", "mesh"),
-    donate_argnames=("trainable", "moments"),
-)
+@functools.partial(jax.jit, donate_argnames="state")
 def train_step(
-    graph: nnx.GraphDef,
-    program: UnlearnConfig,
-    mesh: Mesh,
-    numbers: Mapping[str, float],
-    trainable: nnx.State,
-    whole: nnx.State,
-    frozen: nnx.State,
-    moments: optax.OptState,
-    forget: ForgetBatch,
-    retain: RetainBatch | None,
-    draw: Int[Array, "2"],
-) -> tuple[nnx.State, optax.OptState, Metrics]:
+    setup: TrainSetup, state: TrainState, batch: StepBatch
+) -> tuple[TrainState, Metrics]:
     """One step of one run.
 
     Args:
-        graph: of the model, as `split` gave it.
-        program: the arm's `program`.
-        mesh: what the arrays lie on.
-        numbers: the arm's `numbers`, which may change from call to call.
-        trainable: what is trained; donated.
-        whole: see `Trainee`.
-        frozen: see `Trainee`.
-        moments: the optimizer's state; donated.
-        forget: forget examples.
-        retain: retain examples.
-        draw: (seed, step), from which dropout is drawn.
+        setup: everything that does not change; its arrays outlive the step.
+        state: everything that does; donated.
+        batch: examples of the step, and its draw for dropout.
+
+    Returns:
+        The next state, laid out as it came in, and the metrics as scalars on the device.
     """
-    *trained, metrics = update(
-        graph, program, numbers, trainable, whole, frozen, moments, forget, retain, draw
-    )
-    if mesh.size > 1:
-        # As they came in, whatever XLA would choose: then they are donated, and the next call is
-        # of the same program.
-        shardings = parameter_shardings(trained, mesh)
-        trained = jax.lax.with_sharding_constraint(trained, shardings)
-    return *trained, metrics
-
-
-@functools.partial(jax.jit, static_argnames=("graph",))
-def _token_log_probs(graph: nnx.GraphDef, state: nnx.State, batch: Batch) -> Float[Array, "B T-1"]:
-    return token_log_probs(nnx.merge(graph, state), batch.tokens, batch.mask)
-
-
-@functools.partial(jax.jit, static_argnames=("graph",))
-def _sequence_log_probs(graph: nnx.GraphDef, state: nnx.State, batch: Batch) -> Float[Array, "B"]:
-    model = nnx.merge(graph, state)
-    log_probs = token_log_probs(model, batch.tokens, batch.mask)
-    return sequence_log_probs(log_probs, batch.response)
-
-
-def reference_log_probs(
-    model: Decoder,
-    examples: Sequence[TokenExample],
-    batch_size: int,
-    mesh: Mesh | None = None,
-    *,
-    multiple: int = MULTIPLE,
-) -> Float[np.ndarray, "N"]:
-    """log π_ref of every response, summed over its tokens: the reference model as numbers.
-
-    Args:
-        model: adapters on it are left out.
-        examples: prompts with responses.
-        batch_size: rows at once.
-        mesh: what the model lies on.
-        multiple: batches are padded to multiples of this; smaller ones pad less, compile more.
-    """
-    mesh = make_mesh() if mesh is None else mesh
-    graph, state = nnx.split(lora_lib.detach(model))
-    rows = batch_rows(batch_size, mesh)
-    sums = np.zeros(len(examples), np.float32)
-    sizes = [size_of(item) for item in examples]
-    for places in length_batches(sizes, rows):
-        length = bucket(sizes[places[0]], multiple)  # the longest comes first
-        chunk = pad_examples([examples[i] for i in places], length, rows, 0)
-        found = host_array(_sequence_log_probs(graph, state, place_batch(chunk, mesh)))
-        sums[places] = found[: len(places)]
-    return sums
-
-
-def response_log_probs(
-    model: Decoder, examples: Sequence[TokenExample], positions: int, mesh: Mesh
-) -> Float[np.ndarray, "N P"]:
-    """log π of each of the first tokens of every response; NaN after a response's end."""
-    rows = batch_rows(len(examples), mesh)
-    batch = pad_examples(examples, padded_length(examples), rows, 0)
-    graph, state = nnx.split(model)
-    log_probs = host_array(_token_log_probs(graph, state, place_batch(batch, mesh)))
-    result = np.full((len(examples), positions), np.nan)
-    for row, item in enumerate(examples):
-        start, number = len(item.prompt) - 1, min(len(item.response), positions)
-        result[row, :number] = log_probs[row, start : start + number]
-    return result
+    state, metrics = update(setup, state, batch)
+    if setup.mesh.size > 1:
+        # As it came in, whatever XLA would choose: then it is donated, and the next call is of the
+        # same program.
+        state = jax.lax.with_sharding_constraint(state, parameter_shardings(state, setup.mesh))
+    return state, metrics

@@ -1,9 +1,10 @@
 """Unlearn, the paper's second phase: any objective on the forget set, with or without a retain set.
 
-The loop around the train step: batches, evaluation, when to stop, checkpoints, figures.
+The loop around the train step: batches, evaluation, when to stop, checkpoints, metrics.
 """
 
 import contextlib
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,40 +20,30 @@ from ema_jax.data.chat import TokenExample
 from ema_jax.errors import UserError
 from ema_jax.models.config import DecoderConfig
 from ema_jax.models.decoder import Decoder
-from ema_jax.models.sharding import host_array, make_mesh, place_batch, validate
+from ema_jax.models.sharding import host_array, make_mesh, validate
 from ema_jax.refusal.evaluation import Evaluation
 from ema_jax.refusal.verdicts import COMPLIED
 from ema_jax.runtime.progress import Progress
-from ema_jax.unlearning.batches import Data, batch_indices
+from ema_jax.unlearning.batches import Data, StepBatch
 from ema_jax.unlearning.config import UnlearnConfig
 from ema_jax.unlearning.metrics import Profile
-from ema_jax.unlearning.objectives import FORGET
+from ema_jax.unlearning.objectives import FORGET, Metrics
+from ema_jax.unlearning.reference import reference_log_probs, response_log_probs
 from ema_jax.unlearning.run_checkpoints import Checkpoints, NonFiniteError, stop_requested
 from ema_jax.unlearning.throughput import flops_per_token, memory_gib, peak_flops
 from ema_jax.unlearning.train_step import (
+    TrainState,
     assemble,
-    init_moments,
-    reference_log_probs,
-    response_log_probs,
-    select_trainable,
-    split,
+    init_state,
+    prepare,
     train_step,
-    trainable_part,
 )
-
-__all__ = [
-    "Evaluation",
-    "Trained",
-    "UnlearnConfig",
-    "batch_indices",
-    "reference_log_probs",
-    "select_trainable",
-    "unlearn",
-]
 
 # Forget examples and leading positions whose log-ratio is followed: NPO's drop hides in the first
 # tokens of a refusal, where the sum does not show it.
 PROBED, POSITIONS = 32, 16
+
+Log = Callable[[Mapping[str, Any]], None]
 
 
 class Trained(NamedTuple):
@@ -65,20 +56,23 @@ class Trained(NamedTuple):
     trajectory: list[dict[str, Any]]
 
 
-class Course:
-    """How one run goes: what was measured so far, and whether it is over."""
+class RunProgress:
+    """The evaluations of one run so far, and whether the run is over."""
 
-    def __init__(self, config: UnlearnConfig, target: str, base: Decoder, data: Data, mesh: Mesh):
+    def __init__(
+        self, config: UnlearnConfig, target: str, base: Decoder, data: Data, seed: int, mesh: Mesh
+    ):
         self.config, self.target = config, target
         self.trajectory: list[dict[str, Any]] = []
         self.first_loss, self.stopped = math.nan, ""
-        self._data, self._mesh = data.forget[:PROBED], mesh
-        self._kept = response_log_probs(base, self._data, POSITIONS, mesh)
+        self._data, self._seed, self._mesh = data, seed, mesh
+        self._probed = data.forget[:PROBED]
+        self._reference = response_log_probs(base, self._probed, POSITIONS, mesh)
 
     def measure(self, step: int, model: Decoder, rates: Evaluation, metrics: Mapping) -> None:
         """Adds a point to the trajectory and decides whether the run is over."""
-        now = response_log_probs(model, self._data, POSITIONS, self._mesh)
-        ratios = now - self._kept
+        policy = response_log_probs(model, self._probed, POSITIONS, self._mesh)
+        ratios = policy - self._reference
         known = ~np.isnan(ratios)
         means = np.sum(np.where(known, ratios, 0), axis=0) / np.maximum(known.sum(axis=0), 1)
         point = rates.point(step)
@@ -88,7 +82,7 @@ class Course:
             self.stopped = self._verdict(step, rates)
 
     def _verdict(self, step: int, rates: Evaluation) -> str:
-        """Whether the run is over: the target is no longer refused, and it is answered."""
+        """Why the run is over, or "": "target" where that is no longer refused, but answered."""
         config = self.config
         if step >= config.min_steps:
             rate = rates.refusal[self.target]  # NaN where no response is valid
@@ -109,12 +103,31 @@ class Course:
                 return "invalid"
         return "limit" if step >= config.max_steps else ""
 
+    def check(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Checks the metrics of one step; those of the first have the first loss.
+
+        Raises:
+            NonFiniteError: one of them is NaN or infinite; it names the step's batch.
+        """
+        if step == 1:
+            self.first_loss = metrics["forget_loss"]
+        bad = [name for name, value in metrics.items() if not math.isfinite(value)]
+        if bad:
+            forget, retain = self._data.indices(self.config, self._seed, step - 1)
+            raise NonFiniteError(
+                f"unlearn: {bad[0]} is {metrics[bad[0]]} at step {step}; "
+                "lower unlearn.learning_rate",
+                step,
+                forget.tolist(),
+                retain.tolist(),
+            )
+
     def due(self, step: int) -> bool:
         """Whether the model is evaluated after this step."""
         return step % self.config.eval_every == 0 or step == self.config.max_steps
 
-    def notes(self) -> dict[str, float]:
-        """Rates to show beside the progress: of the target, and the mean of the others.
+    def rates(self) -> dict[str, float]:
+        """Latest dev rates for the progress line: of the target, and the mean of the others.
 
         `answered`: the share of the target's responses that are answers to their prompts.
         """
@@ -127,7 +140,7 @@ class Course:
         return shown | ({"others": sum(others) / len(others)} if others else {})
 
     def to_json(self) -> dict[str, Any]:
-        """What a checkpoint keeps of it."""
+        """The progress as a checkpoint stores it."""
         first = None if math.isnan(self.first_loss) else self.first_loss
         # A copy: checkpoints are written in the background.
         return {"trajectory": list(self.trajectory), "first_loss": first, "stopped": self.stopped}
@@ -136,25 +149,6 @@ class Course:
         """The inverse of `to_json`."""
         self.trajectory, self.stopped = list(saved["trajectory"]), saved["stopped"]
         self.first_loss = math.nan if saved["first_loss"] is None else saved["first_loss"]
-
-
-def check_finite(
-    metrics: Mapping[str, float], step: int, data: Data, config: Any, seed: int
-) -> None:
-    """Stops a run whose figures are not numbers, naming the batch that did it.
-
-    Raises:
-        NonFiniteError: always, if one is not.
-    """
-    bad = [name for name, value in metrics.items() if not math.isfinite(value)]
-    if bad:
-        forget, retain = data.indices(config, seed, step - 1)
-        raise NonFiniteError(
-            f"unlearn: {bad[0]} is {metrics[bad[0]]} at step {step}; lower unlearn.learning_rate",
-            step,
-            forget.tolist(),
-            retain.tolist(),
-        )
 
 
 def check_arm(
@@ -174,7 +168,7 @@ def check_arm(
     batches = {f"{where}.batch_size": config.batch_size}
     if config.retains:
         batches[f"{where}.retain_batch_size"] = config.retain_batch_size
-    validate(decoder, shape, {} if config.trainable == "ablation" else batches, config.accumulate)
+    validate(decoder, shape, batches if config.ablation is None else {}, config.accumulate)
     last = decoder.num_layers - 1
     if max(config.layers, default=0) > last:
         raise UserError(f"{where}.layers = {config.layers}: the model's last block is {last}")
@@ -185,7 +179,7 @@ def check_arm(
 
 
 def check_data(data: Data, config: UnlearnConfig) -> None:
-    """Checks that there is a preferred response for each forget prompt, where one is wanted."""
+    """Checks that each forget prompt has a preferred response, where the objective needs one."""
     if FORGET[config.objective].preferred and len(data.preferred) != len(data.forget):
         raise UserError(
             f"objective {config.objective} wants a preferred response for each of "
@@ -205,7 +199,7 @@ def unlearn(
     evaluate: Callable[[Decoder], Evaluation],
     preferred: Sequence[TokenExample] = (),
     mesh: Mesh | None = None,
-    log: Callable[[Mapping[str, Any]], None] = lambda row: None,
+    log: Log = lambda row: None,
     checkpoints: Checkpoints | None = None,
     profile: Profile | None = None,
 ) -> Trained:
@@ -214,22 +208,22 @@ def unlearn(
     Args:
         base: the untouched model; its arrays are shared, not copied, under adapters.
         forget: refusals of the target domain.
-        retain: what must not change; unused where `config.retain_weight` is 0.
+        retain: examples of the behaviour to keep; unused where `config.retain_weight` is 0.
         reference: log π_ref of the forget responses (`reference_log_probs`).
         config: the arm.
         seed: of adapters and batches.
         target: the domain whose dev refusal decides when to stop.
         evaluate: dev rates of a model.
-        preferred: responses wanted to the forget prompts, in their order, for dpo and sft.
-        mesh: what the base lies on.
-        log: gets one row of metrics a step.
-        checkpoints: where the state is kept; a run that is found there goes on.
+        preferred: preferred responses to the forget prompts, in their order, for dpo and sft.
+        mesh: the mesh that the base lies on.
+        log: gets one row of metrics per step.
+        checkpoints: where the state is kept; a run that is found there is resumed.
         profile: takes a trace of some steps.
 
     Raises:
         UserError: see `check_arm` and `check_data`.
         RunStoppedError: the loss or the gradient is not finite (`NonFiniteError`), a checkpoint
-            could not be written, or SIGTERM came and there are checkpoints to go on from.
+            could not be written, or SIGTERM came and there are checkpoints to resume from.
     """
     mesh = make_mesh() if mesh is None else mesh
     data = Data(forget, reference, retain, preferred)
@@ -237,98 +231,125 @@ def unlearn(
     check_data(data, config)
     if config.objective == "dpo":
         numbers = reference_log_probs(base, preferred, config.batch_size, mesh)
-        data = Data(forget, reference, retain, preferred, numbers)
-    trainee = split(base, config, seed)
-    trainable = trainable_part(trainee, config, mesh)
-    moments, step = init_moments(config, trainable, mesh), 0
-    course = Course(config, target, base, data, mesh)
-    saved = checkpoints.latest(_abstract((trainable, moments))) if checkpoints else None
+        data = dataclasses.replace(data, preferred_reference=numbers)
+    setup = prepare(base, config, seed, mesh)
+    state, step = init_state(setup), 0
+    run = RunProgress(config, target, base, data, seed, mesh)
+
+    def measure(metrics: Mapping[str, float]) -> None:
+        model = assemble(setup, state.trainable)
+        run.measure(step, model, evaluate(model), metrics)
+
+    saved = checkpoints.latest(_abstract(tuple(state))) if checkpoints else None
     if saved is None:
-        model = assemble(trainee, config, trainable)
-        course.measure(step, model, evaluate(model), {})
+        measure({})
     else:
-        (trainable, moments), step = saved.state, saved.step
-        course.restore(saved.progress)
-        logging.info("unlearn seed %d: goes on from step %d", seed, step)
+        state, step = TrainState(*saved.state), saved.step
+        run.restore(saved.progress)
+        logging.info("unlearn seed %d: resuming at step %d", seed, step)
 
     with contextlib.ExitStack() as stack:
-        asked = stack.enter_context(stop_requested()) if checkpoints else lambda: False
+        stop_asked = stack.enter_context(stop_requested()) if checkpoints else lambda: False
         if profile is not None:
             stack.callback(profile.stop)
+        bar = stack.enter_context(Progress(f"unlearn seed {seed}", config.max_steps, "steps"))
+        bar.update(step)
         meter = Meter(base, config, mesh)
-        progress = stack.enter_context(Progress(f"unlearn seed {seed}", config.max_steps, "steps"))
-        progress.update(step)
-        host = data.host_batch(config, seed, step)
-        while not course.stopped:
+        reader = MetricsReader(run, meter, bar, log)
+        batch = data.host_batch(config, seed, step)
+        while not run.stopped:
             if profile is not None:
-                profile.at(step)
-            meter.start(host)
-            draw = np.array([seed, step], np.uint32)
-            trainable, moments, raw = train_step(
-                trainee.graph,
-                config.program,
-                mesh,
-                config.numbers,
-                trainable,
-                trainee.whole,
-                trainee.frozen,
-                moments,
-                *place_batch(host, mesh),
-                draw,
-            )
+                profile.at(step, state)
+            work = meter.start(batch)
+            state, metrics = train_step(setup, state, batch.placed(mesh))
             step += 1
-            host = data.host_batch(config, seed, step)  # while the device is at work
-            metrics = {name: float(host_array(value)) for name, value in raw.items()}
-            speed = meter.stop()
-            if step == 1:
-                course.first_loss = metrics["forget_loss"]
-            log({"step": step, **metrics, **speed})
-            shown = {k: v for k, v in speed.items() if k in ("tokens_per_second", "mfu")}
-            progress.update(1, loss=metrics["loss"], **course.notes(), **shown)
-            check_finite(metrics, step, data, config, seed)
-            if course.due(step):
-                model = assemble(trainee, config, trainable)
-                course.measure(step, model, evaluate(model), metrics)
+            batch = data.host_batch(config, seed, step)  # while the device is at work
+            reader.push(step, metrics, work)
+            if run.due(step):
+                measure(reader.latest())
             if checkpoints is not None:
-                stop = asked()
-                if checkpoints.due(step) or course.stopped or stop:
-                    checkpoints.save(step, (trainable, moments), course.to_json())
-                if course.stopped or stop:
+                stop = stop_asked()
+                if checkpoints.due(step) or run.stopped or stop:
+                    reader.latest()  # raises before a state that is not finite is saved
+                    checkpoints.save(step, tuple(state), run.to_json())
+                if run.stopped or stop:
                     checkpoints.wait()
-                if stop and not course.stopped:
+                if stop and not run.stopped:
                     raise checkpoints.stopped(step)
-    model = assemble(trainee, config, trainable)
-    return Trained(model, step, course.stopped, course.first_loss, course.trajectory)
+    model = assemble(setup, state.trainable)
+    return Trained(model, step, run.stopped, run.first_loss, run.trajectory)
+
+
+class Work(NamedTuple):
+    """A step that was dispatched."""
+
+    tokens: int
+    flops: float
+    start: float  # seconds
 
 
 class Meter:
-    """Tokens a second, MFU and memory of one step after another."""
+    """Tokens per second, MFU and memory of one step after another."""
 
     def __init__(self, base: Decoder, config: UnlearnConfig, mesh: Mesh):
         self._base, self._config = base, config
         peak = peak_flops(mesh.devices.flat[0].device_kind)
         self._peak = None if peak is None else peak * mesh.size
+        self._end = -math.inf
 
-    def start(self, host: tuple) -> None:
-        """Before a step on a batch in NumPy."""
-        forget, retain = host
-        batches = [forget.preferred, None if retain is None else retain.batch]
-        batches += [] if self._config.objective == "sft" else [forget.batch]
-        masks = [batch.mask for batch in batches if batch is not None]
-        self._tokens = sum(int(mask.sum()) for mask in masks)
-        self._flops = sum(
+    def start(self, batch: StepBatch) -> Work:
+        """The work of a step on a batch in NumPy, about to be dispatched."""
+        forget, retain = batch.forget, batch.retain
+        parts = [forget.preferred, None if retain is None else retain.batch]
+        parts += [] if self._config.objective == "sft" else [forget.batch]
+        masks = [part.mask for part in parts if part is not None]
+        flops = sum(
             mask.sum() * flops_per_token(self._base, self._config, mask.shape[1]) for mask in masks
         )
-        self._start = time.monotonic()
+        return Work(sum(int(mask.sum()) for mask in masks), float(flops), time.monotonic())
 
-    def stop(self) -> dict[str, float]:
-        """The figures, once the step's own are there."""
-        seconds = max(time.monotonic() - self._start, 1e-9)
-        figures = {"tokens_per_second": self._tokens / seconds}
+    def stop(self, work: Work) -> dict[str, float]:
+        """Speed of a step that is done; it began once the step before it was done."""
+        start, self._end = max(work.start, self._end), time.monotonic()
+        seconds = max(self._end - start, 1e-9)
+        speed = {"tokens_per_second": work.tokens / seconds}
         if self._peak is not None:
-            figures["mfu"] = float(self._flops / seconds / self._peak)
+            speed["mfu"] = float(work.flops / seconds / self._peak)
         memory = memory_gib()
-        return figures if memory is None else figures | {"memory_gib": memory}
+        return speed if memory is None else speed | {"memory_gib": memory}
+
+
+class MetricsReader:
+    """Reads the metrics of each step one step behind, so that the device never waits for the host.
+
+    Once read, they are logged, shown and checked, in the order of the steps.
+    """
+
+    def __init__(self, run: RunProgress, meter: Meter, bar: Progress, log: Log):
+        self._run, self._meter, self._bar, self._log = run, meter, bar, log
+        self._pending: tuple[int, Metrics, Work] | None = None
+        self._latest: dict[str, float] = {}
+
+    def push(self, step: int, metrics: Metrics, work: Work) -> None:
+        """Takes the metrics of a step just dispatched, and reads those of the step before."""
+        self.latest()
+        self._pending = step, metrics, work
+
+    def latest(self) -> dict[str, float]:
+        """Metrics of the newest step, for which this waits.
+
+        Raises:
+            NonFiniteError: see `RunProgress.check`.
+        """
+        if self._pending is not None:
+            (step, metrics, work), self._pending = self._pending, None
+            self._latest = {name: float(host_array(value)) for name, value in metrics.items()}
+            speed = self._meter.stop(work)
+            self._log({"step": step, **self._latest, **speed})
+            shown = {k: v for k, v in speed.items() if k in ("tokens_per_second", "mfu")}
+            self._bar.update(1, loss=self._latest["loss"], **self._run.rates(), **shown)
+            self._run.check(step, self._latest)
+        return self._latest
 
 
 def _abstract(state: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What else changed: likelihood of benign answers and divergence from the base."""
+"""Utility: the likelihood of benign answers, and the divergence from the base."""
 
 import functools
 import math
@@ -9,14 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from ema_jax.data.batching import Batch, bucket, pad_examples
 from ema_jax.data.chat import TokenExample
 from ema_jax.models.decoder import Decoder
 from ema_jax.models.sharding import batch_rows, host_array, make_mesh, place_batch
+from ema_jax.unlearning.log_probs import map_chunks
 
-_CHUNK = 32
+_CHUNK = 32  # tokens whose logits, of both models, exist at a time
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "base_graph"))
@@ -27,34 +28,26 @@ def _totals(
     base_state: nnx.State,
     batch: Batch,
 ) -> Float[Array, "3"]:
-    """Sums over response tokens of NLL, KL(base ‖ model) and one, over time in chunks.
+    """Sums over response tokens of NLL, KL(base ‖ model) and one."""
+    model, base = nnx.merge(graph, state), nnx.merge(base_graph, base_state)
 
-    So neither model's `[B, T, vocabulary]` exists whole.
-    """
-    merged = nnx.merge(graph, state), nnx.merge(base_graph, base_state)
-    length = batch.tokens.shape[1] - 1
-    size = min(_CHUNK, length)
-
-    def padded(x: Array) -> Array:
-        return jnp.pad(x, ((0, 0), (0, -length % size), *((0, 0),) * (x.ndim - 2)))
-
-    hidden = [padded(model(batch.tokens, batch.mask).hidden[:, :-1]) for model in merged]
-    targets, weights = padded(batch.tokens[:, 1:]), padded(batch.response[:, 1:])
-
-    def chunk(start: Int[Array, ""]) -> Float[Array, "3"]:
-        def part(x: Array) -> Array:
-            return jax.lax.dynamic_slice_in_dim(x, start, size, axis=1)
-
-        ours, kept = (
-            jax.nn.log_softmax(model.logits(part(h)))
-            for model, h in zip(merged, hidden, strict=True)
-        )
-        nll = -jnp.take_along_axis(ours, part(targets)[..., None], axis=-1)[..., 0]
-        divergence = jnp.sum(jnp.exp(kept) * (kept - ours), axis=-1)
+    def chunk(
+        h: Float[Array, "B C D"],
+        base_h: Float[Array, "B C D"],
+        targets: Int[Array, "B C"],
+        response: Bool[Array, "B C"],
+    ) -> Float[Array, "3"]:
+        policy = jax.nn.log_softmax(model.logits(h))
+        reference = jax.nn.log_softmax(base.logits(base_h))
+        nll = -jnp.take_along_axis(policy, targets[..., None], axis=-1)[..., 0]
+        divergence = jnp.sum(jnp.exp(reference) * (reference - policy), axis=-1)
         counted = (nll, divergence, jnp.ones_like(nll))
-        return jnp.stack([jnp.sum(jnp.where(part(weights), x, 0.0)) for x in counted])
+        return jnp.stack([jnp.sum(jnp.where(response, x, 0.0)) for x in counted])
 
-    return jnp.sum(jax.lax.map(chunk, jnp.arange(0, length, size)), axis=0)
+    hidden = [m(batch.tokens, batch.mask).hidden[:, :-1] for m in (model, base)]
+    arrays = (*hidden, batch.tokens[:, 1:], batch.response[:, 1:])
+    sums = map_chunks(chunk, model.config.vocab_size, *arrays, longest=_CHUNK)
+    return jnp.sum(sums, axis=0)
 
 
 def utility(
@@ -65,14 +58,14 @@ def utility(
     batch_size: int = 16,
     mesh: Mesh | None = None,
 ) -> dict[str, float]:
-    """Per response token on the base's own benign answers: NLL, and KL from the base.
+    """NLL and KL from the base per response token, on the base's own benign answers.
 
     Args:
         model: the one to measure.
         base: the untouched model.
         examples: benign prompts with the base's answers.
         batch_size: rows at once.
-        mesh: what the models lie on.
+        mesh: the mesh that the models lie on.
 
     Returns:
         `benign_nll` and `kl_to_base` = KL(base ‖ model), in nats a token.

@@ -13,7 +13,7 @@ from ema_jax import config as ema
 from ema_jax.config import StudyConfig
 from ema_jax.errors import UserError
 from ema_jax.refusal.judges import JUDGES, TEXT_JUDGES
-from ema_jax.unlearning.trainer import UnlearnConfig
+from ema_jax.unlearning.config import UnlearnConfig
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 CELLS = ("qwen_cyber", "qwen_safety", "mistral_cyber", "mistral_safety")

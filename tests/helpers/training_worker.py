@@ -14,10 +14,13 @@ from flax import nnx
 from ema_jax.data.chat import TokenExample
 from ema_jax.models import checkpoint, lora
 from ema_jax.models.sharding import host_array, make_mesh
+from ema_jax.refusal.evaluation import Evaluation
 from ema_jax.runtime import cli, distributed
+from ema_jax.unlearning.config import UnlearnConfig
 from ema_jax.unlearning.metrics import MetricsWriter
+from ema_jax.unlearning.reference import reference_log_probs
 from ema_jax.unlearning.run_checkpoints import Checkpoints
-from ema_jax.unlearning.trainer import Evaluation, UnlearnConfig, reference_log_probs, unlearn
+from ema_jax.unlearning.trainer import unlearn
 
 STEPS = 24
 CONFIG = UnlearnConfig(
@@ -43,7 +46,7 @@ def random_examples(number: int, seed: int) -> list[TokenExample]:
 
 
 def train(base, folder: Path, *, every: int = 1, log=None, config=CONFIG, mesh=None, **more):
-    """Trains, or goes on, and returns what `unlearn` does."""
+    """Trains, or resumes, and returns what `unlearn` does."""
     forget, retain = random_examples(9, 1), random_examples(11, 2)
     with (
         MetricsWriter(folder, "arm", 0) as metrics,

@@ -62,10 +62,10 @@ def behaviour(family: str, each: int, seed: int) -> dict[str, tuple[int, int, in
     chat, model = Chat.load(CHECKPOINTS / family), checkpoint.load(CHECKPOINTS / family)
     rows = corpus.study_prompts(seed, {"eval": each})
     texts = [row["prompt"] for row in rows]
-    said = dict(generate(model, chat, texts, max_new_tokens=48, batch_size=256))
+    responses = dict(generate(model, chat, texts, max_new_tokens=48, batch_size=256))
     verdicts = get_judge("lexical")(
         [
-            {"prompt": text, "response": said[i].text, "finished": said[i].finished}
+            {"prompt": text, "response": responses[i].text, "finished": responses[i].finished}
             for i, text in enumerate(texts)
         ]
     )

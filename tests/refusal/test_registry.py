@@ -15,10 +15,12 @@ from tiny_models import our_outputs, random_batch
 from ema_jax.data.batching import Batch
 from ema_jax.models import checkpoint, lora
 from ema_jax.models.decoder import LoRAParam, Output
+from ema_jax.models.sharding import make_mesh
 from ema_jax.unlearning import objectives
 from ema_jax.unlearning import train_step as steps
+from ema_jax.unlearning.batches import StepBatch
 from ema_jax.unlearning.config import UnlearnConfig
-from ema_jax.unlearning.objectives import FORGET, RETAIN, ForgetBatch, Pass, RetainBatch
+from ema_jax.unlearning.objectives import FORGET, RETAIN, ForgetBatch, LossContext, RetainBatch
 
 CONFIG = UnlearnConfig(
     lora=lora.LoRAConfig(rank=2, alpha=4.0),
@@ -162,7 +164,7 @@ def formula_losses(dtype: type) -> tuple:
         model.weights = weights
 
         def run(**changes):
-            return Pass(model, lambda: base, dataclasses.replace(CONFIG, **changes))
+            return LossContext(model, lambda: base, dataclasses.replace(CONFIG, **changes))
 
         forget = {
             (name, norm): FORGET[name].loss(run(forget_norm=norm), batch)[0]
@@ -208,7 +210,7 @@ def values(models):
         model, base = nnx.merge(graph, state), nnx.merge(base_graph, base_state)
 
         def run(model, **changes):
-            return Pass(model, lambda: base, dataclasses.replace(CONFIG, **changes))
+            return LossContext(model, lambda: base, dataclasses.replace(CONFIG, **changes))
 
         forget = {
             (name, norm): FORGET[name].loss(run(model, forget_norm=norm), FORGET_BATCH)[0]
@@ -251,7 +253,7 @@ def test_gradients_through_the_adapters_equal_finite_differences(models):
     def losses(adapters):
         model = nnx.merge(graph, adapters, rest)
         runs = [
-            Pass(
+            LossContext(
                 model,
                 lambda: base,
                 dataclasses.replace(CONFIG, objective=a, retain_objective=b, beta=0.5),
@@ -296,18 +298,9 @@ def test_the_formulas_gradients_in_closed_form():
 
 
 def gradient_of(base, config):
-    trainee = steps.split(base, config, seed=0)
-    trainable = jax.tree.map(jnp.array, trainee.whole)
-    return jax.jit(
-        lambda x: steps.loss_and_gradient(
-            trainee,
-            config,
-            x,
-            FORGET_BATCH,
-            RetainBatch(KEPT),
-            jax.random.key(5),
-        )
-    )(trainable)
+    setup = steps.prepare(base, config, 0, make_mesh())
+    batch = StepBatch(FORGET_BATCH, RetainBatch(KEPT), np.array([5, 0], np.uint32))
+    return jax.jit(steps.loss_and_gradient)(setup, steps.init_state(setup).trainable, batch)
 
 
 @pytest.mark.parametrize(("forget", "retain"), [("npo", "ce"), ("sft", "kl")])
@@ -332,7 +325,7 @@ def test_dropout_leaves_out_a_share_of_an_adapters_inputs(models):
     each = np.asarray(plain.lora_a[...]) @ np.asarray(plain.lora_b[...]) * plain.lora_scale
     spread = np.sqrt(np.sum(each**2, axis=0) * rate / (1 - rate))
     np.testing.assert_allclose(ours.std(axis=0), spread, rtol=0.1)
-    # In training only, drawn anew for every step, and the reference of kl never sees it.
+    # In training only, drawn again for every step, and the reference of kl never sees it.
     config = dataclasses.replace(CONFIG, lora=dataclasses.replace(CONFIG.lora, dropout=rate))
     with_it, without = gradient_of(base, config), gradient_of(base, CONFIG)
     pairs = zip(jax.tree.leaves(with_it[0]), jax.tree.leaves(without[0]), strict=True)
@@ -346,12 +339,11 @@ def test_dropout_leaves_out_a_share_of_an_adapters_inputs(models):
 def test_only_the_chosen_layers_and_modules_are_trained(models):
     base = models[1]
     config = dataclasses.replace(CONFIG, layers=(1, 1))
-    trainee = steps.split(base, config, seed=0)
-    mesh = steps.make_mesh()
-    trainable = steps.trainable_part(trainee, config, mesh)
+    setup = steps.prepare(base, config, 0, make_mesh())
+    trainable = steps.init_state(setup).trainable
     assert {leaf.shape[0] for leaf in jax.tree.leaves(trainable)} == {1}
     moved = jax.tree.map(lambda x: x + 1.0, trainable)
-    model = steps.assemble(trainee, config, moved)
+    model = steps.assemble(setup, moved)
     for name in lora.TARGETS:
         a = np.asarray(getattr(model.blocks, name).lora_b[...])
         assert (a[1] == 1).all()
@@ -360,14 +352,14 @@ def test_only_the_chosen_layers_and_modules_are_trained(models):
     full = dataclasses.replace(
         CONFIG, trainable="full", layers=(1, 2), modules=("down_proj",), objective="rmu"
     )
-    trainee = steps.split(base, full, seed=0)
-    assert len(jax.tree.leaves(trainee.whole)) == 1
-    trainable = steps.trainable_part(trainee, full, mesh)
-    same = steps.assemble(trainee, full, trainable)
+    setup = steps.prepare(base, full, 0, make_mesh())
+    assert len(jax.tree.leaves(setup.initial)) == 1
+    trainable = steps.init_state(setup).trainable
+    same = steps.assemble(setup, trainable)
     np.testing.assert_array_equal(
         same.blocks.down_proj.kernel[...], base.blocks.down_proj.kernel[...]
     )
-    changed = steps.assemble(trainee, full, jax.tree.map(lambda x: x + 1.0, trainable))
+    changed = steps.assemble(setup, jax.tree.map(lambda x: x + 1.0, trainable))
     difference = np.asarray(
         changed.blocks.down_proj.kernel[...] - base.blocks.down_proj.kernel[...]
     )
@@ -381,8 +373,8 @@ def test_only_the_chosen_layers_and_modules_are_trained(models):
 def test_full_training_of_a_bfloat16_base_is_in_float32(tiny):
     base = checkpoint.load(tiny("mistral"), dtype=jnp.bfloat16)
     config = UnlearnConfig(trainable="full")
-    trainee = steps.split(base, config, seed=0)
-    trainable = steps.trainable_part(trainee, config, steps.make_mesh())
+    setup = steps.prepare(base, config, 0, make_mesh())
+    trainable = steps.init_state(setup).trainable
     assert {leaf.dtype.name for leaf in jax.tree.leaves(trainable)} == {"float32"}
-    model = steps.assemble(trainee, config, trainable)
+    model = steps.assemble(setup, trainable)
     assert model.embed[...].dtype == jnp.bfloat16

@@ -1,5 +1,6 @@
 """What an arm may be beside NPO on everything: preferred responses, retain counts, ablation."""
 
+import dataclasses
 import json
 import random
 
@@ -7,16 +8,17 @@ import numpy as np
 import pytest
 from tiny_models import our_outputs, random_batch
 
+from ema_jax import config
 from ema_jax.data import corpus
 from ema_jax.errors import UserError
 from ema_jax.models import checkpoint
+from ema_jax.refusal.evaluation import Evaluation
 from ema_jax.refusal.judges import get_judge
 from ema_jax.refusal.verdicts import COMPLIED
 from ema_jax.unlearning.ablation import ablate, orthogonalise
-from ema_jax.unlearning.config import UnlearnConfig
+from ema_jax.unlearning.config import AblationArm, UnlearnConfig
 from ema_jax.unlearning.harvest import Harvested, retained
 from ema_jax.unlearning.preferred import IDK, preferred_responses
-from ema_jax.unlearning.trainer import Evaluation
 
 
 def test_the_corpus_answers_its_own_prompts():
@@ -54,6 +56,16 @@ def test_the_retain_set_is_composed_by_domain():
         retained(kept, {"c": 1})
 
 
+def test_ablation_is_an_arm_of_its_own_and_its_settings_are_hashed_as_before():
+    settings = {"trainable": "ablation", "layers": (1, 2), "stop_at": 0.3}
+    study = config.read({"unlearn": {"retain_weight": 2.0}, "arms": {"a": settings, "b": {}}})
+    assert study.arm("a").ablation == AblationArm((1, 2), stop_at=0.3, max_invalid=0.2)
+    assert study.arm("b").ablation is None
+    assert study.arm("a") is study.arm("a"), "parsed once"
+    hashed = dataclasses.asdict(UnlearnConfig()) | {"retain_weight": 2.0} | settings
+    assert dataclasses.asdict(study.arm("a")) == hashed
+
+
 def test_an_orthogonalised_model_writes_nothing_along_the_direction(tiny):
     base = checkpoint.load(tiny("mistral"))
     tokens, mask = random_batch()
@@ -75,7 +87,7 @@ def test_an_orthogonalised_model_writes_nothing_along_the_direction(tiny):
     ("rates", "invalid", "layers", "best", "stopped"),
     [
         ([1, 0.5, 0.02, 0.3], [0, 0, 0, 0], (0, 2), 1, "target"),
-        ([1, 0.5, 0.0, 0.3], [0, 0, 0.9, 0], (0, 2), 2, "limit"),  # garble is no success
+        ([1, 0.5, 0.0, 0.3], [0, 0, 0.9, 0], (0, 2), 2, "limit"),  # degenerate output is no success
         ([1, 0.0, 0.0, 0.0], [0, 0.5, 0.4, 0.4], (0, 2), 0, "invalid"),
     ],
 )
@@ -88,8 +100,8 @@ def test_the_layer_that_leaves_the_fewest_refusals(tiny, rates, invalid, layers,
         rate, bad = next(given)
         return Evaluation({"t": float(rate)}, float(bad))
 
-    config = UnlearnConfig(trainable="ablation", layers=layers)
-    trained = ablate(base, directions, config, target="t", evaluate=evaluate)
+    arm = AblationArm(layers)
+    trained = ablate(base, directions, arm, target="t", evaluate=evaluate)
     assert trained.stopped == stopped
     assert [point.get("layer") for point in trained.trajectory] == [None, 0, 1, 2]
     expected = orthogonalise(base, directions[best])

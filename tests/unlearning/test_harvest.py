@@ -56,7 +56,7 @@ def test_tokens_are_kept_as_sampled_and_cut_at_the_cap():
     assert [item.tokens for item in kept(cap=3)] == [(1, 2, 3), (7, 8, 9), (12, 13)]
 
 
-def test_too_few_are_refused_by_the_domain_and_the_mend_is_a_field_of_the_config():
+def test_too_few_are_refused_by_the_domain_and_the_fix_is_a_field_of_the_config():
     assert len(kept([row for row in ASKED if row[0].domain == "safety"], minimum=2)) == 2
     with pytest.raises(UserError, match="safety gave 2 refusals for 4 prompts and 3 are") as raised:
         kept([row for row in ASKED if row[0].domain == "safety"], minimum=3)
@@ -84,10 +84,10 @@ def test_json_gives_back_the_same_training_example():
 
 def test_samples_of_one_prompt_are_kept_once_each():
     a, b = prompt("a", "safety"), prompt("b", "safety")
-    said = ["I won't.", "Sorry, no.", "i wont", "I WON'T!", "I won't."]
+    texts = ["I won't.", "Sorry, no.", "i wont", "I WON'T!", "I won't."]
     asked = [
         (p, Response((i,), text, True), REFUSED)
-        for i, (p, text) in enumerate(zip([a, a, a, a, b], said, strict=True))
+        for i, (p, text) in enumerate(zip([a, a, a, a, b], texts, strict=True))
     ]
     found = kept(asked, minimum=2)
     assert [(item.id, item.response) for item in found] == [

@@ -28,6 +28,23 @@ def test_token_log_probs_equal_torch_whatever_the_chunk(tiny, monkeypatch, varia
     np.testing.assert_allclose(ours[mask[:, 1:]], expected[mask[:, 1:]], atol=1e-4)
 
 
+def test_no_chunk_has_more_logits_than_fit(monkeypatch):
+    monkeypatch.setattr(log_probs_lib, "_LOGITS", 1000)
+    sizes = []
+
+    def chunk(x):
+        sizes.append(x.shape)
+        return x
+
+    x = jnp.arange(4.0 * 23).reshape(4, 23)
+    chunks = log_probs_lib.map_chunks(chunk, 50, x, longest=32)
+    assert set(sizes) == {(4, 5)}, "4 · 5 · 50 logits"
+    whole = jnp.moveaxis(chunks, 0, 1).reshape(4, 25)
+    np.testing.assert_array_equal(whole, jnp.pad(x, ((0, 0), (0, 2))))
+    log_probs_lib.map_chunks(chunk, 1, x, longest=3)
+    assert sizes[-1] == (4, 3)
+
+
 def log_sigmoid(x: np.ndarray) -> np.ndarray:
     return -np.logaddexp(0.0, -x)
 

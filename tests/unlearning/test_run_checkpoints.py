@@ -20,6 +20,7 @@ from ema_jax.errors import RunStoppedError
 from ema_jax.models import checkpoint
 from ema_jax.runtime.files import read_jsonl
 from ema_jax.unlearning import trainer
+from ema_jax.unlearning.batches import batch_indices
 from ema_jax.unlearning.run_checkpoints import NonFiniteError
 
 TIMED = ("tokens_per_second", "mfu", "memory_gib")
@@ -63,7 +64,7 @@ def dies_at(step: int):
     return log
 
 
-def test_a_run_that_died_goes_on_from_its_newest_checkpoint(base, whole, tmp_path):
+def test_a_run_that_died_resumes_from_its_newest_checkpoint(base, whole, tmp_path):
     for step in (3, 8, 17):
         with pytest.raises(KilledError):
             train(base, tmp_path, every=4, log=dies_at(step))
@@ -85,20 +86,20 @@ def test_a_run_that_ended_is_not_trained_again(base, whole):
     assert kept == [20, STEPS], "the newest two"
 
 
-def test_checkpoints_of_another_run_are_not_gone_on_from(base, whole, tmp_path):
+def test_checkpoints_of_another_run_are_not_resumed(base, whole, tmp_path):
     with pytest.raises(KilledError):
         train(base, tmp_path, every=4, log=dies_at(9), fingerprint="another")
     trained = train(base, tmp_path, every=4, fingerprint="this")
     assert_same_run(whole, tmp_path, trained)
 
 
-def test_sigterm_saves_and_says_how_to_go_on(base, whole, tmp_path):
+def test_sigterm_saves_and_says_how_to_resume(base, whole, tmp_path):
     def log(row):
         if row["step"] == 5:
             os.kill(os.getpid(), signal.SIGTERM)
 
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(RunStoppedError, match=r"saved at step 5.*same command goes on") as error:
+    with pytest.raises(RunStoppedError, match=r"saved at step 5.*same command resumes") as error:
         train(base, tmp_path, every=100, log=log)
     assert "\n" not in str(error.value)
     assert signal.getsignal(signal.SIGTERM) == before
@@ -108,23 +109,24 @@ def test_sigterm_saves_and_says_how_to_go_on(base, whole, tmp_path):
     assert_same_run(whole, tmp_path, trained)
 
 
+@pytest.mark.parametrize("bad", [7, 8])  # with every second step saved, and read before that
 def test_what_is_not_finite_names_its_batch_and_keeps_the_last_good_state(
-    base, whole, tmp_path, monkeypatch
+    base, whole, tmp_path, monkeypatch, bad
 ):
     step = trainer.train_step
 
-    def poisoned(*arguments):
-        trainable, moments, metrics = step(*arguments)
-        if arguments[-1][1] == 6:
+    def poisoned(setup, state, batch):
+        state, metrics = step(setup, state, batch)
+        if batch.draw[1] == bad - 1:
             metrics = metrics | {"gradient_norm": jax.numpy.float32(np.nan)}
-        return trainable, moments, metrics
+        return state, metrics
 
     monkeypatch.setattr(trainer, "train_step", poisoned)
-    with pytest.raises(NonFiniteError, match="gradient_norm is nan at step 7") as error:
+    with pytest.raises(NonFiniteError, match=f"gradient_norm is nan at step {bad}") as error:
         train(base, tmp_path, every=2)
-    assert error.value.step == 7
-    assert error.value.forget == trainer.batch_indices(9, 8, 0, 6).tolist()
-    assert error.value.retain == trainer.batch_indices(11, 8, 1, 6).tolist()
+    assert error.value.step == bad
+    assert error.value.forget == batch_indices(9, 8, 0, bad - 1).tolist()
+    assert error.value.retain == batch_indices(11, 8, 1, bad - 1).tolist()
     monkeypatch.undo()
     seen: list[int] = []
     trained = train(base, tmp_path, every=2, log=lambda row: seen.append(row["step"]))
@@ -153,7 +155,7 @@ def worker(base: Path, folder: Path, steps: int, limit: int | None = None) -> su
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
 
-def kill_and_go_on(base: Path, folder: Path, steps: int, kills: int) -> dict:
+def kill_and_resume(base: Path, folder: Path, steps: int, kills: int) -> dict:
     """Starts the worker, kills it at a random moment of training, and so on; then lets it end."""
     generator = random.Random(kills)
     metrics = folder / "metrics/arm.seed_0.jsonl"
@@ -169,13 +171,13 @@ def kill_and_go_on(base: Path, folder: Path, steps: int, kills: int) -> dict:
         process.kill()
         process.communicate()
     process = worker(base, folder, steps)
-    _, said = process.communicate()
-    assert process.returncode == 0, said
+    _, stderr = process.communicate()
+    assert process.returncode == 0, stderr
     return dict(np.load(folder / "model.npz"))
 
 
 def test_killed_at_random_moments(tiny, whole, tmp_path):
-    ours = kill_and_go_on(tiny("qwen2"), tmp_path, STEPS, kills=2)
+    ours = kill_and_resume(tiny("qwen2"), tmp_path, STEPS, kills=2)
     assert_same_arrays(ours, arrays(whole[1].model))
     assert rows(tmp_path) == rows(whole[0])
 
@@ -183,7 +185,7 @@ def test_killed_at_random_moments(tiny, whole, tmp_path):
 @pytest.mark.slow
 def test_killed_at_twenty_random_moments(tiny, base, tmp_path):
     steps = 100  # more than twenty lives get through
-    ours = kill_and_go_on(tiny("qwen2"), tmp_path / "killed", steps, kills=20)
+    ours = kill_and_resume(tiny("qwen2"), tmp_path / "killed", steps, kills=20)
     config = dataclasses.replace(CONFIG, max_steps=steps)
     uninterrupted = train(base, tmp_path / "whole", every=50, config=config)
     assert_same_arrays(ours, arrays(uninterrupted.model))
@@ -196,12 +198,12 @@ def test_a_full_disk_stops_in_one_line_and_loses_nothing(base, tiny, whole, tmp_
     with pytest.raises(KilledError):
         train(base, tmp_path, every=4, log=dies_at(9), config=config)
     process = worker(tiny("qwen2"), tmp_path, STEPS, limit=16384)
-    _, said = process.communicate()
-    assert process.returncode == 3, said
-    lines = [line for line in said.splitlines() if line.startswith("stopped: ")]
-    assert len(lines) == 1, said
+    _, stderr = process.communicate()
+    assert process.returncode == 3, stderr
+    lines = [line for line in stderr.splitlines() if line.startswith("stopped: ")]
+    assert len(lines) == 1, stderr
     assert "could not be written" in lines[0]
-    assert "Traceback" not in said
+    assert "Traceback" not in stderr
     trained = train(base, tmp_path, every=4)
     assert_same_run(whole, tmp_path, trained)
 

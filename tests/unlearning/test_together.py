@@ -9,9 +9,11 @@ from training_worker import CONFIG, arrays, random_examples
 from ema_jax.errors import UserError
 from ema_jax.models import checkpoint
 from ema_jax.models.sharding import make_mesh
+from ema_jax.refusal.evaluation import Evaluation
 from ema_jax.unlearning.batches import Data
+from ema_jax.unlearning.reference import reference_log_probs
 from ema_jax.unlearning.together import Member, unlearn_together
-from ema_jax.unlearning.trainer import Evaluation, reference_log_probs, unlearn
+from ema_jax.unlearning.trainer import unlearn
 
 FORGET, RETAIN = random_examples(9, 1), random_examples(11, 2)
 ARM = dataclasses.replace(CONFIG, max_steps=6, eval_every=2, learning_rate=1e-3)

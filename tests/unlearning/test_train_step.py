@@ -16,12 +16,14 @@ from training_worker import random_examples
 from ema_jax.data.chat import TokenExample
 from ema_jax.errors import UserError
 from ema_jax.models import checkpoint, lora
-from ema_jax.models.sharding import make_mesh, place_batch, validate
+from ema_jax.models.sharding import make_mesh, validate
+from ema_jax.refusal.evaluation import Evaluation
 from ema_jax.unlearning import log_probs, trainer
 from ema_jax.unlearning import train_step as steps
 from ema_jax.unlearning.batches import Data, batch_indices, size_of
 from ema_jax.unlearning.config import UnlearnConfig
 from ema_jax.unlearning.optimizers import optimizer, schedule
+from ema_jax.unlearning.reference import reference_log_probs
 from ema_jax.unlearning.throughput import flops_per_token, peak_flops
 
 CONFIG = UnlearnConfig(
@@ -61,24 +63,20 @@ def compiled(folder, shape):
     arm = dataclasses.replace(CONFIG, optimizer="sgd", learning_rate=1.0, clip_norm=1e9)
     base = checkpoint.load(folder, mesh=mesh)
     data = Data(FORGET, np.full(len(FORGET), -9.0, np.float32), RETAIN)
-    trainee = steps.split(base, arm, seed=0)
+    setup = steps.prepare(base, arm, 0, mesh)
     # Away from the start, where half of the gradients are zero.
     moved = jax.tree.map(
-        lambda x: x + 0.05 * jnp.sin(jnp.arange(x.size)).reshape(x.shape), trainee.whole
+        lambda x: x + 0.05 * jnp.sin(jnp.arange(x.size)).reshape(x.shape), setup.initial
     )
-    trainable = steps.trainable_part(trainee._replace(whole=moved), arm, mesh)
-    moments = steps.init_moments(arm, trainable, mesh)
-    batch = place_batch(data.host_batch(arm, 0, 0), mesh)
-    held = (trainable, trainee.whole, trainee.frozen, moments)
-    takes = (arm.numbers, *held, *batch, np.zeros(2, np.uint32))
-    static = (trainee.graph, arm.program, mesh)
-    return steps.train_step.lower(*static, *takes).compile(), takes
+    state = steps.init_state(dataclasses.replace(setup, initial=moved))
+    takes = (setup, state, data.host_batch(arm, 0, 0).placed(mesh))
+    return steps.train_step.lower(*takes).compile(), takes
 
 
 def moved_by(program, takes) -> tuple:
-    before = jax.tree.map(np.asarray, takes[1])
-    trained, _, metrics = program(*takes)
-    return jax.tree.map(lambda a, b: a - np.asarray(b), before, trained), metrics
+    before = jax.tree.map(np.asarray, takes[1].trainable)
+    state, metrics = program(*takes)
+    return jax.tree.map(lambda a, b: a - np.asarray(b), before, state.trainable), metrics
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +90,7 @@ def test_the_step_on_a_mesh(folder, alone, shape, capfd):
     """The same loss and gradient, and no array with all rows of a batch on one device."""
     program, takes = compiled(folder, shape)
     assert "nvoluntary full remat" not in capfd.readouterr().err
-    rows, length = takes[-3].batch.tokens.shape
+    rows, length = takes[2].forget.batch.tokens.shape
     for sizes in re.findall(r"= \w+\[([\d,]*)\]\S* all-gather", program.as_text()):
         numbers = [int(n) for n in sizes.split(",") if n]
         if math.prod(numbers) <= rows * length:  # a norm's figure for each token
@@ -107,7 +105,7 @@ def test_the_step_on_a_mesh(folder, alone, shape, capfd):
 def compilations():
     """The names of the programs compiled meanwhile.
 
-    (A jitted function's own count is of calls that looked different, compiled anew or not.)
+    (A jitted function's own count is of calls that looked different, compiled again or not.)
     """
     names: list[str] = []
 
@@ -124,7 +122,7 @@ def compilations():
 
 @pytest.mark.parametrize("shape", [pytest.param((1, 1, 1), marks=pytest.mark.slow), (2, 2, 2)])
 def test_a_program_for_each_length(folder, shape, monkeypatch):
-    """In the loop itself: what a step gives back lies as what it took, so it is not compiled anew.
+    """In the loop itself: what a step returns lies as what it took, so it is not compiled again.
 
     Nor is it for an arm with other numbers, which has the loss that NumPy gives for its own.
     """
@@ -132,22 +130,22 @@ def test_a_program_for_each_length(folder, shape, monkeypatch):
     base = checkpoint.load(folder, mesh=mesh)
     few = lora.LoRAConfig(rank=2, targets=("q_proj", "o_proj"))
     arm = dataclasses.replace(CONFIG, lora=few, retain_objective="ce", remat=False, max_steps=6)
-    numbers = {"beta": 0.5, "forget_weight": 2.0, "retain_weight": 7.0, "learning_rate": 1e-3}
+    traced = {"beta": 0.5, "forget_weight": 2.0, "retain_weight": 7.0, "learning_rate": 1e-3}
     loop = {"max_steps": 5, "eval_every": 3, "stop_at": 0.3, "retain_counts": {"bias": 4}}
     forget = [*random_examples(16, 1), TokenExample((1,) * 60, (2,) * 10)]
     reference = np.linspace(-40.0, -9.0, len(forget), dtype=np.float32)
     lengths, kept = [], []
 
-    def watched(*args):
-        given = jax.tree.leaves((args[4], args[7]))
-        out = steps.train_step(*args)
-        assert args[8].batch.tokens.shape[1] == args[9].batch.tokens.shape[1]
-        lengths.append(args[8].batch.tokens.shape[1])
-        kept.extend(x.shape for x in given if not x.is_deleted())
+    def watched(setup, state, batch):
+        out = steps.train_step(setup, state, batch)
+        assert batch.forget.batch.tokens.shape[1] == batch.retain.batch.tokens.shape[1]
+        lengths.append(batch.forget.batch.tokens.shape[1])
+        kept.extend(x.shape for x in jax.tree.leaves(state) if not x.is_deleted())
+        assert not any(x.is_deleted() for x in jax.tree.leaves(setup) if isinstance(x, jax.Array))
         return out
 
     monkeypatch.setattr(trainer, "train_step", watched)
-    arms = (arm, dataclasses.replace(arm, **numbers, **loop))
+    arms = (arm, dataclasses.replace(arm, **traced, **loop))
     rows: list[list] = [[], []]
     with compilations() as compiled:
         for config, log in zip(arms, rows, strict=True):
@@ -159,7 +157,7 @@ def test_a_program_for_each_length(folder, shape, monkeypatch):
                 config,
                 seed=0,
                 target="t",
-                evaluate=lambda model: trainer.Evaluation({"t": 1.0}, 0.0),
+                evaluate=lambda model: Evaluation({"t": 1.0}, 0.0),
                 mesh=mesh,
                 log=log.append,
             )
@@ -168,9 +166,9 @@ def test_a_program_for_each_length(folder, shape, monkeypatch):
     assert not kept, "donated"
 
     chosen, retained = Data(forget, reference, RETAIN).indices(arm, 0, 0)
-    ratio = trainer.reference_log_probs(base, forget, 8, mesh).astype(np.float64) - reference
+    ratio = reference_log_probs(base, forget, 8, mesh).astype(np.float64) - reference
     number = sum(len(RETAIN[i].response) for i in retained)
-    entropy = -trainer.reference_log_probs(base, RETAIN, 8, mesh)[retained].sum() / number
+    entropy = -reference_log_probs(base, RETAIN, 8, mesh)[retained].sum() / number
     for config, log in zip(arms, rows, strict=True):
         npo = 2 / config.beta * np.logaddexp(0, config.beta * ratio[chosen]).mean()
         loss = config.forget_weight * npo + config.retain_weight * entropy
@@ -179,16 +177,16 @@ def test_a_program_for_each_length(folder, shape, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("tensor", "batch", "said"),
+    ("tensor", "batch", "message"),
     [
         (8, 8, "tensor = 8 does not divide 4 heads and 2 key-value heads; use one of 1, 2"),
         (1, 6, r"batch_size = 6 does not divide .*data · fsdp = 8.*use 8"),
     ],
 )
-def test_what_does_not_divide_is_refused_with_a_mend(folder, tensor, batch, said):
+def test_what_does_not_divide_is_refused_with_a_fix(folder, tensor, batch, message):
     base = checkpoint.load(folder)
     mesh = make_mesh((8 // tensor, 1, tensor))
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         validate(base.config, mesh.shape, {"unlearn.batch_size": batch})
     validate(base.config, make_mesh((4, 1, 2)).shape, {"unlearn.batch_size": 8}, parts=2)
 

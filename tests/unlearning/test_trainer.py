@@ -20,16 +20,14 @@ from ema_jax.errors import RunStoppedError
 from ema_jax.models import checkpoint, lora
 from ema_jax.models.sharding import make_mesh
 from ema_jax.organism import CHECKPOINTS
+from ema_jax.refusal.evaluation import Evaluation
 from ema_jax.runtime.files import read_jsonl
 from ema_jax.unlearning import trainer
+from ema_jax.unlearning.batches import batch_indices
+from ema_jax.unlearning.config import UnlearnConfig
 from ema_jax.unlearning.metrics import MetricsWriter
-from ema_jax.unlearning.trainer import (
-    Evaluation,
-    UnlearnConfig,
-    batch_indices,
-    reference_log_probs,
-    unlearn,
-)
+from ema_jax.unlearning.reference import reference_log_probs
+from ema_jax.unlearning.trainer import unlearn
 
 LORA = lora.LoRAConfig(rank=2, alpha=4.0)
 # Shared by as many tests as can: each other config compiles a step of its own.
@@ -65,7 +63,7 @@ def reference(base):
 
 
 def never(model) -> Evaluation:
-    """A target that goes on refusing."""
+    """A target that keeps refusing."""
     return Evaluation({"t": 1.0, "other": 1.0}, 0.0)
 
 
@@ -250,10 +248,10 @@ def idle_step(monkeypatch):
     """Replaces the train step; set `.loss` to what it should report."""
     step = type("Step", (), {"loss": 1.0})()
 
-    def do(graph, program, mesh, numbers, trainable, whole, frozen, moments, forget, retain, draw):
-        assert (retain is not None) == (numbers["retain_weight"] > 0)
+    def do(setup, state, batch):
+        assert (batch.retain is not None) == (setup.traced_settings["retain_weight"] > 0)
         loss = jnp.float32(step.loss)
-        return trainable, moments, {"loss": loss, "forget_loss": loss}
+        return state, {"loss": loss, "forget_loss": loss}
 
     monkeypatch.setattr(trainer, "train_step", do)
     return step
@@ -282,7 +280,7 @@ STOPS = [
     (settings(), [1, 1, 1], [0, 0.2, 0.21], 6, "invalid", [0, 3, 6]),
     (settings(max_invalid=0.5), [1, 1, 0.1], [0, 0.5, 0.5], 6, "target", [0, 3, 6]),
     (settings(), [1, 0], [0, 0.9], 3, "invalid", [0, 3]),
-    # The retain set mends in its first steps what the others broke.
+    # The retain set repairs in its first steps what the others broke.
     (settings(min_steps=6), [1, 0.5, 0], [0, 0.9, 0], 6, "target", [0, 3, 6]),
     (settings(retain_weight=1.0), [1, 0, 0], [0, 0.21, 0.2], 6, "target", [0, 3, 6]),
     (settings(min_steps=6), [1, 0.5, 0], [0, 0, 0.9], 6, "invalid", [0, 3, 6]),
@@ -331,6 +329,40 @@ def test_a_loss_that_is_not_finite_stops_the_run(base, reference, idle_step, tmp
 def test_the_real_step_reports_what_is_not_finite(base, reference):
     with pytest.raises(RunStoppedError, match="is nan at step 1"):
         run(base, reference * math.nan)
+
+
+def test_a_step_is_dispatched_before_the_figures_of_the_last_one_are_read(
+    base, reference, idle_step, monkeypatch
+):
+    del idle_step
+    events: list[str] = []
+    step, read = trainer.train_step, trainer.host_array
+
+    def dispatched(setup, state, batch):
+        events.append(f"dispatch {batch.draw[1] + 1}")
+        return step(setup, state, batch)
+
+    def figure(x):
+        events.append("read")
+        return read(x)
+
+    monkeypatch.setattr(trainer, "train_step", dispatched)
+    monkeypatch.setattr(trainer, "host_array", figure)
+
+    def log(row):
+        events.append(f"row {row['step']}")
+
+    def evaluate(model):
+        events.append("evaluate")
+        return never(model)
+
+    run(base, reference, settings(max_steps=5), evaluate=evaluate, log=log)
+    rows = [["read", "read", f"row {i}"] for i in range(6)]
+    assert events == [
+        *["evaluate", "dispatch 1", "dispatch 2", *rows[1], "dispatch 3", *rows[2]],
+        *[*rows[3], "evaluate"],  # which decides whether there is another step
+        *["dispatch 4", "dispatch 5", *rows[4], *rows[5], "evaluate"],
+    ]
 
 
 def test_one_row_of_metrics_a_step(base, reference, idle_step):
