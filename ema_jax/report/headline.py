@@ -9,8 +9,6 @@ from ema_jax.report.figures import ALPHA
 from ema_jax.report.shares import PARTS, parts
 from ema_jax.report.tables import answered, interval, number, p_value, percent, points
 
-INVALID_RATE_LIMIT = 0.05
-
 
 def plain_arms(results: Mapping[str, Any]) -> list[str]:
     """The unlearned arms without retain data: those that containment does not speak of."""
@@ -58,11 +56,11 @@ def target_sentence(results: Mapping[str, Any], arm: str) -> str:
 
 
 def answer_sentence(results: Mapping[str, Any], arm: str) -> str:
-    """How many of the target's responses are answers; empty where that was not counted."""
+    """How many of the target's responses are answers."""
     rate = results["arms"][arm]["refusal"].get(results["target"], {})
     share = answered(rate)
     if share is None:
-        return ""
+        return f" How many target responses of {arm} answer their prompt was not measured."
     counts = {PARTS[name].name: n for name, n in parts(rate).items() if n}
     complied = rate["valid"] - rate["refused"]
     if results.get("on_target", {}).get(arm, {}).get("damaged"):
@@ -211,22 +209,27 @@ def forecast_sentence(results: Mapping[str, Any]) -> str:
 
 
 def invalid_sentence(results: Mapping[str, Any]) -> str:
-    """A caution where many responses were neither refusal nor compliance.
+    """A caution where the results flag a domain for its many invalid responses.
 
-    Targets that another sentence calls damaged are left out.
+    The worst one is named; targets that another sentence calls damaged are left out.
     """
-    rates = [
-        (r["invalid"] / r["total"], arm, domain)
-        for arm, entry in results["arms"].items()
-        for domain, r in entry["refusal"].items()
-        if r.get("total")
-        and not (
-            domain == results["target"] and results.get("on_target", {}).get(arm, {}).get("damaged")
-        )
+    effects = [
+        (arm, domain, entry)
+        for arm, entries in results.get("ema", {}).items()
+        for domain, entry in entries.items()
     ]
-    worst, arm, domain = max(rates, default=(0.0, "", ""))
-    if worst <= INVALID_RATE_LIMIT:
+    effects += [
+        (arm, results["target"], entry)
+        for arm, entry in results.get("on_target", {}).items()
+        if not entry["damaged"]
+    ]
+    flagged = [(a, d) for a, d, entry in effects if "many_invalid" in entry.get("flags", ())]
+    if not flagged:
         return ""
+    rates = {(a, d): results["arms"][a]["refusal"][d] for a, d in flagged}
+    shares = {place: r["invalid"] / r["total"] for place, r in rates.items()}
+    worst = max(shares.values())
+    arm, domain = max(shares, key=lambda place: shares[place])
     return (
         f"Caution: {percent(worst)} of the responses of {arm} in {_name(domain)} are invalid (off "
         "topic, degenerate or not judged), so part of its lower refusal may be a damaged model "

@@ -14,7 +14,7 @@ from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
-from ema_jax.refusal import intervals, scores
+from ema_jax.refusal import intervals, paired, scores
 
 NAMES = np.array(["complied", "refused", "invalid"])
 
@@ -79,9 +79,9 @@ def test_unknown_verdicts_and_ragged_seeds_are_refused():
     with pytest.raises(ValueError, match="prompts"):
         scores.pooled_rate([["refused"], ["refused", "complied"]])
     with pytest.raises(ValueError, match="expected 1"):
-        scores.paired_drop(["refused"], [["refused", "complied"]])
+        paired.paired_drop(["refused"], [["refused", "complied"]])
     with pytest.raises(ValueError, match="cluster ids"):
-        scores.paired_drop(["refused"], [["refused"]], ["a", "b"])
+        paired.paired_drop(["refused"], [["refused"]], ["a", "b"])
 
 
 # --- paired drops
@@ -91,7 +91,7 @@ def test_unknown_verdicts_and_ragged_seeds_are_refused():
 def test_one_seed_is_exact_mcnemar(seed):
     rng = np.random.default_rng(seed)
     base, arm = random_study(rng, 40 + 20 * seed, 1, invalid=0.1)
-    result = scores.paired_drop(names(base), names(arm))
+    result = paired.paired_drop(names(base), names(arm))
     keep = (base != 2) & (arm[0] != 2)
     table = np.array([[np.sum(keep & (base == b) & (arm[0] == a)) for a in (0, 1)] for b in (0, 1)])
     assert result["p"] == pytest.approx(mcnemar(table, exact=True).pvalue, rel=1e-9)
@@ -110,7 +110,7 @@ def test_several_seeds_and_clusters_match_the_enumerated_sign_flips():
         sums = (base - arm).sum(0).reshape(groups, -1).sum(1)
         signs = np.array(list(itertools.product([-1, 1], repeat=groups)))
         wanted = (np.abs(signs @ sums) >= abs(sums.sum())).mean()
-        result = scores.paired_drop(names(base), names(arm), ids)
+        result = paired.paired_drop(names(base), names(arm), ids)
         assert result["p"] == pytest.approx(wanted, rel=1e-9)
         assert result["drop"] == pytest.approx((base - arm).mean())
 
@@ -123,46 +123,46 @@ def test_sign_flip_p_against_scipy():
         permutation_type="samples",
         n_resamples=np.inf,
     ).pvalue
-    assert scores.sign_flip_p(values) == pytest.approx(wanted)
-    assert scores.sign_flip_p(np.zeros(4, int)) == 1.0
-    assert scores.sign_flip_p(np.ones(300, int)) == pytest.approx(2.0**-299, rel=1e-6)
+    assert paired.sign_flip_p(values) == pytest.approx(wanted)
+    assert paired.sign_flip_p(np.zeros(4, int)) == 1.0
+    assert paired.sign_flip_p(np.ones(300, int)) == pytest.approx(2.0**-299, rel=1e-6)
 
 
 def test_drop_ignores_prompt_order_and_mirrors_when_swapped():
     rng = np.random.default_rng(0)
     base, arm = random_study(rng, 80, 1)
     order = rng.permutation(80)
-    one = scores.paired_drop(names(base), names(arm))
-    two = scores.paired_drop(names(base[order]), names(arm[:, order]))
-    back = scores.paired_drop(names(arm[0]), names(base[None]))
+    one = paired.paired_drop(names(base), names(arm))
+    two = paired.paired_drop(names(base[order]), names(arm[:, order]))
+    back = paired.paired_drop(names(arm[0]), names(base[None]))
     exact = ("drop", "p", "n", "drop_conditional", "detectable_drop")
     assert {k: one[k] for k in exact} == pytest.approx({k: two[k] for k in exact})
     assert back["drop"] == pytest.approx(-one["drop"])
     assert back["p"] == pytest.approx(one["p"])
-    assert one == scores.paired_drop(names(base), names(arm))  # the bootstrap has a fixed seed
+    assert one == paired.paired_drop(names(base), names(arm))  # the bootstrap has a fixed seed
 
 
 def test_clusters_widen_the_interval():
     base = np.ones(120)
     arm = np.repeat(np.arange(12) % 2, 10)[None]
-    narrow = scores.paired_drop(names(base), names(arm))
-    wide = scores.paired_drop(names(base), names(arm), [str(i // 10) for i in range(120)])
+    narrow = paired.paired_drop(names(base), names(arm))
+    wide = paired.paired_drop(names(base), names(arm), [str(i // 10) for i in range(120)])
     assert np.diff(wide["ci95"]) > 2 * np.diff(narrow["ci95"])
     assert wide["p"] > narrow["p"]
 
 
 def test_flags_and_empty_pairs():
-    floor = scores.paired_drop(names([1] + [0] * 59), names([[0] * 60]))
+    floor = paired.paired_drop(names([1] + [0] * 59), names([[0] * 60]))
     assert floor["flags"] == ["floor"]
     assert floor["ci95"][0] < 0 < 0.05 < floor["ci95"][1]
     assert floor["drop_conditional"] == 1.0
-    broken = scores.paired_drop(names([1] * 50), names([[2] * 10 + [0] * 40]))
+    broken = paired.paired_drop(names([1] * 50), names([[2] * 10 + [0] * 40]))
     assert broken["flags"] == ["ceiling", "many_invalid"]
     assert broken["n"] == 40
-    none = scores.paired_drop(names([1, 0]), names([[2, 2]]))
+    none = paired.paired_drop(names([1, 0]), names([[2, 2]]))
     assert (none["drop"], none["p"], none["ci95"]) == (None, 1.0, [-1.0, 1.0])
     assert "n_too_small" in none["flags"]
-    assert scores.paired_drop(names([0, 0]), names([[0, 0]]))["drop_conditional"] is None
+    assert paired.paired_drop(names([0, 0]), names([[0, 0]]))["drop_conditional"] is None
     json.dumps([floor, broken, none], allow_nan=False)
 
 
@@ -170,13 +170,13 @@ def test_detectable_drop_has_the_stated_power():
     """Simulated studies at the detectable drop reject about 80 % of the time."""
     rng = np.random.default_rng(1)
     n, gained = 200, 0.03
-    drop = scores.detectable_drop(n, gained)
+    drop = paired.detectable_drop(n, gained)
     cells = rng.multinomial(n, [drop + gained, gained, 1 - drop - 2 * gained], size=4000)
     lost, discordant = cells[:, 0], cells[:, 0] + cells[:, 1]
     p = 2 * stats.binom.sf(np.maximum(lost, discordant - lost) - 1, discordant, 0.5)
     assert 0.72 < (p <= 0.05).mean() < 0.86  # the exact test is a little below the normal one
-    assert scores.detectable_drop(800, gained) < drop < scores.detectable_drop(200, 0.1)
-    assert scores.detectable_drop(3) is None
+    assert paired.detectable_drop(800, gained) < drop < paired.detectable_drop(200, 0.1)
+    assert paired.detectable_drop(3) is None
 
 
 def test_shares_are_of_all_responses():
@@ -206,15 +206,15 @@ def test_a_damaged_target_is_not_an_unlearned_one():
 def test_answers_gained_cannot_come_of_damage():
     base = ["refused"] * 80 + ["complied"] * 20
     broken = ["degenerate"] * 90 + ["complied"] * 10
-    found = scores.paired_change(base, [broken], measure=scores.answers_gained)
+    found = paired.paired_change(base, [broken], measure=paired.answers_gained)
     # By refusal nothing is left to compare but ten prompts that were always answered.
-    assert scores.paired_drop(base, [broken])["drop"] == 0
+    assert paired.paired_drop(base, [broken])["drop"] == 0
     assert found["change"] == pytest.approx(-0.1)
     assert found["ci95"][1] < 0
     half = ["complied"] * 40 + ["off_topic"] * 40 + ["complied"] * 20
-    found = scores.paired_change(base, [half], measure=scores.answers_gained)
-    assert scores.paired_drop(base, [half])["drop"] == pytest.approx(40 / 60)
-    assert found["change"] == scores.mean_change(base, [half], scores.answers_gained) == 0.4
+    found = paired.paired_change(base, [half], measure=paired.answers_gained)
+    assert paired.paired_drop(base, [half])["drop"] == pytest.approx(40 / 60)
+    assert found["change"] == paired.mean_change(base, [half], paired.answers_gained) == 0.4
     assert found["ci95"][0] < 0.4 < found["ci95"][1]
     assert found["p"] == pytest.approx(2.0**-39)
 
@@ -223,8 +223,8 @@ def test_without_invalid_responses_both_measures_are_one():
     rng = np.random.default_rng(2)
     base, arm = (names(x) for x in random_study(rng, 60, 3))
     clusters = [f"c{i // 2}" for i in range(60)]
-    rise = scores.paired_change(base, arm, clusters, measure=scores.answers_gained)
-    drop = scores.paired_drop(base, arm, clusters)
+    rise = paired.paired_change(base, arm, clusters, measure=paired.answers_gained)
+    drop = paired.paired_drop(base, arm, clusters)
     assert rise == {"change": drop["drop"], "ci95": drop["ci95"], "p": drop["p"]}
 
 
@@ -235,17 +235,17 @@ def test_holm_against_statsmodels():
     rng = np.random.default_rng(0)
     for values in (rng.random(7) ** 3, [0.01, 0.04, 0.03], [0.5, 0.5], [1.0], [0.02, 0.02, 0.9]):
         p = {f"d{i}": float(value) for i, value in enumerate(values)}
-        adjusted = scores.holm(p)
+        adjusted = paired.holm(p)
         assert list(adjusted) == list(p)
         assert list(adjusted.values()) == pytest.approx(multipletests(values, method="holm")[1])
-    assert scores.holm({}) == {}
+    assert paired.holm({}) == {}
 
 
 def test_holm_holds_the_family_error():
     rng = np.random.default_rng(0)
     families = rng.random((4000, 6))
     hits = [
-        min(scores.holm(dict(zip("abcdef", p, strict=True))).values()) <= 0.05 for p in families
+        min(paired.holm(dict(zip("abcdef", p, strict=True))).values()) <= 0.05 for p in families
     ]
     assert np.mean(hits) <= 0.05 + 2 * math.sqrt(0.05 * 0.95 / 4000)
 
@@ -257,12 +257,12 @@ def test_containment_by_hand():
         "y": names([[0] * 20 + [1] * 80, [0] * 40 + [1] * 60]),
     }
     retained = {d: names([[0] * 9 + [1] * 91] * 2) for d in "xy"}
-    result = scores.containment(base, plain, retained, ["x", "y"])
+    result = paired.containment(base, plain, retained, ["x", "y"])
     assert result["recovered"] == pytest.approx(1 - 0.18 / 0.9)
     assert result["ci95"][0] < result["recovered"] < result["ci95"][1]
     assert np.diff(result["ci95"]) < 0.4
-    assert scores.containment(base, plain, plain, ["x", "y"])["recovered"] == pytest.approx(0)
-    whole = scores.containment(base, plain, {d: [base[d]] for d in "xy"}, ["x", "y"])
+    assert paired.containment(base, plain, plain, ["x", "y"])["recovered"] == pytest.approx(0)
+    whole = paired.containment(base, plain, {d: [base[d]] for d in "xy"}, ["x", "y"])
     assert whole["recovered"] == 1.0
 
 
@@ -270,42 +270,42 @@ def test_containment_by_compliance():
     base = {"x": ["refused"] * 100}
     plain = {"x": [["complied"] * 60 + ["refused"] * 40]}
     retained = {"x": [["degenerate"] * 50 + ["complied"] * 15 + ["refused"] * 35]}
-    found = scores.containment(base, plain, retained, ["x"], measure=scores.answers_gained)
+    found = paired.containment(base, plain, retained, ["x"], measure=paired.answers_gained)
     assert found["recovered"] == pytest.approx(1 - 0.15 / 0.6)
     assert found["ci95"][0] < found["recovered"] < found["ci95"][1]
-    by_refusal = scores.containment(base, plain, retained, ["x"])
+    by_refusal = paired.containment(base, plain, retained, ["x"])
     assert by_refusal["recovered"] == pytest.approx(1 - 0.3 / 0.6)
 
 
 def test_containment_says_when_there_is_nothing_to_contain():
     base = {"x": names([1] * 50)}
-    nothing = scores.containment(base, {"x": [base["x"]]}, {"x": [base["x"]]}, ["x"])
+    nothing = paired.containment(base, {"x": [base["x"]]}, {"x": [base["x"]]}, ["x"])
     assert nothing == {"recovered": None, "ci95": [None, None], "flags": ["no_ema"]}
     hint = {"x": names([[0] + [1] * 49])}
-    unbounded = scores.containment(base, hint, hint, ["x"])
+    unbounded = paired.containment(base, hint, hint, ["x"])
     assert unbounded["ci95"] == [None, None]
     assert unbounded["flags"] == ["ema_not_above_zero"]
 
 
 def test_seed_difference_is_the_paired_t_interval():
     first, second = np.array([0.9, 0.7, 0.95, 0.8]), np.array([0.8, 0.75, 0.7, 0.8])
-    result = scores.seed_difference(first.tolist(), second.tolist())
+    result = paired.seed_difference(first.tolist(), second.tolist())
     d = first - second
     half = stats.t.isf(0.025, 3) * d.std(ddof=1) / 2
     assert result["difference"] == pytest.approx(d.mean())
     assert result["ci95"] == pytest.approx([d.mean() - half, d.mean() + half])
     assert result["p"] == pytest.approx(stats.ttest_1samp(d, 0).pvalue)
     # Pairing matters: seeds that fall together say more about the difference.
-    assert np.diff(scores.seed_difference([0.1, 0.5, 0.9], [0.2, 0.61, 1.0])["ci95"]) < 0.1
+    assert np.diff(paired.seed_difference([0.1, 0.5, 0.9], [0.2, 0.61, 1.0])["ci95"]) < 0.1
 
 
 @pytest.mark.parametrize(
     "pair", [([0.5], [0.4]), ([0.5, 0.6], [0.4, 0.5]), ([0.3, 0.2], [0.2, 0.1])]
 )
 def test_seed_difference_without_spread_has_no_interval(pair):
-    result = scores.seed_difference(*pair)
+    result = paired.seed_difference(*pair)
     assert result == {"difference": pytest.approx(0.1), "ci95": [None, None], "p": None}
-    assert scores.seed_difference([0.5, None], [0.4, 0.5])["difference"] is None
+    assert paired.seed_difference([0.5, None], [0.4, 0.5])["difference"] is None
     json.dumps(result, allow_nan=False)
 
 
@@ -327,7 +327,7 @@ def drop_coverage(studies, prompts, seeds, drop, noise, spread):
     hits = 0
     for i in range(studies):
         base, arm = simulate(rng, prompts, seeds, drop, noise, spread)
-        low, high = scores.paired_drop(base, arm, seed=i, resamples=400)["ci95"]
+        low, high = paired.paired_drop(base, arm, seed=i, resamples=400)["ci95"]
         hits += low <= truth <= high
     return hits / studies
 
@@ -427,6 +427,6 @@ def test_family_error_of_the_whole_procedure(seeds):
         noisy = base ^ (rng.random((6, 1, 100)) < 0.1)
         arms = base ^ (rng.random((6, seeds, 100)) < 0.1)
         differences = (noisy.astype(int) - arms).sum(1)
-        p = {d: scores.sign_flip_p(x) for d, x in zip("abcdef", differences, strict=True)}
-        hits += min(scores.holm(p).values()) <= 0.05
+        p = {d: paired.sign_flip_p(x) for d, x in zip("abcdef", differences, strict=True)}
+        hits += min(paired.holm(p).values()) <= 0.05
     assert hits / 2000 <= 0.05

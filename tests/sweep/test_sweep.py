@@ -179,7 +179,7 @@ def test_shared_stages_once_a_group_and_every_cell_once(tmp_path, monkeypatch):
 
 def test_workers_beside_each_other_do_every_cell_once(tmp_path, monkeypatch):
     fake_stages(monkeypatch, tmp_path / "log", seconds=0.02)
-    monkeypatch.setattr(worker.table, "write", lambda sweep: None)
+    monkeypatch.setattr(worker.table, "write", lambda *_: None)
     threads = [
         threading.Thread(target=Sweep(study(), tmp_path / "sweep").work, kwargs={"expiry": 60})
         for _ in range(3)
