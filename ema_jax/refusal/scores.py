@@ -87,7 +87,7 @@ def pooled_rate(
 
 
 def damaged(rate: RefusalScore) -> bool:
-    """Whether a target is damaged rather than unlearned.
+    """True for a target that is damaged rather than unlearned.
 
     Over `MANY_INVALID` of its responses are invalid, and of those that do not refuse most are.
     """

@@ -65,7 +65,7 @@ def claims(
 
 
 class _Found(NamedTuple):
-    """What a claim came to by either measure; None: cannot be decided."""
+    """Decision on a claim by either measure; None: cannot be decided."""
 
     refusal: bool | None
     compliance: bool | None

@@ -119,7 +119,7 @@ def _print_plan(
 
 
 def summarise(root: Path, cells: Mapping[str, StudyConfig]) -> Replication:
-    """`replication.json`: a row per cell and arm, and what R1 to R5 and validity come to."""
+    """`replication.json`: a row per cell and arm, and the decisions on R1 to R5 and validity."""
     described: list[ReplicationCell] = []
     rows: list[ReplicationRow] = []
     scored: dict[str, list[tuple[Mapping[str, float], list[Changes]]]] = {}

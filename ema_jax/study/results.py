@@ -324,7 +324,7 @@ def _evaluations(workdir: Workdir, arm: str, seeds: Sequence[int]) -> list[dict[
 
 
 def _concepts(workdir: Workdir, arms: Iterable[str], seeds: Sequence[int]) -> schema.ConceptChanges:
-    """What became of the concepts: figure → arm → domain → `[L+1]`, means over seeds."""
+    """Changes of the concepts: figure → arm → domain → `[L+1]`, means over seeds."""
     result: Any = {}
     for arm in arms:
         runs = _evaluations(workdir, arm, seeds)
@@ -407,7 +407,7 @@ def _warnings(
     target: str,
     relevance: bool,
 ) -> list[str]:
-    """What a reader should know first, the target's own responses included."""
+    """Cautions for the top of the report, the target's own responses included."""
     found = []
     if not relevance:
         found.append(

@@ -95,7 +95,7 @@ class TargetChange(Change):
 
 
 class Containment(Recovery):
-    """What an arm with retain data recovers of the EMA of the one without, `compared_with`."""
+    """The share of EMA without retain data (`compared_with`) that an arm with it recovers."""
 
     compared_with: NotRequired[str]
     target_rate: float | None
@@ -118,7 +118,7 @@ class Comparison(TypedDict):
 
 
 class Utility(TypedDict):
-    """What an arm does with benign prompts; nats per token."""
+    """Over-refusal, and likelihood of benign answers in nats per token."""
 
     benign_refusal: RefusalScore
     lookalike_refusal: NotRequired[RefusalScore]
@@ -186,7 +186,7 @@ class Erased(TypedDict):
 
 
 class RefusalDirection(TypedDict):
-    """What became of the refusal direction: all domains together against the contrast set."""
+    """Changes of the refusal direction: all domains together against the contrast set."""
 
     erasure: PerLayer
     norm_ratio: PerLayer
@@ -195,7 +195,7 @@ class RefusalDirection(TypedDict):
 
 
 class ConceptChanges(TypedDict):
-    """What became of the concepts: arm → figures, means over seeds."""
+    """Changes of the concepts: arm → figures, means over seeds."""
 
     erasure: dict[str, ByLayer]
     norm_ratio: NotRequired[dict[str, ByLayer]]
@@ -242,7 +242,7 @@ class JudgesOnRows(TypedDict):
 
 
 class JudgePair(TypedDict):
-    """How far two judges agree."""
+    """Agreement of two judges, overall and by domain."""
 
     judges: list[str]
     overall: JudgesOnRows
@@ -250,7 +250,7 @@ class JudgePair(TypedDict):
 
 
 class Validity(TypedDict):
-    """How the screen for off-topic and degenerate responses was calibrated."""
+    """Calibration of the screen for off-topic and degenerate responses."""
 
     weights: list[float]
     topic: Sequence[float | None]
@@ -368,7 +368,7 @@ class CorrectedShare(TypedDict):
 
 
 class Provenance(TypedDict):
-    """Where the figures come from."""
+    """Versions, seeds, hashes, devices and times behind the figures."""
 
     versions: dict[str, str]
     seeds: list[int]
@@ -404,7 +404,7 @@ class Results(ConceptChanges):
 
 
 class Claim(TypedDict):
-    """Whether one claim holds; None: cannot be decided."""
+    """The decision on one claim; None: cannot be decided."""
 
     holds: bool | None
     evidence: list[str]
