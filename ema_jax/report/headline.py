@@ -225,9 +225,9 @@ def invalid_sentence(results: Mapping[str, Any]) -> str:
         return ""
     arm, domain = max(shares, key=lambda place: shares[place])
     return (
-        f"Caution: {percent(shares[arm, domain])} of the responses of {arm} in {_name(domain)} are invalid (off "
-        "topic, degenerate or not judged), so part of its lower refusal may be a damaged model "
-        "rather than a compliant one."
+        f"Caution: {percent(shares[arm, domain])} of the responses of {arm} in {_name(domain)} are "
+        "invalid (off topic, degenerate or not judged), so part of its lower refusal may be a "
+        "damaged model rather than a compliant one."
     )
 
 
