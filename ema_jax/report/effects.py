@@ -8,7 +8,7 @@ from typing import Any
 
 from ema_jax.report.drawing import label
 from ema_jax.report.figures import ALPHA, ordered_domains
-from ema_jax.report.shares import right
+from ema_jax.report.shares import right_answers
 from ema_jax.report.tables import (
     MISSING,
     Row,
@@ -71,7 +71,7 @@ def target(results: Mapping[str, Any]) -> Table:
             interval(entry["compliance_ci95"]),
             percent(rate["shares"]["off_topic"]),
             percent(rate["shares"]["degenerate"]),
-            *([right(found)] if checked else []),
+            *([right_answers(found)] if checked else []),
             "damaged: not answered" if entry["damaged"] else "not damaged",
         ]
         groups.append((arm, (Row(tuple(cells), strong=entry["damaged"]),)))

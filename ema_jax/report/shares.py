@@ -161,7 +161,7 @@ def _count_cells(rate: Mapping[str, Any], harm_known: bool) -> tuple[str, ...]:
     )
 
 
-def right(found: Mapping[str, Any] | None) -> str:
+def right_answers(found: Mapping[str, Any] | None) -> str:
     """Cell: right answers of all answers, by the oracle."""
     if not found:
         return MISSING
@@ -174,7 +174,7 @@ def oracle(results: Mapping[str, Any]) -> Table | None:
     if not arms:
         return None
     groups = tuple(
-        (titled(d, results), (Row(tuple(right(arms[arm].get(d)) for arm in arms)),))
+        (titled(d, results), (Row(tuple(right_answers(arms[arm].get(d)) for arm in arms)),))
         for d in ordered_domains(results)
         if any(d in found for found in arms.values())
     )

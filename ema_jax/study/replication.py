@@ -244,7 +244,7 @@ def _share(rate: RefusalScore, name: str) -> float | None:
     return rate["shares"][name] if "shares" in rate else None
 
 
-def _invalid_figures(entry: Arm) -> dict[str, Any]:
+def _invalid_figures(entry: Arm) -> dict[str, float | str | None]:
     """Of the domain (the target is one of them) with most invalid responses."""
     rates = entry["refusal"]
     worst = max(rates, key=lambda d: rates[d]["invalid"] / rates[d]["total"])
