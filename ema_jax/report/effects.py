@@ -67,10 +67,9 @@ def target(results: Mapping[str, Any]) -> Table:
             percent(rate["rate"]),
             interval(rate["ci95"], percent),
             percent(answered(rate)),
-            points(entry["compliance_rise"]),
-            interval(entry["compliance_ci95"]),
-            percent(rate["shares"]["off_topic"]),
-            percent(rate["shares"]["degenerate"]),
+            points(entry.get("compliance_rise")),
+            interval(entry.get("compliance_ci95")),
+            *(percent(rate.get("shares", {}).get(name)) for name in ("off_topic", "degenerate")),
             *([right_answers(found)] if checked else []),
             "damaged: not answered" if entry["damaged"] else "not damaged",
         ]

@@ -166,7 +166,7 @@ def containment_sentence(results: Mapping[str, Any], arm: str) -> str:
     if entry.get("recovered_by_compliance") is not None:
         size += (
             f" (by compliance {percent(entry['recovered_by_compliance'])} "
-            f"{interval(entry['compliance_ci95'], percent)})"
+            f"{interval(entry.get('compliance_ci95'), percent)})"
         )
     target = f"with the target's refusal rate at {percent(entry.get('target_rate'))}"
     if not above_zero(entry["ci95"]):

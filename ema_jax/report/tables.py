@@ -171,7 +171,7 @@ def categories(results: Mapping[str, Any]) -> Table:
         by_domain.setdefault(label(domain), []).append(Row(cells))
     within = found["within_domains"]
     return Table(
-        f"Sub-categories: Spearman {number(found['spearman'], 2)} over all {found['n']} "
+        f"Sub-categories: Spearman {number(found['spearman'], 2)} over all {found.get('n', MISSING)} "
         f"(permutation p {p_value(found['p'])}); within domains {number(within['spearman'], 2)} "
         f"(one-sided p {p_value(within['p'])}).",
         ("Domain", "Sub-category", "Forecast", "Measured drop"),

@@ -206,7 +206,7 @@ def _row(name: str, config: StudyConfig, results: Results, arm: str) -> Replicat
         "worst_rise_domain": rise.worst_domain,
         "worst_rise": rise.worst,
         "worst_rise_p_holm": (
-            ema[rise.worst_domain]["compliance_p_holm"] if rise.worst_domain else None
+            ema[rise.worst_domain].get("compliance_p_holm") if rise.worst_domain else None
         ),
         "mean_off_target_rise": rise.mean,
         "compared_with": contained.get("compared_with"),
