@@ -169,11 +169,11 @@ def categories(results: Mapping[str, Any]) -> Table:
         domain, _, category = name.partition("/")
         cells = (category, number(score), points(found["drop"][name]))
         by_domain.setdefault(label(domain), []).append(Row(cells))
-    within = found["within_domains"]
+    within, n = found["within_domains"], found.get("n", MISSING)
     return Table(
-        f"Sub-categories: Spearman {number(found['spearman'], 2)} over all {found.get('n', MISSING)} "
-        f"(permutation p {p_value(found['p'])}); within domains {number(within['spearman'], 2)} "
-        f"(one-sided p {p_value(within['p'])}).",
+        f"Sub-categories: Spearman {number(found['spearman'], 2)} over all {n} (permutation p "
+        f"{p_value(found['p'])}); within domains {number(within['spearman'], 2)} (one-sided p "
+        f"{p_value(within['p'])}).",
         ("Domain", "Sub-category", "Forecast", "Measured drop"),
         tuple((domain, tuple(rows)) for domain, rows in by_domain.items()),
         (0, 1),

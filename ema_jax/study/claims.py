@@ -96,7 +96,7 @@ def _by_rows(
         found = {"refusal": by_refusal(row), "compliance": by_compliance(row)}
         only = [name for name, holds in found.items() if holds]
         lines.append(_placed(row, evidence(row)))
-        if len(only) == 1:
+        if len(only) == 1 and row["target_answered"] is not None:
             lines[-1] += f" (holds by {only[0]} only)"
     return _Found(all(map(by_refusal, rows)), all(map(by_compliance, rows)), lines)
 
