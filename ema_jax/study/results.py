@@ -1,4 +1,8 @@
-"""From a study's artifacts to `results.json` (schema 1 of DESIGN)."""
+"""From a study's artifacts to `results.json` (`schema.Results`).
+
+Mappings that are built up key by key are `Any` inside a function; the suite holds every study that
+it makes against the JSON Schema.
+"""
 
 import importlib.metadata
 import itertools
