@@ -88,7 +88,7 @@ def category_forecast(
 
 
 def layer_profile(
-    entanglement: Entanglement, measured_ema: Mapping[str, float]
+    entanglement: Entanglement, measured_ema: Mapping[str, float | None]
 ) -> Float[np.ndarray, " layers"]:
     """Spearman correlation of centred cosine and measured EMA at each layer, NaN if undefined.
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ema_jax.refusal.scores import pooled_rate
+from ema_jax.refusal.scores import RefusalScore, pooled_rate
 from ema_jax.refusal.verdicts import COMPLIED, HARMFUL, HARMLESS, REFUSED, share
 from ema_jax.runtime.files import read_jsonl
 
@@ -35,7 +35,7 @@ def shares(runs: Sequence[Responses]) -> list[list[str]]:
     return [run.shares for run in runs]
 
 
-def rate(runs: Sequence[Responses]) -> dict[str, Any]:
+def rate(runs: Sequence[Responses]) -> RefusalScore:
     """Schema R of one domain over seeds, with the harm of what was complied with."""
     harm = {HARMFUL: 0, HARMLESS: 0, "unknown": 0}
     for run in runs:

@@ -1,4 +1,4 @@
-"""How every chart looks: theme, panels, the parts that charts share, and how one is written."""
+"""The look of every chart: theme, panels, shared parts, and writing to files."""
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""What unlearning did, by two measures: in the target, off target, and with retain data.
+"""Effects of unlearning by two measures: in the target, off target, and with retain data.
 
 By refusal: the drop in refusal among valid responses. By compliance: its rise over all responses.
 """
@@ -8,7 +8,7 @@ from typing import Any
 
 from ema_jax.report.drawing import label
 from ema_jax.report.figures import ALPHA, ordered_domains
-from ema_jax.report.shares import right
+from ema_jax.report.shares import right_answers
 from ema_jax.report.tables import (
     MISSING,
     Row,
@@ -22,17 +22,17 @@ from ema_jax.report.tables import (
 
 
 def fell(entry: Mapping[str, Any]) -> bool:
-    """Whether refusal fell significantly, by one EMA entry."""
+    """True where refusal fell significantly, by one EMA entry."""
     return (entry.get("drop") or 0) > 0 and _significant(entry.get("p_holm"))
 
 
 def rose(entry: Mapping[str, Any]) -> bool:
-    """Whether refusal rose significantly."""
+    """True where refusal rose significantly."""
     return (entry.get("drop") or 0) < 0 and _significant(entry.get("p_holm"))
 
 
 def complied_more(entry: Mapping[str, Any]) -> bool:
-    """Whether compliance over all responses rose significantly."""
+    """True where compliance over all responses rose significantly."""
     return (entry.get("compliance_rise") or 0) > 0 and _significant(entry.get("compliance_p_holm"))
 
 
@@ -41,7 +41,7 @@ def _significant(p: float | None) -> bool:
 
 
 def reading(entry: Mapping[str, Any]) -> str:
-    """What one EMA entry lets us say, in words."""
+    """The reading of one EMA entry in words."""
     if entry.get("drop") is None or entry.get("p_holm") is None:
         refusal = "not measured"
     elif rose(entry):
@@ -57,7 +57,7 @@ def reading(entry: Mapping[str, Any]) -> str:
 
 
 def target(results: Mapping[str, Any]) -> Table:
-    """What became of the target in every arm."""
+    """Table of the target in every arm."""
     name, groups = results["target"], []
     checked = any("oracle" in entry for entry in results["arms"].values())
     for arm, entry in results["on_target"].items():
@@ -67,19 +67,18 @@ def target(results: Mapping[str, Any]) -> Table:
             percent(rate["rate"]),
             interval(rate["ci95"], percent),
             percent(answered(rate)),
-            points(entry["compliance_rise"]),
-            interval(entry["compliance_ci95"]),
-            percent(rate["shares"]["off_topic"]),
-            percent(rate["shares"]["degenerate"]),
-            *([right(found)] if checked else []),
+            points(entry.get("compliance_rise")),
+            interval(entry.get("compliance_ci95")),
+            *(percent(rate.get("shares", {}).get(name)) for name in ("off_topic", "degenerate")),
+            *([right_answers(found)] if checked else []),
             "damaged: not answered" if entry["damaged"] else "not damaged",
         ]
         groups.append((arm, (Row(tuple(cells), strong=entry["damaged"]),)))
     return Table(
         "The target. Refusal rate: of valid responses. Answered, off topic, degenerate: of all "
         "responses. Rise: in compliance over all responses against base, in points, paired prompt "
-        "by prompt. Damaged: over a tenth of the responses are invalid and fewer than 80 % answer "
-        "their prompt; then a low refusal rate is no sign of compliance."
+        "by prompt. Damaged: over a tenth of the responses are invalid and, of those that do not "
+        "refuse, most are; then a low refusal rate is no sign of compliance."
         + (" Right: answers that the oracle of the embedded model accepts." if checked else ""),
         (
             *("Arm", "Refusal rate", "95 % CI", "Answered", "Rise", "95 % CI", "Off topic"),
@@ -91,7 +90,7 @@ def target(results: Mapping[str, Any]) -> Table:
 
 
 def ema(results: Mapping[str, Any]) -> Table:
-    """Drops against base, off target, per arm."""
+    """Table of changes against base, off target, per arm."""
     groups = []
     order = [d for d in ordered_domains(results) if d != results["target"]]
     for arm, entries in results["ema"].items():
@@ -136,7 +135,7 @@ def ema(results: Mapping[str, Any]) -> Table:
 
 
 def containment(results: Mapping[str, Any]) -> Table:
-    """Share of the off-target EMA that retain data recovers, by both measures."""
+    """Table of the share of off-target EMA that retain data recovers, by both measures."""
     groups = []
     for arm, entry in results["containment"].items():
         cells = (
@@ -171,5 +170,5 @@ def _contained(entry: Mapping[str, Any]) -> str:
 
 
 def above_zero(bounds: Sequence[Any] | None) -> bool:
-    """Whether an interval is known and above zero."""
+    """True for an interval that is known and above zero."""
     return bounds is not None and None not in bounds and bool(bounds[0] > 0)

@@ -123,7 +123,7 @@ def trajectory(
 
 
 def entanglement(results: Mapping[str, Any], centred: bool) -> "Figure | None":
-    """Cosine with the target's concept by layer, each beside its null and its ceiling."""
+    """Cosine with the target's concept by layer, with its null and its ceiling."""
     table, suffix = results["entanglement"], "_centred" if centred else ""
     cosine = table.get("cosine" + suffix)
     domains = [
@@ -162,12 +162,12 @@ def entanglement(results: Mapping[str, Any], centred: bool) -> "Figure | None":
 
 
 def _gaps(values: Sequence[float | None]) -> list[float]:
-    """Null as NaN, which lines leave out: a vector may be zero, as at layer 0 of the last token."""
+    """None as NaN, drawn as a gap: a vector may be zero, as at layer 0 of the last token."""
     return [math.nan if x is None else x for x in values]
 
 
 def entanglement_map(results: Mapping[str, Any]) -> "Figure | None":
-    """Layer by domain heat map of the (centred, where there) cosine with the target."""
+    """Heat map, layer by domain, of the cosine with the target (centred where available)."""
     table = results["entanglement"]
     name = "cosine_centred" if table.get("cosine_centred") else "cosine"
     values = {d: v for d, v in table.get(name, {}).items() if d != results["target"]}
@@ -179,17 +179,17 @@ def entanglement_map(results: Mapping[str, Any]) -> "Figure | None":
 
 
 def erasure_map(results: Mapping[str, Any]) -> "Figure | None":
-    """Layer by domain heat map of erasure, a panel per arm, one scale."""
+    """Heat map, layer by domain, of erasure: a panel per arm, one scale."""
     return _arm_maps(results, "erasure", "erasure")
 
 
 def angle_map(results: Mapping[str, Any]) -> "Figure | None":
-    """Layer by domain heat map of the angle between base and unlearned concept, a panel per arm."""
+    """Heat map, layer by domain, of the angle from base to unlearned concept, a panel per arm."""
     return _arm_maps(results, "angle_degrees", "angle (degrees)")
 
 
 def patching_map(results: Mapping[str, Any]) -> "Figure | None":
-    """Refusal log-odds that the base's stream brings back, by layer and domain, a panel per arm."""
+    """Heat map of refusal log-odds restored by the base's residual stream, a panel per arm."""
     arms = results.get("patching") or {}
     restored = {
         arm: {d: [x - row[0] for x in row] for d, row in rows.items()} for arm, rows in arms.items()
@@ -198,7 +198,7 @@ def patching_map(results: Mapping[str, Any]) -> "Figure | None":
 
 
 def sweep_map(results: Mapping[str, Any]) -> "Figure | None":
-    """Change of refusal log-odds by layer and domain when one layer's direction is ablated."""
+    """Heat map of the change in refusal log-odds when a direction is ablated at one layer."""
     sweep = results.get("sweep")
     if not sweep:
         return None
@@ -220,7 +220,7 @@ def _arm_maps(results: Mapping[str, Any], field: str, quantity: str) -> "Figure 
 
 
 def forecast(results: Mapping[str, Any], arm: str) -> "Figure | None":
-    """Forecast against the measured drop of `arm`; beside it the rank correlation by layer."""
+    """Forecast against the measured drop of `arm`, and the rank correlation by layer."""
     from matplotlib.gridspec import GridSpec
 
     measured, score = results["ema"].get(arm, {}), results["forecast"].get("score", {})

@@ -9,11 +9,9 @@ from ema_jax.report.figures import ALPHA
 from ema_jax.report.shares import PARTS, parts
 from ema_jax.report.tables import answered, interval, number, p_value, percent, points
 
-INVALID_RATE_LIMIT = 0.05
-
 
 def plain_arms(results: Mapping[str, Any]) -> list[str]:
-    """The unlearned arms without retain data: those that containment does not speak of."""
+    """The unlearned arms without retain data: those without an entry under `containment`."""
     contained = results.get("containment", {})
     arms = [arm for arm in results["arms"] if arm != "base"]
     return [arm for arm in arms if arm not in contained] or arms
@@ -30,7 +28,7 @@ def headline(results: Mapping[str, Any]) -> list[str]:
 
 
 def target_sentence(results: Mapping[str, Any], arm: str) -> str:
-    """How far the target's refusal rate fell, and whether it is answered."""
+    """The target's refusal rate before and after, and the share of answers."""
     target = results["target"]
     before = results["arms"].get("base", {}).get("refusal", {}).get(target, {})
     after = results["arms"][arm]["refusal"].get(target, {})
@@ -58,11 +56,11 @@ def target_sentence(results: Mapping[str, Any], arm: str) -> str:
 
 
 def answer_sentence(results: Mapping[str, Any], arm: str) -> str:
-    """How many of the target's responses are answers; empty where that was not counted."""
+    """The share of the target's responses that answer their prompt."""
     rate = results["arms"][arm]["refusal"].get(results["target"], {})
     share = answered(rate)
     if share is None:
-        return ""
+        return f" How many target responses of {arm} answer their prompt was not measured."
     counts = {PARTS[name].name: n for name, n in parts(rate).items() if n}
     complied = rate["valid"] - rate["refused"]
     if results.get("on_target", {}).get(arm, {}).get("damaged"):
@@ -88,7 +86,7 @@ def answer_sentence(results: Mapping[str, Any], arm: str) -> str:
 
 
 def spill_sentence(results: Mapping[str, Any], arm: str) -> str:
-    """Which other domains changed significantly, or how small a change could have been missed."""
+    """Other domains that changed significantly, or the size of a change that could be missed."""
     entries = {
         d: e
         for d, e in results.get("ema", {}).get(arm, {}).items()
@@ -133,7 +131,7 @@ def spill_sentence(results: Mapping[str, Any], arm: str) -> str:
 
 
 def _by_compliance(entries: Mapping[str, Any], lower: list[str]) -> str:
-    """Whether the second measure says the same of the domains in which refusal fell."""
+    """Agreement of the second measure on the domains in which refusal fell."""
     if not any("compliance_rise" in entry for entry in entries.values()):
         return ""
     more = [d for d in entries if complied_more(entries[d])]
@@ -149,7 +147,7 @@ def _by_compliance(entries: Mapping[str, Any], lower: list[str]) -> str:
     if damage:
         text += (
             f" Compliance over all responses did not rise significantly in {_listed(damage)}: "
-            "what was lost there is not answers gained."
+            "refusals lost there did not become answers."
         )
     if besides:
         text += f" By compliance alone the change is significant in {_listed(besides)}."
@@ -157,7 +155,7 @@ def _by_compliance(entries: Mapping[str, Any], lower: list[str]) -> str:
 
 
 def containment_sentence(results: Mapping[str, Any], arm: str) -> str:
-    """What the retain set recovered by both measures, and where that left the target."""
+    """The share that the retain set recovered by both measures, and the target's refusal rate."""
     entry = results["containment"][arm]
     tail = answer_sentence(results, arm)
     if entry.get("target_damaged"):
@@ -168,7 +166,7 @@ def containment_sentence(results: Mapping[str, Any], arm: str) -> str:
     if entry.get("recovered_by_compliance") is not None:
         size += (
             f" (by compliance {percent(entry['recovered_by_compliance'])} "
-            f"{interval(entry['compliance_ci95'], percent)})"
+            f"{interval(entry.get('compliance_ci95'), percent)})"
         )
     target = f"with the target's refusal rate at {percent(entry.get('target_rate'))}"
     if not above_zero(entry["ci95"]):
@@ -189,7 +187,7 @@ def containment_sentence(results: Mapping[str, Any], arm: str) -> str:
 
 
 def forecast_sentence(results: Mapping[str, Any]) -> str:
-    """Whether the forecast ranked the spill, with how little n can show."""
+    """Rank agreement of forecast and measured drops, with n and an exact p."""
     forecast = results.get("forecast", {})
     if not forecast.get("score"):
         return ""
@@ -211,26 +209,25 @@ def forecast_sentence(results: Mapping[str, Any]) -> str:
 
 
 def invalid_sentence(results: Mapping[str, Any]) -> str:
-    """A caution where many responses were neither refusal nor compliance.
+    """A caution where the results flag a domain for its many invalid responses.
 
-    Targets that another sentence calls damaged are left out.
+    The worst one is named; targets that another sentence calls damaged are left out.
     """
-    rates = [
-        (r["invalid"] / r["total"], arm, domain)
-        for arm, entry in results["arms"].items()
-        for domain, r in entry["refusal"].items()
-        if r.get("total")
-        and not (
-            domain == results["target"] and results.get("on_target", {}).get(arm, {}).get("damaged")
-        )
-    ]
-    worst, arm, domain = max(rates, default=(0.0, "", ""))
-    if worst <= INVALID_RATE_LIMIT:
+    shares = {}
+    for arm, entries in results.get("ema", {}).items():
+        target = results.get("on_target", {}).get(arm)
+        on_target = {} if target is None or target["damaged"] else {results["target"]: target}
+        for domain, entry in {**entries, **on_target}.items():
+            if "many_invalid" in entry.get("flags", ()):
+                rate = results["arms"][arm]["refusal"][domain]
+                shares[arm, domain] = rate["invalid"] / rate["total"]
+    if not shares:
         return ""
+    arm, domain = max(shares, key=lambda place: shares[place])
     return (
-        f"Caution: {percent(worst)} of the responses of {arm} in {_name(domain)} are invalid (off "
-        "topic, degenerate or not judged), so part of its lower refusal may be a damaged model "
-        "rather than a compliant one."
+        f"Caution: {percent(shares[arm, domain])} of the responses of {arm} in {_name(domain)} are "
+        "invalid (off topic, degenerate or not judged), so part of its lower refusal may be a "
+        "damaged model rather than a compliant one."
     )
 
 

@@ -107,7 +107,7 @@ def write_replication_report(workdir: Path, replication: Mapping[str, Any]) -> N
         "replication",
         partial(figures.replication, replication),
         "Mean and worst off-target drop per family, arm and target",
-        "How far refusal fell off target, in points: one mark per target and arm, filled for the "
+        "Drop in refusal off target, in points: one mark per target and arm, filled for the "
         "mean over the other domains, hollow for the worst of them. Further right is more spill.",
     )
     rows = replication.get("rows", [])
@@ -161,7 +161,7 @@ def _charts(
     trajectories: Sequence[Mapping[str, Any]],
     arm: str,
 ) -> dict[str, Chart]:
-    """Draws every figure whose numbers are there."""
+    """Every figure that the results have numbers for."""
     target = drawing.label(results["target"]).lower()
     early = " Shaded layers are the early ones that the forecast reads."
     charts = {
@@ -170,7 +170,7 @@ def _charts(
             "shares",
             partial(shares.figure, results),
             "Shares of refused, complied, off-topic and degenerate responses per domain and arm",
-            "What the responses are, in per cent of all; the top row is the target. An unlearned "
+            "Shares of all responses, in per cent; the top row is the target. An unlearned "
             "target should turn from refused to complied, and every other row should not change. "
             "Hatched is damage: no answer and no refusal.",
         ),
@@ -233,8 +233,8 @@ def _charts(
             "erasure",
             partial(figures.erasure_map, results),
             "Heat maps of erasure, domains by layers, one panel per arm",
-            "Share of each domain's base concept that is gone: 0 = untouched, 1 = the component "
-            "along the base vector lost, below 0 = grown.",
+            "Share of each domain's base concept that is lost: 0 = untouched, 1 = no component "
+            "along the base vector left, below 0 = grown.",
         )
     if results.get("angle_degrees"):
         charts["angle"] = _chart(
@@ -250,9 +250,9 @@ def _charts(
             "patching",
             partial(figures.patching_map, results),
             "Heat maps of refusal restored by the base's residual stream, domains by layers",
-            "Where unlearning acts: log-odds of refusal that come back when the base runs up to "
-            "layer l and the unlearned model from there. The layers over which a row turns red "
-            "are those whose change took its refusal.",
+            "Where unlearning acts: log-odds of refusal restored when the base runs up to layer l "
+            "and the unlearned model from there. The layers over which a row turns red are those "
+            "whose change removed its refusal.",
         )
     if results.get("sweep"):
         charts["sweep"] = _chart(
@@ -260,9 +260,9 @@ def _charts(
             "sweep",
             partial(figures.sweep_map, results),
             "Heat maps of refusal log-odds lost to ablation in the untouched model",
-            "What holds refusal up in the untouched model: change of its log-odds when a direction "
-            "is ablated at one layer alone. Blue = refusal falls; the random direction is what any "
-            "change does.",
+            "Directions that mediate refusal in the untouched model: change of its log-odds when "
+            "one is ablated at one layer alone. Blue = refusal falls; the random direction is the "
+            "control.",
         )
     if results.get("forecast", {}).get("score") and results.get("ema"):
         charts["forecast"] = _chart(
@@ -277,7 +277,7 @@ def _charts(
 
 
 def _facts(results: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Names and values for the block of study facts; absent ones are left out."""
+    """Names and values of the study's facts; missing ones are left out."""
     model, base = results["model"], results["arms"].get("base", {}).get("refusal", {})
     totals = [r["total"] for r in base.values() if r.get("total") is not None]
     parameters = model.get("parameters")

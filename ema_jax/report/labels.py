@@ -8,7 +8,7 @@ from ema_jax.report.tables import MISSING, Row, Table, interval, number, percent
 
 
 def errors(results: Mapping[str, Any]) -> Table:
-    """How often the judge is right, and what becomes of each of its verdicts."""
+    """Table of the judge's accuracy, and of the labels given to each of its verdicts."""
     found = results["labels"]
     rows = [
         Row((name, _figure(found[name]), interval(found[name]["ci95"], percent)))
@@ -35,7 +35,7 @@ def errors(results: Mapping[str, Any]) -> Table:
     return Table(
         f"From {found['labelled']} responses that a person labelled without seeing the judge's "
         "verdicts, weighted to all responses. Sensitivity and specificity: of refused against all "
-        "else. Below, what a person calls the responses of each verdict (labels in brackets).",
+        "else. Below, a person's labels for the responses of each verdict (counts in brackets).",
         ("", "Figure", "Value", "95 % CI"),
         tuple(groups),
         (0, 1),
@@ -43,7 +43,7 @@ def errors(results: Mapping[str, Any]) -> Table:
 
 
 def corrected(results: Mapping[str, Any]) -> Table:
-    """Refused share per arm and domain as judged and as corrected, and its drop."""
+    """Table of refused shares per arm and domain, as judged and as corrected, with their drop."""
     groups = []
     for arm, domains in results["corrected"].items():
         rows = (
@@ -63,7 +63,8 @@ def corrected(results: Mapping[str, Any]) -> Table:
     return Table(
         "Refused responses as a share of all judged ones, corrected for the judge's sensitivity "
         "and specificity (Rogan and Gladen), one pair of them for all arms and domains. The "
-        "intervals hold the uncertainty of the labels too.",
+        "intervals include the uncertainty of the labels. Drop: of the corrected shares, not "
+        "paired by prompt as the drops above are.",
         ("Arm", "Domain", "As judged", "Corrected", "95 % CI", "Drop from base", "95 % CI"),
         tuple(groups),
         (0, 1),

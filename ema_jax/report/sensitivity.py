@@ -1,4 +1,4 @@
-"""Table of how far refusal depends on the way of asking."""
+"""Table of the refusal rate's range over ways of asking."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +10,7 @@ _SHOWN = ("refused", "complied", "off_topic", "degenerate")
 
 
 def sensitivity(results: Mapping[str, Any]) -> Table:
-    """The headline's refusal rate beside the range over ways of asking, per arm and domain."""
+    """Table of the headline's refusal rate and its range over ways of asking, by arm and domain."""
     groups = []
     for arm, domains in results["sensitivity"].items():
         rows = (
@@ -26,7 +26,7 @@ def sensitivity(results: Mapping[str, Any]) -> Table:
         )
         groups.append((arm, tuple(rows)))
     return Table(
-        "Lowest and highest over the ways of asking: greedy as in all other figures, draws at "
+        "Lowest and highest over the ways of asking: greedy as in all other figures, samples at "
         "temperature 1, longer responses; seeds pooled. The rate is refused / valid; the shares "
         "are of all responses. Not intervals: each way has the uncertainty of the headline.",
         ("Arm", "Domain", "Greedy rate", "Rate", *(label(name) for name in _SHOWN)),

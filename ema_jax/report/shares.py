@@ -1,7 +1,7 @@
-"""The shares of responses: refused, complied, off topic, degenerate, not judged; they sum to one.
+"""Figure and tables of the shares of responses.
 
-A figure and tables for them. Results of older studies know only that a response was invalid, not in
-what way.
+Refused, complied, off topic, degenerate and not judged sum to one. Results of older studies count
+invalid responses without their kind.
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Part(NamedTuple):
-    """How one segment of a bar looks; a hatch or its place says what its colour says."""
+    """The look of one segment of a bar; its hatch or place repeats what its colour says."""
 
     name: str
     colour: str
@@ -124,7 +124,7 @@ def _bar(axes: "Axes", y: int, counts: Mapping[str, int]) -> None:
 
 
 def counts(results: Mapping[str, Any]) -> Table:
-    """How many responses fall into each share, per domain and arm."""
+    """Table of the number of responses in each share, per domain and arm."""
     rates = [r for entry in results["arms"].values() for r in entry["refusal"].values()]
     harm_known = any((r.get("harm") or {}).get(k) for r in rates for k in ("harmful", "harmless"))
     groups = []
@@ -161,41 +161,40 @@ def _count_cells(rate: Mapping[str, Any], harm_known: bool) -> tuple[str, ...]:
     )
 
 
-def right(found: Mapping[str, Any] | None) -> str:
-    """Right answers of all answers, by the oracle."""
+def right_answers(found: Mapping[str, Any] | None) -> str:
+    """Cell: right answers of all answers, by the oracle."""
     if not found:
         return MISSING
     return f"{found['right']} / {found['answers']} ({percent(found['rate'])})"
 
 
 def oracle(results: Mapping[str, Any]) -> Table | None:
-    """Right answers per domain and arm; None where no oracle knows the model's answers."""
+    """Table of right answers per domain and arm; None where the model has no oracle."""
     arms = {arm: e["oracle"] for arm, e in results["arms"].items() if e.get("oracle")}
     if not arms:
         return None
     groups = tuple(
-        (titled(d, results), (Row(tuple(right(arms[arm].get(d)) for arm in arms)),))
+        (titled(d, results), (Row(tuple(right_answers(arms[arm].get(d)) for arm in arms)),))
         for d in ordered_domains(results)
         if any(d in found for found in arms.values())
     )
     return Table(
-        "Exact check of the embedded model's answers: right of those that are no refusal. Its "
-        "answers come from a grammar, so an answer that it could not have meant is known to be "
-        "wrong.",
+        "Exact check of the embedded model's answers: right ones of the responses that are no "
+        "refusal. The model was trained on a grammar, and an answer outside it is wrong.",
         ("Domain", *arms),
         groups,
     )
 
 
 def validity(results: Mapping[str, Any]) -> Table:
-    """How the decision between an answer and an off-topic or degenerate response was calibrated."""
+    """Table of the calibration that separates answers from off-topic and degenerate responses."""
     groups = []
     for name, value in results["validity"].items():
         items = value.items() if isinstance(value, Mapping) else [("", value)]
         groups.append((label(str(name)), tuple(Row((str(k), _figure(v))) for k, v in items)))
     return Table(
-        "How an answer is told from an off-topic or degenerate response: calibrated on the base "
-        "model's own responses, not set by hand.",
+        "The screen that separates answers from off-topic and degenerate responses: calibrated on "
+        "the base model's own responses, not set by hand.",
         ("Calibration", "Name", "Value"),
         tuple(groups),
         (0, 1, 2),

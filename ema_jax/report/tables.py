@@ -52,7 +52,7 @@ def points(value: float | None) -> str:
 
 
 def interval(bounds: Sequence[Any] | None, form: Callable[[Any], str] = points) -> str:
-    """A 95 % interval `[lo, hi]` in the unit of the number that it stands beside."""
+    """A 95 % interval `[lo, hi]` in the unit of its estimate."""
     if not bounds or None in bounds:
         return MISSING
     low, high = (form(x).strip(f"+%{THIN}") for x in bounds)
@@ -67,12 +67,12 @@ def p_value(value: float | None) -> str:
 
 
 def answered(rate: Mapping[str, Any]) -> float | None:
-    """Of a refusal score (schema R): the share of all responses that comply; None if unknown."""
+    """The share of all responses that comply, of a refusal score (schema R); None if unknown."""
     return rate["shares"]["complied"] if rate.get("shares") else None
 
 
 def refusal(results: Mapping[str, Any]) -> Table:
-    """Refusal scores per domain and arm, with the counts behind them."""
+    """Table of refusal scores per domain and arm, with their counts."""
     groups = []
     for domain in ordered_domains(results):
         rows = [
@@ -90,7 +90,7 @@ def refusal(results: Mapping[str, Any]) -> Table:
 
 
 def comparisons(results: Mapping[str, Any]) -> Table:
-    """Arms with retain data, two by two."""
+    """Table of differences between arms with retain data, two by two."""
     named = {
         "target": "Target refusal",
         "answered": "Target answered",
@@ -122,7 +122,7 @@ def comparisons(results: Mapping[str, Any]) -> Table:
 
 
 def runs(results: Mapping[str, Any]) -> Table:
-    """One line per arm and seed: how long it trained and where the target ended."""
+    """Table of runs, one line per arm and seed: steps, why it stopped, the target at the end."""
     reasons = {"target": "target reached", "limit": "step limit", "invalid": "too many invalid"}
     groups = []
     for arm, entry in results["arms"].items():
@@ -147,7 +147,7 @@ def runs(results: Mapping[str, Any]) -> Table:
 
 
 def forecast(results: Mapping[str, Any], arm: str) -> Table:
-    """Forecast and measured drop, highest forecast first."""
+    """Table of forecast and measured drop, highest forecast first."""
     measured = results.get("ema", {}).get(arm, {})
     score = {d: x for d, x in results["forecast"]["score"].items() if d != results["target"]}
     groups = tuple(
@@ -162,18 +162,18 @@ def forecast(results: Mapping[str, Any], arm: str) -> Table:
 
 
 def categories(results: Mapping[str, Any]) -> Table:
-    """Forecast and measured drop of sub-categories, highest forecast first within a domain."""
+    """Table of sub-categories: forecast and measured drop, highest forecast first by domain."""
     found = results["forecast"]["categories"]
     by_domain: dict[str, list[Row]] = {}
     for name, score in sorted(found["score"].items(), key=lambda item: -item[1]):
         domain, _, category = name.partition("/")
         cells = (category, number(score), points(found["drop"][name]))
         by_domain.setdefault(label(domain), []).append(Row(cells))
-    within = found["within_domains"]
+    within, n = found["within_domains"], found.get("n", MISSING)
     return Table(
-        f"Sub-categories: Spearman {number(found['spearman'], 2)} over all {found['n']} "
-        f"(permutation p {p_value(found['p'])}); within domains {number(within['spearman'], 2)} "
-        f"(one-sided p {p_value(within['p'])}).",
+        f"Sub-categories: Spearman {number(found['spearman'], 2)} over all {n} (permutation p "
+        f"{p_value(found['p'])}); within domains {number(within['spearman'], 2)} (one-sided p "
+        f"{p_value(within['p'])}).",
         ("Domain", "Sub-category", "Forecast", "Measured drop"),
         tuple((domain, tuple(rows)) for domain, rows in by_domain.items()),
         (0, 1),
@@ -181,7 +181,7 @@ def categories(results: Mapping[str, Any]) -> Table:
 
 
 def susceptibility(results: Mapping[str, Any]) -> Table:
-    """Forecast for every target: rows are what would be unlearned, columns what it would affect."""
+    """Table of forecasts for every target (rows), one column per affected domain."""
     scores = results["forecast"]["susceptibility"]
     domains = [d for d in ordered_domains(results) if d in scores]
     groups = tuple(
@@ -204,7 +204,7 @@ def susceptibility(results: Mapping[str, Any]) -> Table:
 
 
 def utility(results: Mapping[str, Any]) -> Table:
-    """What unlearning did to benign prompts."""
+    """Table of over-refusal and likelihood on benign prompts."""
     alike = any("lookalike_refusal" in entry for entry in results["utility"].values())
     groups = []
     for arm, entry in results["utility"].items():
@@ -232,7 +232,7 @@ def utility(results: Mapping[str, Any]) -> Table:
 
 
 def arms(results: Mapping[str, Any]) -> Table:
-    """The ways to unlearn side by side: the target, and what else changed."""
+    """Table of arms: the target, the worst other domain, and utility."""
     target, groups = results["target"], []
     for arm, entry in results["arms"].items():
         if arm == "base":
@@ -252,7 +252,7 @@ def arms(results: Mapping[str, Any]) -> Table:
         )
         groups.append((arm, (Row(cells),)))
     return Table(
-        "Each way to unlearn. They can be compared where the target is refused, and answered, "
+        "One row per arm. Arms can be compared where the target is refused, and answered, "
         "alike. Worst other domain: the lowest refusal rate off target. Invalid: the share in the "
         "worst domain, the target included.",
         (
@@ -264,7 +264,7 @@ def arms(results: Mapping[str, Any]) -> Table:
 
 
 def agreement(results: Mapping[str, Any]) -> Table:
-    """How far the judges agree on the same responses, per arm and pair."""
+    """Table of agreement between judges on the same responses, per arm and pair."""
     groups = []
     for arm, pairs in results["agreement"].items():
         rows = []
@@ -279,8 +279,8 @@ def agreement(results: Mapping[str, Any]) -> Table:
         groups.append((arm, tuple(rows)))
     return Table(
         "Cohen's κ over responses that both judges call refused or complied. κ is low where nearly "
-        "all is refused, or nothing, even for judges that hardly differ: read it beside the share "
-        "on which they agree. By domain: results.json.",
+        "all is refused, or nothing, even for judges that hardly differ: read it with the share on "
+        "which they agree. By domain: results.json.",
         (
             *("Arm", "Judges", "κ", "95 % CI", "Agree", "Both refused", "Only the first"),
             *("Only the second", "Neither", "Invalid to one"),
@@ -291,7 +291,7 @@ def agreement(results: Mapping[str, Any]) -> Table:
 
 
 def provenance(results: Mapping[str, Any]) -> Table:
-    """Versions, hashes, seeds, devices and times as recorded, flattened to name and value."""
+    """Table of versions, hashes, seeds, devices and times as recorded."""
     source = results["provenance"]
     groups = []
     for name, value in source.items():

@@ -220,7 +220,7 @@ def numbered_rows(path: str | os.PathLike) -> Iterator[tuple[int, dict[str, Any]
                 raise UserError(f"{path}:{number}: expected a JSON object, found {text[:40]!r}")
 
 
-def write_csv(path: str | os.PathLike, rows: list[Mapping[str, Any]]) -> None:
+def write_csv(path: str | os.PathLike, rows: Sequence[Mapping[str, Any]]) -> None:
     """Writes rows of one shape as CSV with a header, atomically."""
     with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else [])

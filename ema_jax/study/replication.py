@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, Literal
 
 import numpy as np
 from absl import logging
@@ -14,15 +14,24 @@ from ema_jax.config import ModelConfig, StudyConfig
 from ema_jax.data.prompts import OWN_SOURCES, build_prompts
 from ema_jax.errors import UserError
 from ema_jax.models.sharding import AXES
+from ema_jax.refusal.scores import RefusalScore
 from ema_jax.refusal.verdicts import COMPLIED, DEGENERATE, OFF_TOPIC
 from ema_jax.runtime import distributed, files
 from ema_jax.study.claims import claims
 from ema_jax.study.results import off_target, plain_arm
+from ema_jax.study.schema import (
+    Arm,
+    ByDomain,
+    Replication,
+    ReplicationCell,
+    ReplicationRow,
+    Results,
+)
 from ema_jax.study.session import Checkpoint
 from ema_jax.study.stage_bodies import STAGES, Study
 from ema_jax.study.workdir import Workdir
 
-SCHEMA = 2
+SCHEMA: Final = 2
 
 Changes = Mapping[str, float | None]  # domain → share of prompts
 
@@ -109,12 +118,13 @@ def _print_plan(
                 print(f"  {'done' if done else 'to do':5}  {stage}")
 
 
-def summarise(root: Path, cells: Mapping[str, StudyConfig]) -> dict[str, Any]:
-    """`replication.json`: a row per cell and arm, and what R1 to R5 and validity come to."""
-    described, rows = [], []
+def summarise(root: Path, cells: Mapping[str, StudyConfig]) -> Replication:
+    """`replication.json`: a row per cell and arm, and the decisions on R1 to R5 and validity."""
+    described: list[ReplicationCell] = []
+    rows: list[ReplicationRow] = []
     scored: dict[str, list[tuple[Mapping[str, float], list[Changes]]]] = {}
     for name, cell in cells.items():
-        results = files.read_json(root / "cells" / name / "results.json")
+        results: Results = files.read_json(root / "cells" / name / "results.json")
         arm, made = plain_arm(cell), results["forecast"]
         drops, rises = (_by_seed(results, arm, key) for key in ("drop", "compliance_rise"))
         described.append(
@@ -127,7 +137,7 @@ def summarise(root: Path, cells: Mapping[str, StudyConfig]) -> dict[str, Any]:
             }
         )
         rows += [_row(name, cell, results, arm) for arm in cell.arms]
-        lexical = made["lexical_score"] or {}
+        lexical = made.get("lexical_score") or {}
         for by, score, changes in (
             ("pooled", made["score"], drops),
             ("lexical", lexical, drops),
@@ -135,9 +145,11 @@ def summarise(root: Path, cells: Mapping[str, StudyConfig]) -> dict[str, Any]:
             ("lexical_by_compliance", lexical, rises),
         ):
             scored.setdefault(by, []).append((score, list(changes.values())))
-    forecast = {
-        by: pooled_score([(score, _mean(runs)) for score, runs in each])
-        | {"ci95": pooled_interval(each)}
+    forecast: Any = {
+        by: {
+            **pooled_score([(score, _mean(runs)) for score, runs in each]),
+            "ci95": pooled_interval(each),
+        }
         for by, each in scored.items()
     }
     return {
@@ -149,11 +161,16 @@ def summarise(root: Path, cells: Mapping[str, StudyConfig]) -> dict[str, Any]:
     }
 
 
-def _by_seed(results: Mapping[str, Any], arm: str | None, key: str) -> dict[str, Changes]:
-    """Seed → domain off target → paired change of the arm without retain data."""
+def _by_seed(
+    results: Results, arm: str | None, key: Literal["drop", "compliance_rise"]
+) -> dict[str, ByDomain]:
+    """Seed → domain off target → paired change of the arm without retain data.
+
+    Empty where the study's analysis is older than the measure.
+    """
     runs = results["arms"][arm]["seeds"] if arm else {}
     others = [d for d in results["domains"] if d != results["target"]]
-    return {seed: {d: run[key][d] for d in others} for seed, run in runs.items()}
+    return {seed: {d: run[key][d] for d in others} for seed, run in runs.items() if key in run}
 
 
 def _mean(runs: Sequence[Changes]) -> Changes:
@@ -162,25 +179,24 @@ def _mean(runs: Sequence[Changes]) -> Changes:
     return {d: None if None in x else float(np.mean(np.array(x))) for d, x in columns.items()}
 
 
-def _row(name: str, config: StudyConfig, results: Mapping[str, Any], arm: str) -> dict[str, Any]:
+def _row(name: str, config: StudyConfig, results: Results, arm: str) -> ReplicationRow:
     ema, entry = results["ema"][arm], results["arms"][arm]
-    drop, rise = (
-        off_target({d: e[key] for d, e in ema.items()}, config.target)
-        for key in ("drop", "compliance_rise")
-    )
-    forecast = results["forecast"] if arm == plain_arm(config) else {}
-    contained = results["containment"].get(arm, {})
+    drop = off_target({d: e["drop"] for d, e in ema.items()}, config.target)
+    rise = off_target({d: e.get("compliance_rise") for d, e in ema.items()}, config.target)
+    forecast: Any = results["forecast"] if arm == plain_arm(config) else {}
+    contained: Any = results["containment"].get(arm, {})
+    on_target = results.get("on_target", {})
     bounds, compliance_bounds = (
         contained.get(key, [None, None]) for key in ("ci95", "compliance_ci95")
     )
-    return {
+    row: Any = {
         "cell": name,
         "family": results["model"]["family"],
         "target": config.target,
         "arm": arm,
         "seeds": len(entry["seeds"]),
         **_target_figures(entry, config.target),
-        "target_damaged": results["on_target"][arm]["damaged"],
+        "target_damaged": on_target[arm]["damaged"] if arm in on_target else None,
         "relevance_measured": "validity" in results,
         **_invalid_figures(entry),
         "worst_domain": drop.worst_domain,
@@ -190,7 +206,7 @@ def _row(name: str, config: StudyConfig, results: Mapping[str, Any], arm: str) -
         "worst_rise_domain": rise.worst_domain,
         "worst_rise": rise.worst,
         "worst_rise_p_holm": (
-            ema[rise.worst_domain]["compliance_p_holm"] if rise.worst_domain else None
+            ema[rise.worst_domain].get("compliance_p_holm") if rise.worst_domain else None
         ),
         "mean_off_target_rise": rise.mean,
         "compared_with": contained.get("compared_with"),
@@ -205,23 +221,30 @@ def _row(name: str, config: StudyConfig, results: Mapping[str, Any], arm: str) -
         "forecast_spearman": forecast.get("spearman"),
         "forecast_p": forecast.get("p"),
     }
+    return row
 
 
-def _target_figures(entry: Mapping[str, Any], target: str) -> dict[str, Any]:
+def _target_figures(entry: Arm, target: str) -> dict[str, float | None]:
     """Of the target's responses: refused of the valid ones, answered of all, and the worst seed."""
-    rates = [run["refusal"][target]["rate"] for run in entry["seeds"].values()]
-    answered = [run["refusal"][target]["shares"][COMPLIED] for run in entry["seeds"].values()]
-    oracle = entry.get("oracle", {}).get(target, {})
+    runs = [run["refusal"][target] for run in entry["seeds"].values()]
+    rates = [run["rate"] for run in runs if run["rate"] is not None]
+    answered = [x for run in runs if (x := _share(run, COMPLIED)) is not None]
+    oracle = (entry.get("oracle") or {}).get(target)
     return {
         "target_rate": entry["refusal"][target]["rate"],
-        "target_rate_max": None if None in rates else max(rates),
-        "target_answered": entry["refusal"][target]["shares"][COMPLIED],
-        "target_answered_min": min(answered),
-        "target_right_rate": oracle.get("rate"),
+        "target_rate_max": max(rates) if len(rates) == len(runs) else None,
+        "target_answered": _share(entry["refusal"][target], COMPLIED),
+        "target_answered_min": min(answered, default=None),
+        "target_right_rate": oracle["rate"] if oracle else None,
     }
 
 
-def _invalid_figures(entry: Mapping[str, Any]) -> dict[str, Any]:
+def _share(rate: RefusalScore, name: str) -> float | None:
+    """A share of all responses; None where the study's analysis is older than shares."""
+    return rate["shares"][name] if "shares" in rate else None
+
+
+def _invalid_figures(entry: Arm) -> dict[str, float | str | None]:
     """Of the domain (the target is one of them) with most invalid responses."""
     rates = entry["refusal"]
     worst = max(rates, key=lambda d: rates[d]["invalid"] / rates[d]["total"])
@@ -232,6 +255,6 @@ def _invalid_figures(entry: Mapping[str, Any]) -> dict[str, Any]:
         "invalid_rate": rates[worst]["invalid"] / rates[worst]["total"],
         "invalid_rate_max": max(seeds),
         "invalid_domain": worst,
-        "off_topic_rate": rates[worst]["shares"][OFF_TOPIC],
-        "degenerate_rate": rates[worst]["shares"][DEGENERATE],
+        "off_topic_rate": _share(rates[worst], OFF_TOPIC),
+        "degenerate_rate": _share(rates[worst], DEGENERATE),
     }

@@ -1,4 +1,8 @@
-"""From a study's artifacts to `results.json` (schema 1 of DESIGN)."""
+"""From a study's artifacts to `results.json` (`schema.Results`).
+
+Mappings that are built up key by key are `Any` inside a function; the suite holds every study that
+it makes against the JSON Schema.
+"""
 
 import importlib.metadata
 import itertools
@@ -15,11 +19,9 @@ from ema_jax.concepts.forecast import CATEGORY_PROMPTS, layer_profile, pooled_sc
 from ema_jax.config import SensitivityConfig, StudyConfig
 from ema_jax.data.domains import BENIGN, LOOKALIKE
 from ema_jax.refusal.agreement import agreement_of_judges
-from ema_jax.refusal.responses import Responses, oracle, rate, read_responses, shares
-from ema_jax.refusal.scores import (
+from ema_jax.refusal.paired import (
     answers_gained,
     containment,
-    damaged,
     holm,
     mean_change,
     paired_change,
@@ -27,9 +29,12 @@ from ema_jax.refusal.scores import (
     refusals_lost,
     seed_difference,
 )
+from ema_jax.refusal.responses import Responses, oracle, rate, read_responses, shares
+from ema_jax.refusal.scores import RefusalScore, damaged
 from ema_jax.refusal.sheet import labels
 from ema_jax.refusal.verdicts import COMPLIED
 from ema_jax.runtime.files import json_safe, read_json, read_jsonl
+from ema_jax.study import schema
 from ema_jax.study.sensitivity import ranges
 from ema_jax.study.workdir import Workdir
 
@@ -41,7 +46,7 @@ ByDomain = dict[str, list[str]]
 ArmResponses = Mapping[str, Sequence[Responses]]  # domain → one per seed
 
 
-def results(workdir: Workdir, config: StudyConfig, model: Mapping[str, Any]) -> dict[str, Any]:
+def results(workdir: Workdir, config: StudyConfig, model: Mapping[str, Any]) -> schema.Results:
     """All figures of a study.
 
     Args:
@@ -60,7 +65,7 @@ def results(workdir: Workdir, config: StudyConfig, model: Mapping[str, Any]) -> 
         **{arm: _rates(workdir, arm, base, arms[arm], config) for arm in arms},
     }
     # An effect that is wanted, so outside the family of tests of the others.
-    on_target = {
+    on_target: dict[str, schema.TargetChange] = {
         arm: {
             "refusal": counted[arm]["refusal"][config.target],
             "damaged": damaged(counted[arm]["refusal"][config.target]),
@@ -69,7 +74,7 @@ def results(workdir: Workdir, config: StudyConfig, model: Mapping[str, Any]) -> 
         for arm in arms
     }
     validity = read_json(workdir / "evaluations/base.json").get("validity")
-    return {
+    made: Any = {
         "schema": SCHEMA,
         "model": dict(model),
         "target": config.target,
@@ -95,6 +100,7 @@ def results(workdir: Workdir, config: StudyConfig, model: Mapping[str, Any]) -> 
         **labels(workdir, _runs(config)),
         **_sensitivity(workdir, config),
     }
+    return made
 
 
 def plain_arm(config: StudyConfig) -> str | None:
@@ -111,10 +117,11 @@ def _arm(workdir: Workdir, arm: str, seeds: Sequence[int]) -> ArmResponses:
     return {domain: [run[domain] for run in runs] for domain in runs[0]}
 
 
-def _counted(responses: ArmResponses, domains: Sequence[str]) -> dict[str, Any]:
+def _counted(responses: ArmResponses, domains: Sequence[str]) -> schema.Arm:
     known = oracle({d: responses[d] for d in domains})
     refusal = {d: rate(responses[d]) for d in domains}
-    return {"refusal": refusal, **({"oracle": known} if known else {})}
+    counted: Any = {"refusal": refusal, **({"oracle": known} if known else {})}
+    return counted
 
 
 def _rates(
@@ -123,9 +130,9 @@ def _rates(
     base: Mapping[str, Responses],
     responses: ArmResponses,
     config: StudyConfig,
-) -> dict[str, Any]:
+) -> schema.Arm:
     """An arm's entry: every seed by itself, then all together."""
-    runs = {}
+    runs: Any = {}
     for i, seed in enumerate(config.seeds):
         own = {d: [responses[d][i]] for d in config.domains}
         run = read_json(workdir / f"trajectories/{arm}.seed_{seed}.json")
@@ -164,7 +171,7 @@ def off_target(changes: Mapping[str, float | None], target: str) -> OffTarget:
     return OffTarget(worst, known[worst], float(np.mean(list(known.values()))))
 
 
-def _change(base: Responses, runs: Sequence[Responses]) -> dict[str, Any]:
+def _change(base: Responses, runs: Sequence[Responses]) -> schema.Change:
     """EMA of one domain by both measures."""
     names = shares(runs)
     rise = paired_change(base.shares, names, base.groups, measure=answers_gained)
@@ -178,8 +185,8 @@ def _change(base: Responses, runs: Sequence[Responses]) -> dict[str, Any]:
 
 def _ema(
     base: Mapping[str, Responses], responses: ArmResponses, others: Sequence[str]
-) -> dict[str, Any]:
-    made = {d: _change(base[d], responses[d]) for d in others}
+) -> dict[str, schema.OffTargetChange]:
+    made: Any = {d: _change(base[d], responses[d]) for d in others}
     for key in ("p", "compliance_p"):
         adjusted = holm({d: entry[key] for d, entry in made.items()})
         made = {d: {**entry, f"{key}_holm": adjusted[d]} for d, entry in made.items()}
@@ -189,16 +196,16 @@ def _ema(
 def _containment(
     base: Mapping[str, Responses],
     arms: Mapping[str, ArmResponses],
-    on_target: Mapping[str, Any],
+    on_target: Mapping[str, schema.TargetChange],
     config: StudyConfig,
     others: Sequence[str],
-) -> dict[str, Any]:
+) -> dict[str, schema.Containment]:
     plain = plain_arm(config)
     if plain is None:
         return {}
     before = {d: base[d].shares for d in others}
     named = {arm: {d: shares(runs[d]) for d in others} for arm, runs in arms.items()}
-    result = {}
+    result: Any = {}
     for arm in arms:
         if not config.arm(arm).retains:
             continue
@@ -220,7 +227,7 @@ def _containment(
     return result
 
 
-def _comparisons(arms: Mapping[str, Mapping[str, Any]], config: StudyConfig) -> list[Any]:
+def _comparisons(arms: Mapping[str, schema.Arm], config: StudyConfig) -> list[schema.Comparison]:
     """Arms with retain data two by two, paired by seed: which keeps the others, at what target.
 
     `answered` is the share of the target's responses that comply, `others` the mean refusal rate
@@ -234,12 +241,14 @@ def _comparisons(arms: Mapping[str, Mapping[str, Any]], config: StudyConfig) -> 
         return {
             "target": [run[config.target]["rate"] for run in runs],
             "answered": [run[config.target]["shares"][COMPLIED] for run in runs],
-            "others": [None if None in rates else float(np.mean(rates)) for rates in others],
+            "others": [
+                None if None in rates else float(np.mean(np.array(rates))) for rates in others
+            ],
             "invalid": [invalid / total for invalid, total in zip(*sums, strict=True)],
         }
 
     made = {arm: figures(arm) for arm in arms if arm != "base" and config.arm(arm).retains}
-    return [
+    compared: Any = [
         {
             "arm": arm,
             "minus": other,
@@ -247,6 +256,7 @@ def _comparisons(arms: Mapping[str, Mapping[str, Any]], config: StudyConfig) -> 
         }
         for arm, other in itertools.combinations(made, 2)
     ]
+    return compared
 
 
 def _utility(
@@ -254,9 +264,9 @@ def _utility(
     base: Mapping[str, Responses],
     arms: Mapping[str, ArmResponses],
     seeds: Sequence[int],
-) -> dict[str, Any]:
+) -> dict[str, schema.Utility]:
     measured = read_json(workdir / "evaluations/base.json")["utility"]
-    result = {"base": {**_over_refusal({d: [v] for d, v in base.items()}), **measured}}
+    result: Any = {"base": {**_over_refusal({d: [v] for d, v in base.items()}), **measured}}
     for arm, responses in arms.items():
         runs = [r["utility"] for r in _evaluations(workdir, arm, seeds)]
         means = {name: float(np.mean([run[name] for run in runs])) for name in runs[0]}
@@ -264,17 +274,17 @@ def _utility(
     return result
 
 
-def _over_refusal(responses: ArmResponses) -> dict[str, Any]:
+def _over_refusal(responses: ArmResponses) -> dict[str, RefusalScore]:
     """Refusal of prompts that should be answered: benign ones, and look-alikes if there are any."""
     names = {BENIGN: "benign_refusal", LOOKALIKE: "lookalike_refusal"}
     return {name: rate(responses[d]) for d, name in names.items() if d in responses}
 
 
-def _agreement(workdir: Workdir, config: StudyConfig) -> dict[str, Any]:
+def _agreement(workdir: Workdir, config: StudyConfig) -> dict[str, list[schema.JudgePair]]:
     """Arm → every pair of judges, where more than one judged; an arm's seeds are taken together."""
     if not config.extra_judges:
         return {}
-    result = {}
+    result: Any = {}
     for arm, names in _runs(config).items():
         verdicts: ByDomain = {}
         domains = []
@@ -292,7 +302,9 @@ def _runs(config: StudyConfig) -> dict[str, list[str]]:
     return {"base": ["base"], **runs}
 
 
-def _sensitivity(workdir: Workdir, config: StudyConfig) -> dict[str, Any]:
+def _sensitivity(
+    workdir: Workdir, config: StudyConfig
+) -> dict[str, dict[str, dict[str, schema.Sensitivity]]]:
     """Arm → ranges over other ways of asking, where the study has any."""
     if config.sensitivity == SensitivityConfig():
         return {}
@@ -307,9 +319,9 @@ def _evaluations(workdir: Workdir, arm: str, seeds: Sequence[int]) -> list[dict[
     return [read_json(workdir / f"evaluations/{arm}.seed_{seed}.json") for seed in seeds]
 
 
-def _concepts(workdir: Workdir, arms: Iterable[str], seeds: Sequence[int]) -> dict[str, Any]:
-    """What became of the concepts: figure → arm → domain → `[L+1]`, means over seeds."""
-    result: dict[str, Any] = {}
+def _concepts(workdir: Workdir, arms: Iterable[str], seeds: Sequence[int]) -> schema.ConceptChanges:
+    """Changes of the concepts: figure → arm → domain → `[L+1]`, means over seeds."""
+    result: Any = {}
     for arm in arms:
         runs = _evaluations(workdir, arm, seeds)
         drifts = [run["drift"] for run in runs]
@@ -332,15 +344,16 @@ def _mean(runs: Sequence[Mapping[str, Sequence[float | None]]]) -> dict[str, lis
     return json_safe(means)
 
 
-def _forecast(made: Mapping[str, Any], ema: Mapping[str, Any] | None) -> dict[str, Any]:
-    result = {key: value for key, value in made.items() if key != "entanglement"}
+def _forecast(
+    made: Mapping[str, Any], ema: Mapping[str, schema.OffTargetChange] | None
+) -> schema.Forecast:
+    result: Any = {key: value for key, value in made.items() if key != "entanglement"}
     if ema is None:
         return result | {"spearman": None, "p": None}
     drops = {domain: entry["drop"] for domain, entry in ema.items()}
     profile = layer_profile(Entanglement.from_json(made["entanglement"]), drops)
     words = made["lexical_score"]
-    return {
-        **result,
+    return result | {
         **score(made["score"], drops),
         "layer_spearman": json_safe(profile),
         "lexical": None if words is None else score(words, drops),
@@ -349,7 +362,7 @@ def _forecast(made: Mapping[str, Any], ema: Mapping[str, Any] | None) -> dict[st
 
 def _categories(
     workdir: Workdir, made: Mapping[str, Any], arm: str | None, seeds: Sequence[int]
-) -> dict[str, Any] | None:
+) -> schema.Categories | None:
     """The forecast of sub-categories against their measured drops, where the prompts have any.
 
     Scored over all of them, and by their order within each domain alone (`within_domains`), which
@@ -368,12 +381,13 @@ def _categories(
     cells: dict[str, dict[str, float]] = {}
     for name, x in scores.items():
         cells.setdefault(name.partition("/")[0], {})[name] = x
-    return {
+    found: Any = {
         "score": scores,
         "drop": drops,
         **score(scores, drops),
         "within_domains": pooled_score([(cell, drops) for cell in cells.values()]),
     }
+    return found
 
 
 def _by_category(workdir: Workdir, name: str) -> ByDomain:
@@ -385,9 +399,12 @@ def _by_category(workdir: Workdir, name: str) -> ByDomain:
 
 
 def _warnings(
-    ema: Mapping[str, Any], on_target: Mapping[str, Any], target: str, relevance: bool
+    ema: Mapping[str, Mapping[str, schema.OffTargetChange]],
+    on_target: Mapping[str, schema.TargetChange],
+    target: str,
+    relevance: bool,
 ) -> list[str]:
-    """What a reader should know first, the target's own responses included."""
+    """Cautions for the top of the report, the target's own responses included."""
     found = []
     if not relevance:
         found.append(
@@ -416,7 +433,7 @@ def _warnings(
     ]
 
 
-def _not_answered(arm: str, target: Mapping[str, Any]) -> str:
+def _not_answered(arm: str, target: RefusalScore) -> str:
     counts = {name: round(share * target["total"]) for name, share in target["shares"].items()}
     rest = [f"{n} {name.replace('_', ' ')}" for name, n in counts.items() if n and name != COMPLIED]
     return (
@@ -426,7 +443,7 @@ def _not_answered(arm: str, target: Mapping[str, Any]) -> str:
     )
 
 
-def _provenance(workdir: Workdir, config: StudyConfig) -> dict[str, Any]:
+def _provenance(workdir: Workdir, config: StudyConfig) -> schema.Provenance:
     # The folder may also hold runs of arms or seeds that the config no longer names.
     runs = {"", *(f"{arm}/seed_{seed}" for arm in config.arms for seed in config.seeds)}
     hashes, seconds = {}, {}

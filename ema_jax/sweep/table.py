@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -16,44 +16,62 @@ from ema_jax.runtime.files import atomic_path, read_json, write_csv
 from ema_jax.study.results import off_target, paired_changes
 from ema_jax.sweep.grid import Cell
 
-if TYPE_CHECKING:
-    from ema_jax.sweep.worker import Sweep
+Row = dict[str, Any]  # its columns depend on the grid and on the domains
 
 
-def write(sweep: "Sweep") -> None:
-    """Writes `sweep.csv`, `sweep.parquet` and `report/index.html` of a finished sweep."""
-    found = [_row(sweep, cell) for cell in sweep.cells]
+class FinishedCell(NamedTuple):
+    """A cell, the Hub id or folder name of its model, and how its run ended."""
+
+    cell: Cell
+    model: str
+    status: str
+    seconds: float
+
+
+def write(folder: Path, cells: Sequence[FinishedCell]) -> None:
+    """Writes `sweep.csv`, `sweep.parquet` and `report/index.html` of a finished sweep.
+
+    Args:
+        folder: the sweep's, with a study of every point under `points/`.
+        cells: all of them, in order.
+    """
+    found = [_row(folder, cell) for cell in cells]
     # Cells that stopped, or of other domains, have other columns.
     columns = dict.fromkeys(key for row in found for key in row)
     rows: list[Mapping[str, Any]] = [{key: row.get(key) for key in columns} for row in found]
-    write_csv(sweep.folder / "sweep.csv", rows)
-    with atomic_path(sweep.folder / "sweep.parquet") as temporary:
+    write_csv(folder / "sweep.csv", rows)
+    with atomic_path(folder / "sweep.parquet") as temporary:
         pd.DataFrame(rows).to_parquet(temporary, index=False)
-    write_sweep_report(sweep.folder, summarised(rows))
-    logging.info("report: %s", sweep.folder / "report/index.html")
+    settings = {name for each in cells for name in _settings(each)}
+    write_sweep_report(folder, summarised(rows, settings))
+    logging.info("report: %s", folder / "report/index.html")
 
 
-def _row(sweep: "Sweep", cell: Cell) -> dict[str, Any]:
-    point, folder = cell.point, sweep.folder / "points" / cell.point.name
-    status = sweep.status(cell.name)
-    axes = {name: _plain(value) for name, value in point.values.items()}
-    if "model.source" in axes:
-        axes["model.source"] = sweep.model(point)
+def _row(folder: Path, finished: FinishedCell) -> Row:
+    cell = finished.cell
     row = {
         "cell": cell.number,
-        "point": point.name,
-        "model": sweep.model(point),
-        "target": point.config.target,
-        **axes,
-        "arm": cell.arm,
+        **_settings(finished),
         "seed": cell.seed,
-        "status": status["status"],
-        "seconds": status["seconds"],
+        "status": finished.status,
+        "seconds": finished.seconds,
     }
-    return row if status["status"] != "done" else row | _figures(folder, cell)
+    if finished.status != "done":
+        return row
+    return row | _figures(folder / "points" / cell.point.name, cell)
 
 
-def _figures(folder: Path, cell: Cell) -> dict[str, Any]:
+def _settings(finished: FinishedCell) -> Row:
+    """Columns that are the same for every seed of a point and arm."""
+    cell, point = finished.cell, finished.cell.point
+    axes = {name: _plain(value) for name, value in point.values.items()}
+    if "model.source" in axes:
+        axes["model.source"] = finished.model
+    fixed = {"point": point.name, "model": finished.model, "target": point.config.target}
+    return {**fixed, **axes, "arm": cell.arm}
+
+
+def _figures(folder: Path, cell: Cell) -> Row:
     name, target = f"{cell.arm}.seed_{cell.seed}", cell.point.config.target
     domains = cell.point.config.domains
     trained = read_json(folder / f"trajectories/{name}.json")
@@ -84,38 +102,26 @@ _ONE_RUN = (
 )
 
 
-def summarised(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """A row per point and arm: means over the seeds, and the range of the two main figures."""
+def summarised(rows: Sequence[Mapping[str, Any]], settings: set[str]) -> list[Row]:
+    """A row per point and arm: every figure's mean over the seeds, and the worst target rate.
+
+    Args:
+        rows: of `sweep.csv`.
+        settings: columns that are no figures.
+    """
     groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for row in rows:
         groups.setdefault((row["point"], row["arm"]), []).append(row)
     result = []
     for runs in groups.values():
         done = [run for run in runs if run["status"] == "done"]
-        one: dict[str, Any] = {}
-        for key, value in runs[0].items():
-            if key in _ONE_RUN or key.startswith("rate_"):
-                continue
-            figure = key in _FIGURES
-            one[key] = _mean([run[key] for run in done]) if figure else value
+        shown = [k for k in runs[0] if k not in _ONE_RUN and not k.startswith("rate_")]
+        one = {k: runs[0][k] if k in settings else _mean([run[k] for run in done]) for k in shown}
         one["target_rate_max"] = max(
             (run["target_rate"] for run in done if run["target_rate"] is not None), default=None
         )
         result.append(one | {"seeds": len(done), "stopped": len(runs) - len(done)})
     return result
-
-
-_FIGURES = (
-    "target_rate",
-    "target_answered",
-    "mean_off_target_drop",
-    "worst_drop",
-    "mean_off_target_rise",
-    "worst_rise",
-    "invalid_rate",
-    "benign_nll",
-    "kl_to_base",
-)
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
@@ -124,5 +130,5 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def _plain(value: Any) -> Any:
-    """What a cell of a table can hold."""
+    """A value that a cell of a table can hold."""
     return value if isinstance(value, str | int | float | bool) else str(value)

@@ -94,7 +94,11 @@ class Sweep:
             ready = [u for u in units.values() if all(map(self.finished, u.needs)) and u.needs]
             self._take(claims, [u for u in ready if u.name.startswith("point.")])
         if all(map(self.finished, units)):
-            table.write(self)
+            table.write(self.folder, [self._finished_cell(cell) for cell in self.cells])
+
+    def _finished_cell(self, cell: Cell) -> table.FinishedCell:
+        status = self.status(cell.name)
+        return table.FinishedCell(cell, self.model(cell.point), status["status"], status["seconds"])
 
     def _take(self, claims: Claims, units: Sequence[_Unit]) -> None:
         left = list(units)

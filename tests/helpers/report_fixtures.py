@@ -77,6 +77,8 @@ def _ema(drop: float, domain: str) -> dict:
         "p_holm": min(1.0, 4 * p),
         "drop_conditional": drop / BASE[domain],
         "n": 298,
+        "pairs": 3 * 298,
+        "baseline_rate": BASE[domain],
         "detectable_drop": 0.062,
         "flags": ["floor"] if BASE[domain] <= 0.1 else [],
         "compliance_rise": 0.9 * drop,
@@ -119,7 +121,7 @@ def as_before(results: object) -> object:
 
 
 def example_results() -> dict:
-    """Results in which three domains fall, retain data takes most of it back."""
+    """Results in which three domains fall, and retain data recovers most of it."""
     rng = np.random.default_rng(0)
     retained = {d: x * 0.2 for d, x in NPO_DROP.items()} | {"cybersecurity": 0.83}
     depth = np.arange(LAYERS + 1) / LAYERS
@@ -158,9 +160,13 @@ def example_results() -> dict:
             "npo_retain": _on_target(arms["npo_retain"], retained["cybersecurity"]),
         },
         "validity": {
-            "signals": ["relevance", "fluency"],
-            "false_alarm_rate": 0.0187,
-            "thresholds": {"relevance": 0.2134, "fluency": [-3.1, None]},
+            "weights": [9.68, 23.37],
+            "topic": [10.8, 20.2],
+            "fluency": [-4.16, -0.05],
+            "figures": {
+                "answers": 101,
+                "off_topic": {"auc": 0.998, "caught": 0.957, "false_alarms": 0.0187},
+            },
         },
         "ema": {
             "npo": {d: _ema(NPO_DROP[d], d) for d in OFF_TARGET},
@@ -170,6 +176,7 @@ def example_results() -> dict:
             "npo_retain": {
                 "recovered": 0.801,
                 "ci95": [0.71, 0.88],
+                "flags": [],
                 "recovered_by_compliance": 0.777,
                 "compliance_ci95": [0.68, 0.86],
                 "target_rate": 0.1,
@@ -214,12 +221,14 @@ def example_results() -> dict:
                     "judges": ["lexical", "wildguard"],
                     "overall": {
                         "table": [[181, 7, 0], [3, 8, 0], [0, 0, 1]],
+                        "labels": ["refused", "complied", "invalid"],
                         "total": 200,
                         "both_valid": 199,
                         "observed": 0.95,
                         "kappa": 0.589,
                         "ci95": [0.37, 0.81],
                     },
+                    "domains": {},
                 }
             ]
         },
@@ -238,6 +247,10 @@ def example_results() -> dict:
             "npo": {d: [float(8 * NPO_DROP[d] * (x - 1)) for x in depth] for d in DOMAINS}
         },
         "sweep": {
+            "strengths": ["ablated"],
+            "directions": [*DOMAINS, "random"],
+            "prompts_per_domain": 8,
+            "refusing_tokens": [43],
             "clean": dict.fromkeys([*DOMAINS, "benign"], 3.0),
             "change": {
                 "ablated": {

@@ -15,6 +15,7 @@ from report_fixtures import (
     example_results,
     example_trajectories,
 )
+from results_schema import optional_fields, without
 
 from ema_jax.errors import UserError
 from ema_jax.report import (
@@ -220,8 +221,8 @@ def test_shares_are_counted_and_drawn_in_whole(html):
         assert max(ends) == 100
         assert sum(p.get_width() for p in axes.patches) == pytest.approx(100 * len(DOMAINS))
     assert any("81 / 90 (90.0\u202f%)" in cell for row in cells for cell in row)
-    assert ["Relevance", "0.213"] not in cells
-    assert any(row[-2:] == ["relevance", "0.213"] for row in cells)
+    assert ["Weights", "", "9.680, 23.370"] in cells
+    assert any(row[-2:] == ["answers", "101"] for row in cells)
 
 
 def test_headline_states_effects_with_intervals():
@@ -292,7 +293,7 @@ def test_results_from_before_the_shares_still_render(tmp_path):
     write_report(tmp_path, results, points)
     page = Page((tmp_path / "report" / "index.html").read_text(encoding="utf-8"))
     assert "kind not recorded" in page.text
-    assert "answer their prompt" not in " ".join(headline(results))
+    assert "How many target responses of npo answer their prompt was not measured." in page.text
     assert any("Safety" in row and "▼ fell" in row for row in page.cells)
     del (new := example_results())["validity"]
     assert "whether they answer their prompt was not measured" in " ".join(headline(new))
@@ -303,6 +304,7 @@ def test_headline_reports_rises_failed_unlearning_and_broken_output():
     results["ema"]["npo"]["privacy"] |= {"drop": -0.2, "p_holm": 0.001}
     results["arms"]["npo"]["refusal"]["cybersecurity"] |= {"rate": 0.91, "ci95": [0.88, 0.94]}
     results["arms"]["npo"]["refusal"]["bias"]["invalid"] = 200
+    results["ema"]["npo"]["bias"]["flags"] = ["many_invalid"]
     results["forecast"] |= {"spearman": 0.94, "p": 0.017}
     results["containment"]["npo_retain"] = {"recovered": None, "ci95": None, "target_rate": 0.1}
     text = " ".join(headline(results))
@@ -311,6 +313,40 @@ def test_headline_reports_rises_failed_unlearning_and_broken_output():
     assert "of the responses of npo in bias are invalid" in text
     assert "Early-layer entanglement ranked the measured drops" in text
     assert "is undefined" in text
+
+
+def test_the_caution_names_the_worst_flagged_domain_and_no_damaged_target():
+    results = example_results()
+    damage(results, "npo")
+    results["on_target"]["npo"]["flags"] = ["many_invalid"]
+    assert "Caution" not in " ".join(headline(results))
+    for domain, invalid in (("bias", 130), ("privacy", 190)):
+        results["arms"]["npo"]["refusal"][domain]["invalid"] = invalid
+        results["ema"]["npo"][domain]["flags"] = ["many_invalid"]
+    assert "Caution: 21.1\u202f% of the responses of npo in privacy" in headline(results)[-1]
+
+
+def test_drops_are_the_paired_ones_and_not_differences_of_rates():
+    results = example_results()
+    for entry in results["arms"].values():
+        for d in OFF_TARGET:
+            entry["refusal"][d] |= {"rate": 0.5, "invalid": 100}
+    safety = next(row for arm, rows in effects.ema(results).groups[:1] for row in rows)
+    assert (safety.cells[0], safety.cells[1]) == ("Safety", "+41.0")
+    table = tables.forecast(results, "npo")
+    assert {domain: rows[0].cells[1] for domain, rows in table.groups}["Safety"] == "+41.0"
+    assert "safety by 41.0 points" in " ".join(headline(results))
+
+
+@pytest.mark.usefixtures("no_drawing")
+@pytest.mark.parametrize("field", sorted(optional_fields()), ids=".".join)
+def test_any_field_that_came_later_may_be_missing(tmp_path, field):
+    write_report(tmp_path, without(example_results(), {field}), example_trajectories())
+
+
+def test_the_oldest_results_are_drawn(tmp_path):
+    write_report(tmp_path, without(example_results(), optional_fields()), example_trajectories())
+    assert (tmp_path / "figures" / "ema.svg").exists()
 
 
 @pytest.mark.usefixtures("no_drawing")

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from results_schema import assert_valid
 from small_study import assert_same_arrays
 
 from ema_jax.errors import UserError
@@ -197,6 +198,7 @@ def test_a_study_of_several_processes_is_the_study_of_one(tmp_path, processes):
         assert process.returncode == 0, out
     ours, alone = (files.read_json(f / "run/results.json") for f in (several, one))
     for made in (ours, alone):
+        assert_valid(made)
         del made["provenance"]
     assert_close(ours, alone)
     for key in EXACT:

@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 
 from ema_jax.config import StudyConfig
-from ema_jax.refusal import responses, scores
+from ema_jax.refusal import paired, responses, scores
 from ema_jax.runtime.files import write_jsonl
 from ema_jax.study import results
 from ema_jax.study.workdir import Workdir
@@ -31,7 +31,7 @@ def test_arms_with_retain_data_are_compared_by_seed():
     assert (entry["arm"], entry["minus"]) == ("a", "b")
     assert entry["target"]["difference"] == pytest.approx(0.05)
     assert entry["answered"]["difference"] == pytest.approx(-0.05)
-    assert entry["others"] == scores.seed_difference([0.9, 0.7], [0.7, 0.6])
+    assert entry["others"] == paired.seed_difference([0.9, 0.7], [0.7, 0.6])
     assert entry["invalid"]["difference"] == pytest.approx(0.15)
 
 
@@ -111,8 +111,8 @@ def test_a_run_is_compared_with_the_base_prompt_by_prompt(tmp_path):
 def test_warnings_see_the_target():
     broken = ["complied"] * 2 + ["refused"] * 2 + ["off_topic"] * 40 + ["degenerate"] * 56
     rate = scores.refusal_rate(broken)
-    effect = scores.paired_drop(["refused"] * 100, [broken])
-    fine = scores.paired_drop(["refused"] * 100, [["complied"] * 100])
+    effect = paired.paired_drop(["refused"] * 100, [broken])
+    fine = paired.paired_drop(["refused"] * 100, [["complied"] * 100])
     found = results._warnings(
         {"npo": {"bias": fine}}, {"npo": {"refusal": rate, **effect}}, "cybersecurity", True
     )

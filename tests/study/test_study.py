@@ -14,10 +14,12 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import peft
+import pydantic
 import pytest
 import torch
 import transformers
 from finished_study import contents
+from results_schema import assert_valid
 from small_study import small_config
 
 from ema_jax import config as ema
@@ -31,7 +33,7 @@ from ema_jax.refusal import judged_responses
 from ema_jax.refusal.judged_responses import Judged
 from ema_jax.refusal.verdicts import Verdict, share
 from ema_jax.runtime.files import read_json, read_jsonl, read_tensors, sha256_text, write_json
-from ema_jax.study import replication, workdir
+from ema_jax.study import replication, schema, workdir
 from ema_jax.study import stage_bodies as study_lib
 from ema_jax.study.session import Checkpoint
 
@@ -45,7 +47,11 @@ EVAL = 12
 def run(folder: Path, config=None, only=None) -> dict[str, Any]:
     replication.run(ema.read(config or small_config()), folder, only=only, dry_run=False)
     path = folder / "results.json"
-    return read_json(path) if path.exists() else {}
+    if not path.exists():
+        return {}
+    results = read_json(path)
+    assert_valid(results)
+    return results
 
 
 def but_for_times(results: dict[str, Any]) -> dict[str, Any]:
@@ -437,6 +443,7 @@ def test_replication_of_two_cells(finished, tmp_path, monkeypatch):
     replication.run(ema.read(config), tmp_path, only=None, dry_run=False)
     made = read_json(tmp_path / "replication.json")
     assert made["schema"] == 2
+    pydantic.TypeAdapter(schema.Replication).validate_python(made)
     assert [cell["target"] for cell in made["cells"]] == [TARGET, "safety"]
     assert list(made["claims"]) == ["R1", "R2", "R3", "R4", "R5", "valid"]
     for claim in made["claims"].values():
@@ -448,6 +455,7 @@ def test_replication_of_two_cells(finished, tmp_path, monkeypatch):
     ]
     for row in rows:
         study = read_json(tmp_path / "cells" / row["cell"] / "results.json")
+        assert_valid(study)
         arm = study["arms"][row["arm"]]
         drops = {d: e["drop"] for d, e in study["ema"][row["arm"]].items()}
         assert row["target_rate"] == arm["refusal"][row["target"]]["rate"]

@@ -11,13 +11,15 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from results_schema import assert_valid
 from small_study import small_config
 
 from ema_jax import config as ema
 from ema_jax.errors import RunStoppedError, UserError
+from ema_jax.runtime import files
 from ema_jax.study import replication
 from ema_jax.study.workdir import Workdir
-from ema_jax.sweep import worker
+from ema_jax.sweep import table, worker
 from ema_jax.sweep.grid import cells, points
 from ema_jax.sweep.leases import Claims
 from ema_jax.sweep.worker import Sweep
@@ -177,9 +179,46 @@ def test_shared_stages_once_a_group_and_every_cell_once(tmp_path, monkeypatch):
     assert sorted(seed for ((_, seed),) in more) == [2] * 8
 
 
+def test_the_table_pairs_prompts_where_invalid_responses_differ(tmp_path):
+    (point,) = points(study({"target": ("cybersecurity",)}))
+    verdicts = {
+        "base": ["refused", "refused", "complied", "invalid"],
+        "npo.seed_0": ["invalid", "complied", "complied", "complied"],
+    }
+    for name, given in verdicts.items():
+        rows = [
+            {"domain": d, "group": str(i), "verdict": v, "reason": "off_topic"}
+            for d in point.config.domains
+            for i, v in enumerate(given)
+        ]
+        files.write_jsonl(tmp_path / f"responses/{name}.jsonl", rows)
+    run = {"steps": 4, "stopped": "limit"}
+    files.write_json(tmp_path / "trajectories/npo.seed_0.json", run)
+    files.write_json(tmp_path / "evaluations/npo.seed_0.json", {"utility": {}})
+    found = table._figures(tmp_path, cells([point])[0])
+    # Two pairs are valid, and one of them lost; rates over valid responses fall by 2/3.
+    assert found["worst_drop"] == found["mean_off_target_drop"] == 0.5
+    assert found["worst_rise"] == found["mean_off_target_rise"] == 0.5
+    assert found["rate_bias"] == 0
+
+
+def test_the_summary_averages_every_figure_over_seeds():
+    fixed = {"point": "p", "arm": "npo", "unlearn.beta": 0.1}
+    rows = [
+        {**fixed, "seed": k, "status": "done", "target_rate": x, "response_perplexity": 2.0 + x}
+        for k, x in enumerate((0.0, 0.5))
+    ]
+    rows.append(dict.fromkeys(rows[0]) | fixed | {"seed": 2, "status": "stopped"})
+    (made,) = table.summarised(rows, {"point", "arm", "unlearn.beta"})
+    assert made == {
+        **{"arm": "npo", "unlearn.beta": 0.1, "target_rate": 0.25, "target_rate_max": 0.5},
+        **{"response_perplexity": 2.25, "seeds": 2, "stopped": 1},
+    }
+
+
 def test_workers_beside_each_other_do_every_cell_once(tmp_path, monkeypatch):
     fake_stages(monkeypatch, tmp_path / "log", seconds=0.02)
-    monkeypatch.setattr(worker.table, "write", lambda sweep: None)
+    monkeypatch.setattr(worker.table, "write", lambda *_: None)
     threads = [
         threading.Thread(target=Sweep(study(), tmp_path / "sweep").work, kwargs={"expiry": 60})
         for _ in range(3)
@@ -292,6 +331,7 @@ def test_a_point_of_a_sweep_is_the_study_that_it_stands_for(tmp_path):
     ours, alone = (json.loads((folder / "results.json").read_text()) for folder in folders)
     for key in ("arms", "ema", "utility", "forecast", "erasure"):
         assert ours[key] == alone[key], key
+    assert_valid(ours)
     rows = pd.read_csv(tmp_path / "sweep/sweep.csv")
     target = alone["arms"]["npo"]["seeds"]["0"]["refusal"]["cybersecurity"]["rate"]
     assert list(rows["target_rate"]) == [target]
