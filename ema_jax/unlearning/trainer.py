@@ -22,13 +22,14 @@ from ema_jax.models.decoder import Decoder
 from ema_jax.models.sharding import host_array, make_mesh, place_batch, validate
 from ema_jax.refusal.evaluation import Evaluation
 from ema_jax.refusal.verdicts import COMPLIED
+from ema_jax.runtime.devices import find_accelerator, peak_memory_gib
 from ema_jax.runtime.progress import Progress
 from ema_jax.unlearning.batches import Data, batch_indices
 from ema_jax.unlearning.config import UnlearnConfig
 from ema_jax.unlearning.metrics import Profile
 from ema_jax.unlearning.objectives import FORGET
 from ema_jax.unlearning.run_checkpoints import Checkpoints, NonFiniteError, stop_requested
-from ema_jax.unlearning.throughput import flops_per_token, memory_gib, peak_flops
+from ema_jax.unlearning.throughput import flops_per_token
 from ema_jax.unlearning.train_step import (
     assemble,
     init_moments,
@@ -306,8 +307,8 @@ class Meter:
 
     def __init__(self, base: Decoder, config: UnlearnConfig, mesh: Mesh):
         self._base, self._config = base, config
-        peak = peak_flops(mesh.devices.flat[0].device_kind)
-        self._peak = None if peak is None else peak * mesh.size
+        device = find_accelerator(mesh.devices.flat[0].device_kind)
+        self._peak = None if device is None else device.flops * mesh.size
 
     def start(self, host: tuple) -> None:
         """Before a step on a batch in NumPy."""
@@ -317,7 +318,8 @@ class Meter:
         masks = [batch.mask for batch in batches if batch is not None]
         self._tokens = sum(int(mask.sum()) for mask in masks)
         self._flops = sum(
-            mask.sum() * flops_per_token(self._base, self._config, mask.shape[1]) for mask in masks
+            mask.sum() * flops_per_token(self._base.config, self._config, mask.shape[1])
+            for mask in masks
         )
         self._start = time.monotonic()
 
@@ -327,7 +329,7 @@ class Meter:
         figures = {"tokens_per_second": self._tokens / seconds}
         if self._peak is not None:
             figures["mfu"] = float(self._flops / seconds / self._peak)
-        memory = memory_gib()
+        memory = peak_memory_gib()
         return figures if memory is None else figures | {"memory_gib": memory}
 
 
