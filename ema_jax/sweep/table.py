@@ -17,10 +17,10 @@ from ema_jax.study.results import off_target, paired_changes
 from ema_jax.sweep.grid import Cell
 
 if TYPE_CHECKING:
-    from ema_jax.sweep.worker import Sweep
+    from ema_jax.sweep.worker import StudyGrid
 
 
-def write(sweep: "Sweep") -> None:
+def write(sweep: "StudyGrid") -> None:
     """Writes `sweep.csv`, `sweep.parquet` and `report/index.html` of a finished sweep."""
     found = [_row(sweep, cell) for cell in sweep.cells]
     # Cells that stopped, or of other domains, have other columns.
@@ -33,7 +33,7 @@ def write(sweep: "Sweep") -> None:
     logging.info("report: %s", sweep.folder / "report/index.html")
 
 
-def _row(sweep: "Sweep", cell: Cell) -> dict[str, Any]:
+def _row(sweep: "StudyGrid", cell: Cell) -> dict[str, Any]:
     point, folder = cell.point, sweep.folder / "points" / cell.point.name
     status = sweep.status(cell.name)
     axes = {name: _plain(value) for name, value in point.values.items()}
