@@ -54,9 +54,9 @@ class TensorMapping(NamedTuple):
 def _linears(group: str, *names: str) -> list[TensorMapping]:
     rows = []
     for name in names:
-        theirs = f"model.layers.{{l}}.{group}.{name}"
-        rows.append(TensorMapping(("blocks", name, "kernel"), f"{theirs}.weight", transpose=True))
-        rows.append(TensorMapping(("blocks", name, "bias"), f"{theirs}.bias"))
+        hf = f"model.layers.{{l}}.{group}.{name}"
+        rows.append(TensorMapping(("blocks", name, "kernel"), f"{hf}.weight", transpose=True))
+        rows.append(TensorMapping(("blocks", name, "bias"), f"{hf}.bias"))
     return rows
 
 
@@ -148,7 +148,7 @@ def load(folder: str | Path, *, mesh: Mesh | None = None, dtype: Any = None) -> 
 def _read_hf(
     folder: Path, config: DecoderConfig, targets: Mapping[_Path, jax.ShapeDtypeStruct]
 ) -> dict[_Path, jax.Array]:
-    stored = WeightFiles.find(folder).stored()
+    stored = WeightFiles.find(folder).tensors()
     arrays: dict[_Path, jax.Array] = {}
     rows = [row for row in TENSORS if row.path in targets]
     total = sum(stored[name].nbytes for row in rows for name in row.names(config))

@@ -31,18 +31,18 @@ _QUANTISED = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a file: `kind` is safetensors' name of its dtype, `offset` is in bytes."""
+    """A tensor in a file: `dtype_name` is safetensors' name of its dtype, `offset` is in bytes."""
 
     file: Path
     name: str
     shape: tuple[int, ...]
-    kind: str
+    dtype_name: str
     offset: int
 
     @property
     def dtype(self) -> np.dtype:
         """The dtype of a floating tensor."""
-        return np.dtype(_DTYPES[self.kind])
+        return np.dtype(_DTYPES[self.dtype_name])
 
     @property
     def nbytes(self) -> int:
@@ -117,7 +117,7 @@ class WeightFiles:
         """The files in use, sorted by name."""
         return sorted(set(self.file_of.values()))
 
-    def stored(self) -> dict[str, StoredTensor]:
+    def tensors(self) -> dict[str, StoredTensor]:
         """Every tensor by name, with its file and offset.
 
         Raises:
@@ -160,7 +160,7 @@ class WeightFiles:
                 f"{self.folder}: {len(missing)} tensors are missing, first {missing[0]}; "
                 "is the download complete, and config.json its own?"
             )
-        stored = self.stored()
+        stored = self.tensors()
         unexpected = [
             name
             for name in stored
@@ -177,9 +177,9 @@ class WeightFiles:
                 raise UserError(
                     f"{tensor.file}: {name} has shape {tensor.shape}, config.json makes it {wanted}"
                 )
-            if tensor.kind not in _DTYPES:
+            if tensor.dtype_name not in _DTYPES:
                 raise UserError(
-                    f"{tensor.file}: {name} has dtype {tensor.kind}; use the unquantised "
+                    f"{tensor.file}: {name} has dtype {tensor.dtype_name}; use the unquantised "
                     f"checkpoint ({', '.join(_DTYPES)})"
                 )
         for name, source in tied.items():
@@ -192,7 +192,7 @@ class WeightFiles:
 
     def dtype(self) -> np.dtype:
         """The narrowest dtype that holds every tensor exactly."""
-        held = {t.kind for name, t in self.stored().items() if not _DERIVED.search(name)}
+        held = {t.dtype_name for name, t in self.tensors().items() if not _DERIVED.search(name)}
         return jnp.result_type(*(_DTYPES.get(name, np.float32) for name in sorted(held)))
 
 
@@ -242,7 +242,7 @@ def _what_else(folder: Path) -> str:
 
 
 def _equal(first: StoredTensor, second: StoredTensor) -> bool:
-    if (first.shape, first.kind) != (second.shape, second.kind):
+    if (first.shape, first.dtype_name) != (second.shape, second.dtype_name):
         return False
     return all(np.array_equal(first.read(rows), second.read(rows)) for rows in _bands(first))
 

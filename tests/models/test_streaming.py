@@ -27,7 +27,7 @@ Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
 
 
 def stored(folder) -> dict[str, StoredTensor]:
-    return WeightFiles.find(folder).stored()
+    return WeightFiles.find(folder).tensors()
 
 
 def test_any_block_equals_what_safetensors_reads(tiny):
