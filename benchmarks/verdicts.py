@@ -27,7 +27,7 @@ from ema_jax.refusal.judged_responses import Judged
 from ema_jax.refusal.verdicts import COMPLIED, SHARES
 from ema_jax.runtime import cli, files
 from ema_jax.study.flags import read_config
-from ema_jax.study.session import Checkpoint
+from ema_jax.study.session import find_model
 from ema_jax.study.stage_bodies import Study
 from ema_jax.study.workdir import Workdir
 from ema_jax.unlearning.harvest import Harvested
@@ -95,7 +95,7 @@ def caught_at(right: np.ndarray, wrong: np.ndarray) -> dict[str, float]:
 def main(argv: list[str]) -> None:
     del argv
     config = read_config()
-    study = Study(config, Workdir(Path(_WORKDIR.value)), Checkpoint.find(config.model))
+    study = Study(config, Workdir(Path(_WORKDIR.value)), find_model(config.model))
     subject, screen = study.subject, study.screen
     asked = []
     for domain in (*config.domains, "benign"):

@@ -1,8 +1,8 @@
 """Converts a checkpoint: `python -m ema_jax.convert --to=flax --source=DIR_OR_HUB_ID --output=DIR`.
 
 `--to=flax` writes an Orbax checkpoint with config.json, the tokenizer's files and a manifest;
-`--to=hf` writes an ordinary Hugging Face folder. Either takes either kind of folder, or a hub id.
-Parameters keep their dtype, bit for bit, unless `--dtype` names another one.
+`--to=hf` writes a Hugging Face folder. The source is a folder of either format, or a Hub id.
+Parameters are copied bit for bit, unless `--dtype` names another dtype.
 """
 
 from collections.abc import Sequence
@@ -35,39 +35,46 @@ def convert(
     dtype: str | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Writes the checkpoint at `source` to `output` in the format `to` (`flax` or `hf`).
+    """Converts a checkpoint to another format.
 
-    `dtype` casts the parameters; they keep the one they are stored in by default.
+    Args:
+        source: a checkpoint folder of either format, or a Hub id.
+        output: the folder to write.
+        to: `flax` or `hf`.
+        revision: branch, tag or commit of a Hub id.
+        dtype: of the written parameters; by default that of the stored ones.
+        overwrite: replace a checkpoint at `output`.
 
     Raises:
-        UserError: the source is no checkpoint that can be read, or the output is there.
+        UserError: the source is not a readable checkpoint, or the output exists.
     """
-    from ema_jax.models import checkpoint
+    from ema_jax.models import checkpoint, hub
     from ema_jax.models.card import converted_card
+    from ema_jax.models.orbax_folder import is_flax_folder
 
     checkpoint.check_output(output, overwrite)
-    folder, commit = checkpoint.resolve(source, revision)
-    checkpoint.check(folder)
+    found = hub.find(source, revision)
+    folder = found.folder
     model = checkpoint.load(folder, dtype=dtype or checkpoint.stored_dtype(folder))
-    origin = {"source": source, "revision": commit}
-    if checkpoint.is_flax(folder):  # what that one was made from
+    origin = {"source": source, "revision": found.revision}
+    if is_flax_folder(folder):
         origin = checkpoint.origin(folder)
     if to == "flax":
         checkpoint.save_flax(model, output, companions=folder, overwrite=overwrite, origin=origin)
     else:
-        made_from, commit = origin["source"] or str(folder), origin["revision"]
-        # A folder's path is the machine's business; its name goes into the card.
-        card = converted_card(made_from if commit else Path(made_from).resolve().name, commit)
+        original, commit = origin["source"] or str(folder), origin["revision"]
+        # The path of a folder is private to its machine: the card names the folder alone.
+        card = converted_card(original if commit else Path(original).resolve().name, commit)
         checkpoint.export(model, output, companions=folder, card=card, overwrite=overwrite)
     logging.info("wrote %s", output)
 
 
 def main(argv: Sequence[str]) -> None:
-    """Reads the flags and converts."""
+    """Converts the checkpoint that the flags name."""
     del argv
     import jax
 
-    # The host's memory is where the model passes through; an accelerator would only be in the way.
+    # The model passes through the host's memory alone: no accelerator is needed.
     jax.config.update("jax_platforms", "cpu")
     given = flags.FLAGS
     convert(

@@ -1,12 +1,12 @@
-"""Any task of lm-evaluation-harness on our decoder.
+"""Tasks of lm-evaluation-harness on this package's decoder.
 
 python -m ema_jax.lm_eval run --model=ema_jax --model_args=source=CHECKPOINT --tasks=hellaswag
 
-After `ema_jax.lm_eval` come lm_eval's own arguments (of the model's, `adapter=FOLDER` loads a PEFT
-adapter); `pip install ema_jax[eval]` brings it. As a library, `Scorer` answers its three kinds of
-requests and `register` makes it a model of lm_eval's. A context is scored as it is, token for
-token; `--apply_chat_template` puts it into the checkpoint's template, with the system turn of a
-study: none, unless one is asked for.
+The arguments are those of lm_eval (`pip install ema_jax[eval]`); `--model_args` are the parameters
+of `Scorer.load` and `Scorer`, such as `adapter=FOLDER` for a PEFT adapter. As a library, `Scorer`
+serves the three request types of lm_eval, and `register` adds it to lm_eval's models. Contexts are
+scored verbatim; `--apply_chat_template` renders them with the checkpoint's template, by default
+without a system turn and without thinking, as in a study.
 """
 
 import dataclasses
@@ -14,7 +14,6 @@ import functools
 import operator
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -33,7 +32,7 @@ from ema_jax.unlearning.log_probs import map_chunks
 
 NAME = "ema_jax"
 _CHUNK = 32
-# What `generate_until` is told, beside the length and the stop strings.
+# Generation settings of a request, besides its length and stop strings.
 _SAMPLING = ("temperature", "top_k", "top_p", "repetition_penalty")
 
 
@@ -60,29 +59,29 @@ def _scores(
 
 @dataclasses.dataclass(frozen=True)
 class _Text(Chat):
-    """Text as it is, in place of a conversation; its last `longest` tokens."""
+    """Tokenizer of verbatim text without a template, cut to its last `longest` tokens."""
 
     longest: int = 0
 
     def prompt_tokens(self, prompt: str) -> tuple[int, ...]:
-        """Token ids of the text."""
+        """Token ids of the end of the text; at least one."""
         return self._encode(prompt)[-self.longest :] or self.eos_ids[:1]
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """The text that goes on."""
+        """Text of generated tokens, its leading whitespace included."""
         return self.tokenizer.decode(list(tokens), skip_special_tokens=True)
 
 
 class Scorer:
-    """Answers lm_eval's requests, which are objects with their arguments in `args`.
+    """Serves lm_eval's requests, objects that hold their arguments in `args`.
 
     Args:
         model: with or without adapters.
         chat: its tokenizer and template.
-        batch_size: rows at once.
-        max_length: most tokens of context and continuation; by default the model's own, at most
-            2048. What is longer loses its beginning.
-        max_gen_toks: longest response, where a task does not tell.
+        batch_size: rows per batch.
+        max_length: most tokens of context and continuation, by default the model's own limit but
+            at most 2048; longer ones are cut at the start.
+        max_gen_toks: most tokens of a response, for tasks that set no limit.
     """
 
     def __init__(
@@ -94,7 +93,7 @@ class Scorer:
         max_length: int | None = None,
         max_gen_toks: int = 256,
     ):
-        super().__init__()
+        super().__init__()  # lm_eval's, in `register`
         self._model, self._chat, self._batch_size = model, chat, batch_size
         self._mesh = make_mesh((1, -1, 1))
         self._max_length = max_length or min(model.config.max_positions, 2048)
@@ -108,35 +107,52 @@ class Scorer:
         revision: str | None = None,
         dtype: str | None = None,
         system_prompt: str | None = None,
-        **options: int,
+        enable_thinking: bool | str = False,
+        **options: int | str,
     ) -> "Scorer":
-        """Of a checkpoint folder or a Hub id, with a PEFT adapter on request."""
+        """Loads a model by its folder or Hub id.
+
+        Values may be text, as in `--model_args`.
+
+        Args:
+            source: a checkpoint folder or a Hub id.
+            adapter: folder of a PEFT adapter to attach.
+            revision: branch, tag or commit of a Hub id.
+            dtype: of the parameters; by default bfloat16 on accelerators, float32 on a CPU.
+            system_prompt: of rendered conversations; by default none.
+            enable_thinking: whether a model with that choice (Qwen3) thinks before it answers.
+            **options: `batch_size`, `max_length` and `max_gen_toks` of the class.
+
+        Raises:
+            UserError: a model or adapter that cannot be loaded, a template without the choice to
+                think, or `enable_thinking` that is neither true nor false.
+        """
+        thinking = str(enable_thinking).lower()
+        if thinking not in ("true", "false"):
+            raise UserError(f"enable_thinking = {enable_thinking!r}: expected true or false")
         folder, _ = hub.resolve(source, revision)
-        mesh = make_mesh((1, -1, 1))
-        model = checkpoint.load(
-            folder, mesh=mesh, dtype=None if dtype is None else jnp.dtype(dtype)
-        )
+        chat = Chat.load(folder, system_prompt, thinking == "true")
+        model = checkpoint.load(folder, mesh=make_mesh((1, -1, 1)), dtype=dtype)
         if adapter is not None:
-            model = lora.load_peft(model, Path(adapter))
-        sizes = {name: int(value) for name, value in options.items()}
-        return cls(model, Chat.load(folder, system_prompt), **sizes)
+            model = lora.load_peft(model, adapter)
+        return cls(model, chat, **{name: int(value) for name, value in options.items()})
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        """Of `(context, continuation)`: log-probability in nats, and whether it is greedy's."""
+        """For `(context, continuation)`: log-probability in nats, and whether it is greedy."""
         return self._score([self._pair(*request.args) for request in requests])
 
     def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
-        """Of `(text,)`: log-probability in nats of all its tokens, the first one included.
+        """For `(text,)`: log-probability in nats of all its tokens, the first one included.
 
-        Every token is predicted once, in windows of `max_length`, the last of which looks back as
-        far as it can (lm_eval's `get_rolling_token_windows` with one token of context).
+        Each token is predicted once, in windows of `max_length`; the last window starts as early
+        as it can (lm_eval's `get_rolling_token_windows` with one token of context).
         """
         windows = [list(self._windows(self._encode(request.args[0]))) for request in requests]
         scores = iter(self._score([window for text in windows for window in text]))
         return [sum(next(scores)[0] for _ in text) for text in windows]
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
-        """Of `(context, settings)`: the response up to the first of the stop strings."""
+        """For `(context, settings)`: the response up to the first stop string."""
         result = [""] * len(requests)
         groups: dict[tuple[int, Sampling], list[int]] = {}
         for i, request in enumerate(requests):
@@ -155,32 +171,32 @@ class Scorer:
                 mesh=self._mesh,
             ):
                 stops = requests[members[i]].args[1].get("until") or []
-                said = response.text
+                text_until = response.text
                 for stop in filter(None, [stops] if isinstance(stops, str) else stops):
-                    said = said.partition(stop)[0]
-                result[members[i]] = said
+                    text_until = text_until.partition(stop)[0]
+                result[members[i]] = text_until
         return result
 
     @property
     def tokenizer_name(self) -> str:
-        """Tells lm_eval's cache of rendered requests one template from another."""
+        """Identifies the chat template in lm_eval's cache of rendered requests."""
         return f"{NAME}_{self._chat.template_hash}"
 
     def chat_template(self, chat_template: bool | str = False) -> str:
-        """The template, as lm_eval records it."""
+        """The chat template, for lm_eval's records."""
         return self._chat.template if chat_template else ""
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """A conversation as the model sees it."""
+        """A conversation, rendered with the chat template."""
         return self._chat.conversation(chat_history, add_generation_prompt)
 
     def _encode(self, text: str) -> tuple[int, ...]:
         return tuple(self._chat.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _pair(self, context: str, continuation: str) -> TokenExample:
-        # As in lm_eval's own models: blanks (line ends too) belong to what comes after them.
+        # As in lm_eval's own models: trailing whitespace belongs to the continuation.
         blanks = len(context) - len(context.rstrip())
         if blanks:
             context, continuation = context[:-blanks], context[-blanks:] + continuation
@@ -190,7 +206,7 @@ class Scorer:
         return self._cut(whole[: len(before)], whole[len(before) :])
 
     def _cut(self, before: Sequence[int], after: Sequence[int]) -> TokenExample:
-        """The last `max_length` tokens that are read, and the one after them."""
+        """Keeps `max_length` tokens of input, and the one predicted after them."""
         after = tuple(after[-self._max_length :])
         return TokenExample(tuple(before[-(self._max_length + 1 - len(after)) :]), after)
 
@@ -229,7 +245,7 @@ def _sampling(settings: Mapping[str, Any]) -> Sampling:
 
 
 def register() -> type:
-    """Makes `ema_jax` a model of lm_eval's and returns it.
+    """Adds `ema_jax` to lm_eval's models and returns the class.
 
     Raises:
         UserError: lm_eval is not installed.
@@ -241,11 +257,11 @@ def register() -> type:
         raise UserError("lm_eval is not installed; pip install 'ema_jax[eval]'") from None
 
     class Model(Scorer, LM):
-        """Our decoder behind lm_eval's interface."""
+        """`Scorer` with lm_eval's interface."""
 
         @classmethod
         def create_from_arg_obj(cls, arg_dict: dict, additional_config: dict | None = None) -> Any:
-            """From `--model_args`."""
+            """Loads a model from parsed `--model_args`."""
             given = {**(additional_config or {}), **arg_dict}
             return cls.load(**{k: v for k, v in given.items() if v is not None and k != "device"})
 
@@ -253,7 +269,7 @@ def register() -> type:
         def create_from_arg_string(
             cls, arg_string: str, additional_config: dict | None = None
         ) -> Any:
-            """From `--model_args` as one text."""
+            """Loads a model from `--model_args` as one string."""
             given = dict(part.split("=", 1) for part in arg_string.split(",") if part)
             return cls.create_from_arg_obj(given, additional_config)
 
@@ -261,7 +277,7 @@ def register() -> type:
 
 
 def main() -> None:
-    """Hands over to lm_eval's own command."""
+    """Runs lm_eval's own command."""
     try:
         register()
     except UserError as error:

@@ -1,1 +1,1 @@
-"""What running on more than one device asks for: topologies, programs for them, and their cost."""
+"""Compiles a study's programs for a TPU slice, without a TPU: memory, collectives, a time bound."""

@@ -21,7 +21,7 @@ def define_flags() -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Compiles the study that the flags describe; prints JSON, or a table with --sweep."""
+    """Compiles the configured study; prints JSON, or with --sweep a table of meshes."""
     del argv
     from ema_jax.compile_check import topology
 
@@ -34,10 +34,10 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"--programs: {unknown or 'none'}; choose of train, capture, decode")
     study, where = read_config(), topology.find(values.topology)
     if values.sweep:
-        print(check.table(check.sweep(study, where, values.prompt_tokens)))
+        print(check.mesh_table(check.compare_meshes(study, where, values.prompt_tokens)))
     else:
-        made = check.check(study, where, values.prompt_tokens, tuple(values.programs))
-        print(json.dumps(made, indent=2))
+        found = check.check(study, where, values.prompt_tokens, tuple(values.programs))
+        print(json.dumps(found, indent=2))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Compiles a study's programs for a TPU slice and says whether they fit."""
+"""Compiles a study's programs for a TPU slice and reports whether they fit."""
 
 import contextlib
 import dataclasses
@@ -16,89 +16,109 @@ from jax.sharding import Mesh
 
 from ema_jax.compile_check import collectives, programs, roofline
 from ema_jax.compile_check.programs import Workload
-from ema_jax.compile_check.topology import GIB, Topology
+from ema_jax.compile_check.topology import Topology
 from ema_jax.config import StudyConfig
+from ema_jax.errors import UserError
+from ema_jax.runtime.devices import GIB
+from ema_jax.unlearning.config import UnlearnConfig
 from ema_jax.unlearning.trainer import check_arm
 
 _OUT_OF_MEMORY = re.compile(r"Used ([\d.]+)([GMK]) of ([\d.]+)([GMK]) hbm")
 _UNITS = {"G": 1.0, "M": 1 / 1024, "K": 1 / 1024**2}
 _REMATERIALISED = "nvoluntary full rematerialization"
+_BATCH_FACTORS = (1, 2, 4)
 
 
 def check(
     config: StudyConfig, topology: Topology, prompt_tokens: int, names: tuple[str, ...]
 ) -> dict[str, Any]:
-    """Whether a study fits a slice.
+    """Compiles programs of a study for a slice.
 
     Args:
         config: the study.
         topology: the slice.
         prompt_tokens: length of a rendered prompt.
-        names: of the programs to compile.
+        names: programs to compile.
 
     Returns:
-        The figures of the train step (of the first program, where that is left out), `programs`
-        with those of each, and `fits` over all of them. Sizes are GiB on one chip.
+        The figures of the train step (or of the first program, without a train step), `programs`
+        with the figures of each, and `fits` over all of them. Sizes are in GiB per chip.
 
     Raises:
-        UserError: a mesh that does not use the slice, a model whose sizes are not known, or an arm
-            that the trainer would refuse on this mesh.
+        UserError: the mesh does not use the whole slice, the sizes of the model are not known, or
+            the trainer would refuse an arm on this mesh (`check_arm`).
     """
     work, mesh = Workload.of(config, prompt_tokens), topology.mesh(config.mesh)
-    if "train" in names:
-        for name in config.arms:  # as the study does before it loads anything
-            check_arm(work.model, config.arm(name), mesh.shape, f"arms.{name}")
-    made = {name: _figures(p, topology) for name, p in programs.lowered(work, mesh, names)}
-    first = dict(made[names[0]])
-    if "train" in made:
-        first |= {"bound": _bound(work, topology, mesh, made["train"])}
+    for name in config.arms:  # as the study does before it loads anything
+        check_arm(work.model, config.arm(name), mesh.shape, f"arms.{name}")
+    compiled = {name: _figures(p, topology) for name, p in programs.lowered(work, mesh, names)}
+    first = dict(compiled[names[0]])
+    if "train" in compiled:
+        first |= {"bound": _bound(work, topology, mesh, compiled["train"])}
     return {
-        "fits": all(figures["fits"] for figures in made.values()),
+        "fits": all(figures["fits"] for figures in compiled.values()),
         "topology": topology.name,
         "chips": topology.chips,
         "mesh": dict(mesh.shape),
         "capacity_gib": topology.chip.hbm_gib,
         **{key: value for key, value in first.items() if key != "fits"},
-        "programs": made,
+        "programs": compiled,
     }
 
 
-def sweep(config: StudyConfig, topology: Topology, prompt_tokens: int) -> list[dict[str, Any]]:
-    """Train steps over meshes and batch sizes (one, two and four times the config's).
+def compare_meshes(
+    config: StudyConfig, topology: Topology, prompt_tokens: int
+) -> list[dict[str, Any]]:
+    """Compiles the train step for every mesh, with one, two and four times the config's batches.
 
     Returns:
-        Those that fit, the fewest seconds an example first by the cost model of
-        `ema_jax.compile_check.roofline`; then those that do not.
+        A row per mesh and batch size that the trainer accepts: those that fit, by seconds per
+        example in the cost model of `ema_jax.compile_check.roofline`, then those that do not.
+
+    Raises:
+        UserError: the trainer would refuse every mesh and batch size.
     """
-    shared = Workload.of(config, prompt_tokens)
-    rows = []
-    for shape in roofline.meshes(shared, len(topology.devices)):
-        mesh, sizes = topology.mesh(shape), set()
-        for factor in (1, 2, 4):
-            arm = dataclasses.replace(
-                shared.arm,
-                batch_size=factor * shared.arm.batch_size,
-                retain_batch_size=factor * shared.arm.retain_batch_size,
-            )
-            work = dataclasses.replace(shared, arm=arm)
-            examples = work.train_rows(mesh)
-            if examples in sizes:
+    workload = Workload.of(config, prompt_tokens)
+    rows, refusal = [], None
+    for shape in roofline.candidate_meshes(workload, len(topology.devices)):
+        mesh = topology.mesh(shape)
+        for factor in _BATCH_FACTORS:
+            try:
+                for name in config.arms:
+                    arm = _scaled(config.arm(name), factor)
+                    check_arm(workload.model, arm, mesh.shape, f"arms.{name}")
+            except UserError as error:
+                refusal = error
+                logging.info("mesh %s, %d times the batch: refused: %s", shape, factor, error)
                 continue
-            sizes.add(examples)
-            (program,) = programs.lowered(work, mesh, ("train",))
-            figures = _figures(program[1], topology)
+            work = dataclasses.replace(workload, arm=_scaled(workload.arm, factor))
+            ((_, program),) = programs.lowered(work, mesh, ("train",))
+            figures = _figures(program, topology)
             bound = _bound(work, topology, mesh, figures)
-            row = {"mesh": shape, "examples": examples, **figures, **bound}
-            row["seconds_per_example"] = bound["seconds"] / examples
+            row = {"mesh": shape, "examples": work.train_rows, **figures, **bound}
+            row["seconds_per_example"] = bound["seconds"] / work.train_rows
             rows.append(row)
-            logging.info("mesh %s, %d examples: %s", shape, examples, _verdict(row, topology))
+            logging.info(
+                "mesh %s, %d examples: %.2f of %s GiB per chip",
+                *(shape, work.train_rows, row["hbm_gib_per_chip"], topology.chip.hbm_gib),
+            )
             if not figures["fits"]:
-                break  # nor will a larger batch
+                break  # a larger batch does not fit either
+    if not rows and refusal is not None:
+        raise refusal
     return sorted(rows, key=lambda row: (not row["fits"], row["seconds_per_example"]))
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The sweep as text."""
+def _scaled(arm: UnlearnConfig, factor: int) -> UnlearnConfig:
+    return dataclasses.replace(
+        arm,
+        batch_size=factor * arm.batch_size,
+        retain_batch_size=factor * arm.retain_batch_size,
+    )
+
+
+def mesh_table(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows of `compare_meshes` as text."""
     lines = [
         "data fsdp tensor  examples  GiB/chip  fits  step ≥ ms  µs/example  limit          remat"
     ]
@@ -119,28 +139,24 @@ def _bound(
     known = figures["collectives"] is not None
     sent = sum(kind["sent_bytes"] for kind in (figures["collectives"] or {}).values())
     bound = roofline.train_bound(work, topology, mesh, sent)
-    made = {**dataclasses.asdict(bound), "seconds": bound.seconds, "limit": bound.limit}
-    return made if known else made | {"communication": None, "limit": "unknown"}
-
-
-def _verdict(row: dict[str, Any], topology: Topology) -> str:
-    return f"{row['hbm_gib_per_chip']:.2f} of {topology.chip.hbm_gib} GiB a chip"
+    found = {**dataclasses.asdict(bound), "seconds": bound.seconds, "limit": bound.limit}
+    return found if known else found | {"communication": None, "limit": "unknown"}
 
 
 def _figures(program: Any, topology: Topology) -> dict[str, Any]:
-    """Compiles a lowered program: its memory on one chip, its collectives, its seconds."""
-    apart, compiled, used, limit = topology.devices_per_chip, None, 0.0, 0.0
+    """Compiles a lowered program: memory per chip, collectives, seconds of compilation."""
+    devices, compiled, used, limit = topology.devices_per_chip, None, 0.0, 0.0
     start = time.monotonic()
-    with _stderr() as said:
+    with _captured_stderr() as log:
         try:
             compiled = program.compile()
         except Exception as error:
             match = _OUT_OF_MEMORY.search(str(error))
             if match is None:
                 raise
-            used, limit = (float(match[i]) * _UNITS[match[i + 1]] * apart for i in (1, 3))
+            used, limit = (float(match[i]) * _UNITS[match[i + 1]] * devices for i in (1, 3))
     shared = {
-        "full_rematerialisations": said[0].count(_REMATERIALISED),
+        "full_rematerialisations": log[0].count(_REMATERIALISED),
         "compile_seconds": round(time.monotonic() - start, 1),
     }
     if compiled is None:
@@ -156,29 +172,29 @@ def _figures(program: Any, topology: Topology) -> dict[str, Any]:
         logging.warning("collectives unknown: %s", str(error).strip().splitlines()[0][:200])
         found = None
     return {
-        "fits": held * apart <= topology.chip.hbm_gib * GIB,
-        "hbm_gib_per_chip": held * apart / GIB,
-        "argument_gib": memory.argument_size_in_bytes * apart / GIB,
-        "temp_gib": memory.temp_size_in_bytes * apart / GIB,
+        "fits": held * devices <= topology.chip.hbm_gib * GIB,
+        "hbm_gib_per_chip": held * devices / GIB,
+        "argument_gib": memory.argument_size_in_bytes * devices / GIB,
+        "temp_gib": memory.temp_size_in_bytes * devices / GIB,
         "collectives": found,
     } | shared
 
 
 @contextlib.contextmanager
-def _stderr() -> Iterator[list[str]]:
-    """Keeps what C++ code writes to stderr: XLA tells of rematerialising in its log alone.
+def _captured_stderr() -> Iterator[list[str]]:
+    """Captures stderr of C++ code: XLA reports full rematerialisation in its log alone.
 
-    Yields a list that holds the text once the block is left.
+    Yields an empty list, to which the text is appended on exit.
     """
     sys.stderr.flush()
-    said: list[str] = []
-    kept = os.dup(2)
+    captured: list[str] = []
+    original = os.dup(2)
     with tempfile.TemporaryFile("w+b") as file:
         os.dup2(file.fileno(), 2)
         try:
-            yield said
+            yield captured
         finally:
-            os.dup2(kept, 2)
-            os.close(kept)
+            os.dup2(original, 2)
+            os.close(original)
             file.seek(0)
-            said.append(file.read().decode(errors="replace"))
+            captured.append(file.read().decode(errors="replace"))

@@ -1,4 +1,4 @@
-"""Collectives of a compiled program, read from its HLO text with loops counted out."""
+"""Collectives of a compiled program, read from its HLO text; loops are multiplied out."""
 
 import dataclasses
 import math
@@ -16,7 +16,7 @@ _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _CONSTANT = re.compile(r"= s32\[\]\S* constant\((\d+)\)")
 _ARRAY = re.compile(r"\b(pred|[a-z]+\d+(?:e\dm\d\w*)?)\[([\d,]*)\]")
 _CHANNEL = re.compile(r"channel_id=(\d+)")
-# The groups of an instruction are written in one of three ways.
+# Replica groups are written in one of three ways.
 _LISTED = re.compile(r"replica_groups=\{\{([\d,]*)\}")
 _IOTA = re.compile(r"replica_groups=\[(\d+),(\d+)\]")
 _MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}")
@@ -28,9 +28,9 @@ class Collective:
 
     Attributes:
         kind: one of `KINDS`.
-        bytes: of its result on one device, for one execution.
-        group: devices that take part.
-        times: executions a run of the program: the trips of the loops around it.
+        bytes: size of its result on one device, per execution.
+        group: number of devices that take part.
+        times: executions per run of the program: the trips of the loops around it.
     """
 
     kind: str
@@ -40,12 +40,12 @@ class Collective:
 
     @property
     def sent(self) -> float:
-        """Bytes that one device sends over all executions, by the ring algorithms."""
+        """Bytes that one device sends in all executions, by the ring algorithms."""
         share = (self.group - 1) / self.group
         factor = {
             "all-gather": share,
             "all-reduce": 2 * share,
-            "reduce-scatter": self.group - 1.0,  # of a result that is 1/group of what goes in
+            "reduce-scatter": self.group - 1.0,  # its result is 1/group of its operand
             "all-to-all": share,
             "collective-permute": 1.0,
         }[self.kind]
@@ -53,14 +53,14 @@ class Collective:
 
 
 def read(hlo: str, devices: int) -> list[Collective]:
-    """The collectives of an optimised HLO module.
+    """Reads the collectives of an optimised HLO module.
 
-    A loop counts for as many trips as its condition allows, if that names a number. Where an
-    asynchronous collective is spread over several fusions, they share its channel and count once.
+    A loop counts as many trips as its condition allows, if that contains a number. The fusions of
+    an asynchronous collective share its channel and count once.
 
     Args:
         hlo: `compiled.as_text()`.
-        devices: how many take part where an instruction names no groups.
+        devices: how many take part in an instruction without groups.
     """
     bodies = dict(_computations(hlo))
     times = _executions(bodies)
@@ -81,7 +81,7 @@ def read(hlo: str, devices: int) -> list[Collective]:
 
 
 def summary(collectives: Sequence[Collective]) -> dict[str, dict[str, int]]:
-    """Kind → executions, and bytes of results and bytes sent, on one device in one run."""
+    """Kind → executions, bytes of results and bytes sent, on one device per run."""
     result = {}
     for kind in KINDS:
         of_kind = [c for c in collectives if c.kind == kind]
@@ -107,7 +107,7 @@ def _computations(hlo: str) -> Iterator[tuple[str, list[str]]]:
 
 
 def _executions(bodies: dict[str, list[str]]) -> dict[str, int]:
-    """Computation → how often it runs, from the entry downwards."""
+    """Number of runs of each computation that the entry reaches."""
     times: dict[str, int] = {}
 
     def visit(name: str, count: int) -> None:
@@ -125,7 +125,7 @@ def _executions(bodies: dict[str, list[str]]) -> dict[str, int]:
 
 
 def _trips(line: str, bodies: dict[str, list[str]]) -> int:
-    """Trips of a loop: what the compiler notes, or the limit that its condition compares with."""
+    """Trips of a loop: as noted by the compiler, or the limit in its condition."""
     condition = _CONDITION.search(line)
     if condition is None:
         return 1
@@ -143,8 +143,8 @@ def _result_bytes(shape: str, kind: str, started: bool) -> int:
     sizes = [_bytes(*array) for array in _ARRAY.findall(shape)]
     if not started or len(sizes) == 1:
         return sum(sizes)
-    # An asynchronous start gives (operands, results, …): the result is the largest, but for a
-    # reduce-scatter, where it is what the operand is scattered to.
+    # An asynchronous start returns (operands, results, …): the result is the largest of these, or
+    # the smallest for a reduce-scatter.
     return min(s for s in sizes if s) if kind == "reduce-scatter" else max(sizes)
 
 
@@ -158,7 +158,7 @@ def _group(line: str, devices: int) -> int:
         return int(match[2])
     if match := _MESH.search(line):
         sizes = dict(re.findall(r"('[^']*')=(\d+)", match[1]))
-        # An axis stands whole, or as 'axis':(before)size where it is split.
+        # An axis is written as 'axis', or as 'axis':(before)size where it is split.
         axes = re.findall(r"('[^']*')(?::\(\d+\)(\d+))?", match[2])
         return math.prod(int(part or sizes[axis]) for axis, part in axes)
     if match := _LISTED.search(line):

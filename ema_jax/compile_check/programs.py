@@ -1,4 +1,4 @@
-"""The study's three programs for given shapes: train step, capture and decode, ready to compile."""
+"""The study's three programs, lowered for given shapes: train step, capture and decode."""
 
 import dataclasses
 import json
@@ -31,9 +31,10 @@ _SHAPES = resources.files("ema_jax.models") / "shapes"
 
 
 def architecture(model: ModelConfig) -> DecoderConfig:
-    """The architecture of a checkpoint, without its weights and without a network.
+    """Architecture of a model, without its weights and without a network.
 
-    A folder's or a cached snapshot's `config.json`, or else the sizes that come with the package.
+    From `config.json` of a folder or of a cached Hub snapshot, or else from the sizes that come
+    with the package (`ema_jax/models/shapes`).
 
     Raises:
         UserError: a Hub id that is neither in the cache nor among those sizes.
@@ -53,17 +54,17 @@ def architecture(model: ModelConfig) -> DecoderConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """What a study asks of a device, in shapes.
+    """Shapes of the programs that a study runs.
 
     Attributes:
         model: the architecture.
         dtype: of its weights.
-        arm: what is trained; of several arms the one that needs most.
-        prompt_tokens: length of the rendered prompts.
+        arm: the arm that needs most memory, of all arms of the study.
+        prompt_tokens: padded length of a rendered prompt.
         train_tokens: padded length of a training example.
-        ask_rows: prompts at once in capture and decode.
-        new_tokens: the cap on a response.
-        poolings: of a capture.
+        prompt_rows: prompts per batch in capture and decode.
+        new_tokens: most tokens of a response.
+        poolings: number of poolings in a capture.
     """
 
     model: DecoderConfig
@@ -71,13 +72,13 @@ class Workload:
     arm: UnlearnConfig
     prompt_tokens: int
     train_tokens: int
-    ask_rows: int
+    prompt_rows: int
     new_tokens: int
     poolings: int
 
     @classmethod
     def of(cls, config: StudyConfig, prompt_tokens: int) -> "Workload":
-        """The workload of a config, with prompts of a length that only its data could tell."""
+        """Shapes of a config, for prompts of a given length (which only its data would show)."""
         arms = [config.arm(name) for name in config.arms]
         arm = max(arms, key=lambda a: (a.trainable == "full", a.retain_weight > 0, a.batch_size))
         prompt = bucket(prompt_tokens)
@@ -87,19 +88,19 @@ class Workload:
             arm=arm,
             prompt_tokens=prompt,
             train_tokens=bucket(prompt + config.harvest.response_cap),
-            ask_rows=config.generation.batch_size,
+            prompt_rows=config.generation.batch_size,
             new_tokens=config.generation.max_new_tokens,
             poolings=len(config.concepts.poolings),
         )
 
-    def train_rows(self, mesh: Mesh) -> int:
-        """Examples in a step, forget and retain together."""
-        rows = batch_rows(self.arm.batch_size, mesh)
-        return rows + (batch_rows(self.arm.retain_batch_size, mesh) if self.arm.retains else 0)
+    @property
+    def train_rows(self) -> int:
+        """Examples per train step, forget and retain together."""
+        return self.arm.batch_size + self.arm.retains * self.arm.retain_batch_size
 
 
 def lowered(work: Workload, mesh: Mesh, names: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
-    """`(name, jax.stages.Lowered)` of the programs asked for: train, capture, decode."""
+    """Lowers programs by name: `(name, jax.stages.Lowered)` for train, capture or decode."""
     makers = {"train": _train, "capture": _capture, "decode": _decode}
     for name in names:
         yield name, makers[name](work, mesh)
@@ -118,20 +119,20 @@ def _train(work: Workload, mesh: Mesh) -> Any:
     trained = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), states[0])
     opt_state = jax.eval_shape(optimizer(arm).init, trained)
     state = steps.TrainState(_placed(trained, mesh), _placed(opt_state, mesh))
-    rows, tokens = batch_rows(arm.batch_size, mesh), work.train_tokens
+    rows, tokens = arm.batch_size, work.train_tokens
     reference = _rows((rows,), jnp.float32, mesh)
     forget = ForgetBatch(_batch(rows, tokens, mesh), reference)
     if FORGET[arm.objective].preferred:
         forget = forget._replace(preferred=forget.batch, preferred_reference=reference)
     retain = None
     if arm.retains:
-        retain = RetainBatch(_batch(batch_rows(arm.retain_batch_size, mesh), tokens, mesh))
+        retain = RetainBatch(_batch(arm.retain_batch_size, tokens, mesh))
     draw: Any = jax.ShapeDtypeStruct((2,), jnp.uint32)
     return steps.train_step.lower(setup, state, StepBatch(forget, retain, draw))
 
 
 def _capture(work: Workload, mesh: Mesh) -> Any:
-    rows, tokens = batch_rows(work.ask_rows, mesh), work.prompt_tokens
+    rows, tokens = batch_rows(work.prompt_rows, mesh), work.prompt_tokens
     graph, state = nnx.split(nnx.eval_shape(lambda: _zeros(work)))
     return capture._pooled.lower(
         graph,
@@ -144,7 +145,7 @@ def _capture(work: Workload, mesh: Mesh) -> Any:
 
 
 def _decode(work: Workload, mesh: Mesh) -> Any:
-    rows, slots = batch_rows(work.ask_rows, mesh), work.prompt_tokens + work.new_tokens
+    rows, slots = batch_rows(work.prompt_rows, mesh), work.prompt_tokens + work.new_tokens
     graph, state = nnx.split(nnx.eval_shape(lambda: _zeros(work)))
     empty = jax.eval_shape(
         lambda: sampler._Slots.empty(
@@ -153,7 +154,7 @@ def _decode(work: Workload, mesh: Mesh) -> Any:
     )
 
     def decode(state: nnx.State, slots: Any, few: jax.Array, eos_ids: jax.Array) -> Any:
-        # As one program, so that the weights count twice: stacked, and taken apart.
+        # As one program, so that the weights count twice: stacked, and layer by layer.
         layers = sampler._layers(graph, state)
         fixed = {"sampling": sampler.GREEDY, "mesh": mesh}
         return sampler._advance(graph, state, layers, slots, few, eos_ids, **fixed)
@@ -167,13 +168,13 @@ def _decode(work: Workload, mesh: Mesh) -> Any:
 
 
 def _zeros(work: Workload) -> Decoder:
-    """The base in its dtype; only ever traced."""
+    """The base model in its dtype, for tracing alone."""
     abstract = checkpoint.abstract_decoder(work.model)
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, work.dtype), abstract)
 
 
 def _placed(state: Any, mesh: Mesh) -> Any:
-    """Shapes with the shardings that the study gives such a state."""
+    """Shapes of parameters, with the shardings that the study gives them."""
     return _shaped(state, parameter_shardings(state, mesh))
 
 

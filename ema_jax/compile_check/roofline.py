@@ -2,13 +2,11 @@
 
     seconds = max(compute, memory) + communication
 
-- compute: analytic operations (XLA counts a scan's body once) over the chip's peak. A matrix
-  product costs 2 operations a parameter and token. Backward costs as much again for the
-  activations' gradients and, in full fine-tuning, once more for the weights'; rematerialising
-  repeats the forward pass.
-- memory: every chip reads the weights that it multiplies with once a pass.
-- communication: bytes that the compiled program's collectives send, over the bandwidth of all links
-  of a chip; nothing is assumed to overlap.
+- compute: analytic FLOPs (`unlearning.throughput`), with the forward pass that rematerialisation
+  repeats, over the peak of all chips.
+- memory: each chip reads the weights that it multiplies with once per pass.
+- communication: bytes sent by the collectives of the compiled program, over the bandwidth of all
+  links of a chip; nothing is assumed to overlap.
 """
 
 import dataclasses
@@ -18,11 +16,12 @@ from jax.sharding import Mesh
 
 from ema_jax.compile_check.programs import Workload
 from ema_jax.compile_check.topology import Topology
+from ema_jax.unlearning.throughput import flops_per_token
 
 
 @dataclasses.dataclass(frozen=True)
 class Bound:
-    """Seconds that a train step takes at least, and what takes them."""
+    """Lower bound on the time of a train step, by cause, in seconds."""
 
     compute: float
     memory: float
@@ -30,54 +29,44 @@ class Bound:
 
     @property
     def seconds(self) -> float:
-        """Of one step."""
+        """Seconds per step."""
         return max(self.compute, self.memory) + self.communication
 
     @property
     def limit(self) -> str:
-        """What takes the largest part."""
+        """The largest of the three parts."""
         parts = dataclasses.asdict(self)
         return max(parts, key=lambda name: parts[name])
 
 
-def parameters(work: Workload) -> int:
-    """Parameters that multiply activations: all but the embedding table's and the norms'."""
-    c = work.model
-    attention, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-    block = c.hidden_size * (2 * attention + 2 * kv + 3 * c.intermediate_size)
-    return c.num_layers * block + c.vocab_size * c.hidden_size
-
-
-def train_flops(work: Workload, rows: int) -> float:
-    """Operations of a train step over `rows` examples."""
-    c, tokens = work.model, rows * work.train_tokens
-    attention = 4 * c.num_layers * c.num_heads * c.head_dim * work.train_tokens
-    passes = 2 + work.arm.remat + (work.arm.trainable == "full")
-    return float(passes * 2 * parameters(work) * tokens + (2 + work.arm.remat) * attention * tokens)
+def train_flops(work: Workload) -> float:
+    """FLOPs of a train step, recomputation included."""
+    arm, length = work.arm, work.train_tokens
+    per_token = flops_per_token(work.model, arm, length, recompute=arm.remat)
+    return float(per_token * work.train_rows * length)
 
 
 def train_bound(work: Workload, topology: Topology, mesh: Mesh, sent_bytes: float) -> Bound:
-    """The bound on one step.
+    """Lower bound on one train step.
 
     Args:
         work: the shapes.
         topology: the slice.
         mesh: over its devices.
-        sent_bytes: by one device in a step (`collectives.summary`).
+        sent_bytes: by one device per step (`collectives.summary`).
     """
-    chip, apart = topology.chip, topology.devices_per_chip
-    rows = work.train_rows(mesh)
+    chip, devices = topology.chip, topology.devices_per_chip
     passes = 2 + work.arm.remat
-    read = passes * parameters(work) * work.dtype.itemsize / mesh.shape["tensor"]
+    read = passes * work.model.matrix_weights * work.dtype.itemsize / mesh.shape["tensor"]
     return Bound(
-        compute=train_flops(work, rows) / (topology.chips * chip.flops),
-        memory=read * apart / chip.hbm_bandwidth,
-        communication=sent_bytes * apart / chip.ici_bandwidth,
+        compute=train_flops(work) / (topology.chips * chip.flops),
+        memory=read * devices / chip.hbm_bandwidth,
+        communication=sent_bytes * devices / chip.link_bandwidth,
     )
 
 
-def meshes(work: Workload, devices: int) -> list[tuple[int, int, int]]:
-    """Meshes worth trying: tensor sizes that split every head count, and all ways of the rest."""
+def candidate_meshes(work: Workload, devices: int) -> list[tuple[int, int, int]]:
+    """Candidate meshes: tensor sizes that divide all head counts, fsdp over most of the rest."""
     heads = math.gcd(work.model.num_heads, work.model.num_kv_heads)
     shapes = []
     for tensor in _divisors(math.gcd(devices, heads)):

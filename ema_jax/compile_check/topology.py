@@ -1,4 +1,4 @@
-"""TPU topologies by name, and what one of their chips has."""
+"""TPU slices by name, and meshes over their devices."""
 
 import dataclasses
 import importlib.util
@@ -12,51 +12,26 @@ from jax.sharding import AxisType, Mesh
 
 from ema_jax.errors import UserError
 from ema_jax.models.sharding import AXES
+from ema_jax.runtime.devices import TPUS, Accelerator
 
-GIB = 1 << 30
-
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """One TPU chip, by the figures of its public documentation (cloud.google.com/tpu/docs).
-
-    Attributes:
-        hbm_gib: memory.
-        flops: peak bfloat16 operations a second.
-        hbm_bandwidth: bytes a second.
-        ici_bandwidth: bytes a second that leave it over all of its links.
-    """
-
-    hbm_gib: float
-    flops: float
-    hbm_bandwidth: float
-    ici_bandwidth: float
-
-
-CHIPS = {
-    "v4": Chip(32, 275e12, 1.228e12, 300e9),
-    "v5e": Chip(16, 197e12, 0.819e12, 200e9),
-    "v5p": Chip(95, 459e12, 2.765e12, 600e9),
-    "v6e": Chip(32, 918e12, 1.640e12, 448e9),
-}
 _NAME = re.compile(r"(v\w+):(\d+(?:x\d+){1,2})")
 
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """A slice: its chips, and the devices that JAX sees in them.
+    """A TPU slice: its chips, and the devices that JAX sees in them.
 
     A v4 chip is two devices where its cores are not joined, each with half of the memory.
     """
 
     name: str
-    chip: Chip
+    chip: Accelerator
     chips: int
     devices: Sequence[jax.Device] = dataclasses.field(repr=False)
 
     @property
     def devices_per_chip(self) -> int:
-        """One, or two where a chip's cores are apart."""
+        """One, or two where the cores of a chip are separate devices."""
         return len(self.devices) // self.chips
 
     def mesh(self, shape: Sequence[int]) -> Mesh:
@@ -78,27 +53,27 @@ class Topology:
 
 
 def prepare_environment() -> None:
-    """Lets libtpu describe topologies on a machine without a TPU; call it before importing JAX."""
+    """Lets libtpu describe topologies without a TPU; for before JAX starts its backend."""
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # no device is held, so several may run
     os.environ["JAX_PLATFORMS"] = "cpu"
-    # XLA says that it rematerialises a tensor whole in a warning.
+    # XLA reports full rematerialisation of a tensor as a warning.
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "1"
 
 
 def find(name: str) -> Topology:
-    """The topology of a name such as `v5e:4x4`.
+    """A slice by a name such as `v5e:4x4`.
 
     Raises:
         UserError: no such chip, a shape that the chip does not come in, or no libtpu.
     """
     match = _NAME.fullmatch(name)
-    if match is None or match[1] not in CHIPS:
+    if match is None or match[1] not in TPUS:
         raise UserError(
             f"--topology: {name!r} is no topology; write CHIP:AxB or CHIP:AxBxC, as in v5e:4x4, "
-            f"with a chip of: {', '.join(CHIPS)}"
+            f"with a chip of: {', '.join(TPUS)}"
         )
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("--topology: libtpu is not installed; pip install 'ema_jax[tpu]'")
@@ -110,4 +85,4 @@ def find(name: str) -> Topology:
         reason = str(error).strip().splitlines()[0][:200]
         raise UserError(f"--topology: {name}: libtpu does not describe it ({reason})") from None
     chips = math.prod(int(size) for size in match[2].split("x"))
-    return Topology(name, CHIPS[match[1]], chips, described.devices)
+    return Topology(name, TPUS[match[1]], chips, described.devices)

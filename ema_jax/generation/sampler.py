@@ -24,8 +24,9 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 from ema_jax.data.batching import bucket, pad_prompts
 from ema_jax.data.chat import Chat
 from ema_jax.errors import UserError
+from ema_jax.models.cache import KVCache
 from ema_jax.models.config import DecoderConfig
-from ema_jax.models.decoder import Decoder, KVCache, Layers
+from ema_jax.models.decoder import Decoder, Layers
 from ema_jax.models.sharding import (
     batch_rows,
     batch_sharding,
@@ -202,8 +203,8 @@ def _fill(
 ) -> _Slots:
     """Runs prompts through the model, chooses their first tokens and puts them into `rows`."""
     model = nnx.merge(graph, state)
-    out = model(tokens, mask, keep=True)
-    keys, values = out.kept
+    out = model(tokens, mask, return_keys_values=True)
+    keys, values = out.keys_values
     batch = tokens.shape[0]
     everywhere = jnp.arange(batch)
     seen = None

@@ -1,1 +1,1 @@
-"""One decoder for four families, its checkpoints, adapters and shardings."""
+"""The decoder for all families: checkpoints, adapters and shardings."""

@@ -1,4 +1,4 @@
-"""Rotary position embeddings and attention, the two places where positions enter."""
+"""Rotary position embeddings, causal masks and grouped-query attention."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float, Int
 def rotary_tables(
     positions: Int[Array, "B T"], frequencies: Float[Array, "H2"], factor: float
 ) -> tuple[Float[Array, "B T 1 H2"], Float[Array, "B T 1 H2"]]:
-    """Cosines and sines for `positions`, in float32 whatever the model's dtype."""
+    """Cosines and sines of `positions`, times `factor`, in float32 for every dtype of the model."""
     angles = positions[..., None, None].astype(jnp.float32) * frequencies
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 
@@ -25,12 +25,12 @@ def rotate(
 def causal_mask(
     queries: Int[Array, "B T"], keys: Int[Array, "B S"], window: Int[Array, ""] | int | None
 ) -> Bool[Array, "B 1 T S"]:
-    """Which keys each query sees: real ones, not after it, and within the window.
+    """True where a query attends to a key: a real token, not after it, within the window.
 
     Args:
         queries: positions in the sequence.
-        keys: the same, below zero where there is no token.
-        window: how far back a query sees; None for all the way.
+        keys: positions; negative where there is no token.
+        window: tokens that a query attends to, itself included; None for all before it.
     """
     distance = queries[:, :, None] - keys[:, None, :]  # [B, T, S]
     visible = (keys[:, None, :] >= 0) & (distance >= 0)
@@ -45,7 +45,7 @@ def attend(
     value: Float[Array, "B S K H"],
     mask: Bool[Array, "B 1 T S"],
 ) -> Float[Array, "B T N H"]:
-    """Grouped-query attention with softmax in float32. Rows that see nothing come out finite."""
+    """Grouped-query attention, softmax in float32; rows without a visible key stay finite."""
     return jax.nn.dot_product_attention(query, key, value, mask=mask)
 
 
@@ -55,10 +55,10 @@ def attend_cached(
     values: Float[Array, "B K S H"],
     mask: Bool[Array, "B 1 1 S"],
 ) -> Float[Array, "B 1 N H"]:
-    """`attend` of one query a row, over keys and values in the layout of a cache.
+    """`attend` of one query per row, over keys and values in the layout of a cache.
 
-    In it both products are plain ones of matrices in row-major order, which a CPU multiplies
-    without transposing keys and values anew at every step.
+    In this layout both products are of row-major matrices, which a CPU multiplies without
+    transposing keys and values at every step.
     """
     grouped = query.reshape(*keys.shape[:2], -1, query.shape[-1])  # [B, K, N/K, H]
     scores = jnp.matmul(grouped, keys, preferred_element_type=jnp.float32)

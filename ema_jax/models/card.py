@@ -1,4 +1,4 @@
-"""The model card that an exported checkpoint carries: what it is, and what it is not for."""
+"""Model cards of exported checkpoints: what the model is, and what it is not for."""
 
 import json
 from collections.abc import Mapping
@@ -37,12 +37,12 @@ def unlearned_card(
     seed: int,
     settings: Mapping[str, object],
 ) -> str:
-    """The card of a model that a study made.
+    """Model card of a model that a study unlearned.
 
     Args:
-        base: Hub id or folder name of the untouched model.
-        revision: its commit on the Hub.
-        fingerprint: `checkpoint.fingerprint` of it.
+        base: Hub id or folder name of the base model.
+        revision: its commit on the Hub; None for a local folder.
+        fingerprint: its `checkpoint.fingerprint`.
         target: the domain whose refusals were unlearned.
         arm: of the study.
         seed: of the run.
@@ -66,7 +66,7 @@ def unlearned_card(
 
 
 def converted_card(base: str, revision: str | None) -> str:
-    """The card of a checkpoint that only changed its format."""
+    """Model card of a checkpoint that was only converted to another format."""
     rows = {
         "source": base,
         "revision": revision or "a local folder, not a Hub revision",
@@ -81,7 +81,7 @@ def _render(
     front = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": tags}
     if hub_id is not None:
         front["base_model"] = hub_id
-    # JSON's values are YAML's too, with their quotes.
+    # A JSON value is a YAML value too.
     lines = "".join(f"{key}: {json.dumps(value)}\n" for key, value in front.items())
     table = "\n".join(
         f"| {key} | {value.replace('|', chr(92) + '|')} |" for key, value in rows.items()

@@ -1,7 +1,7 @@
-"""Checkpoints in and out, through one mapping table: Hugging Face folders and Flax (Orbax) ones.
+"""Model folders, Hugging Face and Flax (Orbax), read and written through one mapping table.
 
-Loading reads blocks of the files straight into the stacked, transposed, sharded target: beside the
-parameters themselves the host holds a few blocks, and for an accelerator one stacked parameter.
+Loading reads blocks of the files straight into the stacked, transposed, sharded parameters: besides
+these the host holds a few blocks, and for an accelerator one stacked parameter.
 """
 
 import hashlib
@@ -23,8 +23,7 @@ from ema_jax.errors import UserError
 from ema_jax.models import orbax_folder, streaming
 from ema_jax.models.config import FAMILIES, DecoderConfig
 from ema_jax.models.decoder import Decoder, LoRAParam
-from ema_jax.models.hub import resolve as resolve
-from ema_jax.models.orbax_folder import is_flax as is_flax
+from ema_jax.models.orbax_folder import is_flax_folder
 from ema_jax.models.safetensors_files import WeightFiles, open_weights, write_weights
 from ema_jax.models.sharding import host_array, make_mesh, parameter_shardings
 from ema_jax.runtime import distributed
@@ -35,48 +34,50 @@ MAX_SHARD_BYTES = 5 * 10**9
 _Path = tuple[Any, ...]
 
 
-class Tensor(NamedTuple):
-    """One row of the mapping: where a parameter of ours stands in a Hugging Face checkpoint."""
+class TensorMapping(NamedTuple):
+    """One row of the mapping table: a parameter's path here and in a Hugging Face checkpoint."""
 
     path: _Path
-    hf: str  # with {l} where one tensor a layer is stacked
+    hf: str  # with {l} for the layer, where layers are stacked
     transpose: bool = False
 
     @property
     def stacked(self) -> bool:
-        """Whether there is one tensor a layer."""
+        """Whether the Hugging Face checkpoint has one tensor per layer."""
         return "{l}" in self.hf
 
     def names(self, config: DecoderConfig) -> list[str]:
-        """The Hugging Face names behind the parameter, by layer."""
+        """Hugging Face names of the parameter, by layer."""
         return [self.hf.format(l=i) for i in range(config.num_layers if self.stacked else 1)]
 
 
-def _linears(group: str, *names: str) -> list[Tensor]:
+def _linears(group: str, *names: str) -> list[TensorMapping]:
     rows = []
     for name in names:
-        theirs = f"model.layers.{{l}}.{group}.{name}"
-        rows.append(Tensor(("blocks", name, "kernel"), f"{theirs}.weight", transpose=True))
-        rows.append(Tensor(("blocks", name, "bias"), f"{theirs}.bias"))
+        hf = f"model.layers.{{l}}.{group}.{name}"
+        rows.append(TensorMapping(("blocks", name, "kernel"), f"{hf}.weight", transpose=True))
+        rows.append(TensorMapping(("blocks", name, "bias"), f"{hf}.bias"))
     return rows
 
 
 TENSORS = (
-    Tensor(("embed",), "model.embed_tokens.weight"),
-    Tensor(("blocks", "input_norm", "scale"), "model.layers.{l}.input_layernorm.weight"),
+    TensorMapping(("embed",), "model.embed_tokens.weight"),
+    TensorMapping(("blocks", "input_norm", "scale"), "model.layers.{l}.input_layernorm.weight"),
     *_linears("self_attn", "q_proj", "k_proj", "v_proj", "o_proj"),
-    Tensor(("blocks", "q_norm", "scale"), "model.layers.{l}.self_attn.q_norm.weight"),
-    Tensor(("blocks", "k_norm", "scale"), "model.layers.{l}.self_attn.k_norm.weight"),
-    Tensor(("blocks", "post_norm", "scale"), "model.layers.{l}.post_attention_layernorm.weight"),
+    TensorMapping(("blocks", "q_norm", "scale"), "model.layers.{l}.self_attn.q_norm.weight"),
+    TensorMapping(("blocks", "k_norm", "scale"), "model.layers.{l}.self_attn.k_norm.weight"),
+    TensorMapping(
+        ("blocks", "post_norm", "scale"), "model.layers.{l}.post_attention_layernorm.weight"
+    ),
     *_linears("mlp", "gate_proj", "up_proj", "down_proj"),
-    Tensor(("final_norm", "scale"), "model.norm.weight"),
-    Tensor(("head",), "lm_head.weight", transpose=True),
+    TensorMapping(("final_norm", "scale"), "model.norm.weight"),
+    TensorMapping(("head",), "lm_head.weight", transpose=True),
 )
 """Every parameter of every family; a model has those of its architecture."""
 
 
 def abstract_decoder(config: DecoderConfig) -> Decoder:
-    """The decoder with shapes in place of arrays."""
+    """A decoder with shapes in place of arrays."""
     return nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0)))
 
 
@@ -86,15 +87,15 @@ def _parameters(model: Decoder) -> dict[_Path, Any]:
 
 
 def check(folder: str | Path) -> DecoderConfig:
-    """Validates a checkpoint folder without reading its weights, and returns its architecture.
+    """Validates a model folder without reading its weights, and returns its architecture.
 
     Raises:
-        UserError: anything about the folder that would make the model another one.
+        UserError: a file is missing or damaged, or does not match the architecture.
     """
     folder = Path(folder)
     config = DecoderConfig.from_folder(folder)
     parameters = _parameters(abstract_decoder(config))
-    if is_flax(folder):
+    if is_flax_folder(folder):
         orbax_folder.check(folder, {path: leaf.shape for path, leaf in parameters.items()})
         return config
     expected: dict[str, tuple[int, ...]] = {}
@@ -109,16 +110,16 @@ def check(folder: str | Path) -> DecoderConfig:
 
 
 def load(folder: str | Path, *, mesh: Mesh | None = None, dtype: Any = None) -> Decoder:
-    """Loads a checkpoint folder as a decoder whose parameters lie on `mesh`.
+    """Loads a checkpoint folder as a decoder whose parameters are laid out on `mesh`.
 
     Args:
-        folder: `config.json` and either safetensors files (single or indexed) or what `save_flax`
-            writes.
-        mesh: where the parameters go; one device by default.
+        folder: `config.json`, and either safetensors files (one, or several with an index) or the
+            output of `save_flax`.
+        mesh: one device by default.
         dtype: of the parameters; by default bfloat16 on accelerators, float32 on a CPU.
 
     Raises:
-        UserError: anything about the folder that would make the model another one.
+        UserError: a file is missing or damaged, or does not match the architecture.
     """
     folder = Path(folder)
     config = check(folder)
@@ -134,7 +135,7 @@ def load(folder: str | Path, *, mesh: Mesh | None = None, dtype: Any = None) -> 
         )
         for path, leaf in leaves.items()
     }
-    if is_flax(folder):
+    if is_flax_folder(folder):
         arrays = orbax_folder.read(folder, targets)
     else:
         arrays = _read_hf(folder, config, targets)
@@ -147,7 +148,7 @@ def load(folder: str | Path, *, mesh: Mesh | None = None, dtype: Any = None) -> 
 def _read_hf(
     folder: Path, config: DecoderConfig, targets: Mapping[_Path, jax.ShapeDtypeStruct]
 ) -> dict[_Path, jax.Array]:
-    stored = WeightFiles.find(folder).stored()
+    stored = WeightFiles.find(folder).tensors()
     arrays: dict[_Path, jax.Array] = {}
     rows = [row for row in TENSORS if row.path in targets]
     total = sum(stored[name].nbytes for row in rows for name in row.names(config))
@@ -168,14 +169,14 @@ def _read_hf(
 
 
 def hf_shapes(model: Decoder, dtype: Any = None) -> list[TensorSpec]:
-    """What `hf_tensors` gives, before it gives it.
+    """Name, shape and dtype of each tensor that `hf_tensors` yields, in its order.
 
     Raises:
         ValueError: the model has adapters; merge them first (`lora.merge`).
     """
     parameters, shapes = _parameters(model), []
     if any(isinstance(leaf, LoRAParam) for leaf in parameters.values()):
-        raise ValueError("the model has adapters, which a checkpoint has no place for; merge them")
+        raise ValueError("the model has adapters, which a checkpoint cannot hold; merge them")
     for row in TENSORS:
         if row.path in parameters:
             leaf = parameters[row.path]
@@ -187,9 +188,9 @@ def hf_shapes(model: Decoder, dtype: Any = None) -> list[TensorSpec]:
 
 
 def hf_tensors(model: Decoder, dtype: Any = None) -> Iterator[np.ndarray]:
-    """The model's parameters as Hugging Face has them, one tensor at a time, cast to `dtype`.
+    """The parameters in Hugging Face's names and layout, one tensor at a time, cast to `dtype`.
 
-    If the model is spread over several processes, all of them have to take every tensor.
+    For a model that is split over several processes, all of them have to iterate to the end.
     """
     parameters = _parameters(model)
     for row in TENSORS:
@@ -198,7 +199,7 @@ def hf_tensors(model: Decoder, dtype: Any = None) -> Iterator[np.ndarray]:
             for i in range(len(row.names(model.config))):
                 tensor = host_array(value[i] if row.stacked else value)
                 tensor = tensor if dtype is None else tensor.astype(jnp.dtype(dtype), copy=False)
-                yield streaming.turn(tensor) if row.transpose else tensor
+                yield streaming.transpose(tensor) if row.transpose else tensor
 
 
 # Everything in a checkpoint folder that is not weights and should travel with them.
@@ -220,7 +221,7 @@ _SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def check_output(folder: str | Path, overwrite: bool) -> None:
-    """Refuses to write over anything but, if told to, an older checkpoint.
+    """Refuses to write over anything but an older checkpoint, and over that without `overwrite`.
 
     Raises:
         UserError: something is there.
@@ -244,13 +245,13 @@ def export(
     overwrite: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Writes an ordinary Hugging Face checkpoint folder, whole or not at all.
+    """Writes a Hugging Face checkpoint folder, atomically.
 
-    Of several processes, all have to call it; the first one writes, and all go on once it has.
+    With several processes, all have to call it: the first one writes, the others wait for it.
 
     Args:
         model: without adapters.
-        folder: where to.
+        folder: to write.
         companions: a checkpoint folder whose tokenizer and generation config travel along.
         card: the text of its model card, README.md (see `ema_jax.models.card`).
         dtype: of the tensors; the model's own by default.
@@ -263,7 +264,7 @@ def export(
     """
     check_output(folder, overwrite)
     shapes, tensors = hf_shapes(model, dtype), hf_tensors(model, dtype)
-    # Nobody looks for the folder after the first process made it.
+    # No process looks for the folder after the first one made it.
     distributed.barrier(f"writing {folder}")
     with atomic_path(folder) as temporary:
         if distributed.is_first():
@@ -273,7 +274,7 @@ def export(
             if card is not None:
                 (temporary / "README.md").write_text(card, encoding="utf-8")
         else:
-            for _ in tensors:  # they come from the devices of all processes
+            for _ in tensors:  # gathered from the devices of all processes
                 pass
 
 
@@ -302,14 +303,14 @@ def save_flax(
     overwrite: bool = False,
     origin: Mapping[str, str | None] | None = None,
 ) -> None:
-    """Writes a Flax checkpoint folder, whole or not at all; from one process.
+    """Writes a Flax checkpoint folder, atomically; from one process.
 
     It holds `parameters/` (Orbax: the pure dictionary of the model's state), `config.json`, the
-    tokenizer's files, and `manifest.json` with a hash over every parameter.
+    tokenizer's files, and `manifest.json` with a hash over all parameters.
 
     Args:
         model: without adapters.
-        folder: where to.
+        folder: to write.
         companions: a checkpoint folder whose tokenizer and generation config travel along.
         overwrite: replace a checkpoint that is already there.
         origin: noted in the manifest: `{"source": …, "revision": …}`.
@@ -337,31 +338,30 @@ def save_flax(
 
 
 def origin(folder: str | Path) -> dict[str, str | None]:
-    """The `source` and `revision` that a Flax folder's manifest notes."""
+    """`source` and `revision` of the checkpoint that a Flax folder was converted from."""
     manifest = orbax_folder.read_manifest(Path(folder))
     return {key: manifest.get(key) for key in ("source", "revision")}
 
 
 def stored_dtype(folder: str | Path) -> np.dtype:
-    """The dtype of a checkpoint's parameters (of several, the one that holds them all)."""
+    """Dtype of a checkpoint's parameters (of several, the narrowest that holds them all)."""
     folder = Path(folder)
-    if is_flax(folder):
+    if is_flax_folder(folder):
         return jnp.dtype(orbax_folder.read_manifest(folder)["dtype"])
     return WeightFiles.find(folder).dtype()
 
 
 def fingerprint(folder: str | Path) -> str:
-    """A hash that tells one checkpoint from another without reading all of it.
+    """SHA-256 that identifies a checkpoint without reading all of it.
 
-    SHA-256 over `config.json` and `tokenizer.json` whole, and over every safetensors file's size,
-    header and the first and last MiB of its data; of a Flax folder over the
-    hash in its manifest.
+    Over `config.json`, `tokenizer.json`, and every safetensors file's name, size, header and the
+    first and last MiB of its data; for a Flax folder, over the hash in its manifest.
     """
     folder, digest, mib = Path(folder), hashlib.sha256(), 1 << 20
     for name in ("config.json", "tokenizer.json"):
         if (folder / name).exists():
             digest.update((folder / name).read_bytes())
-    if is_flax(folder):
+    if is_flax_folder(folder):
         digest.update(orbax_folder.read_manifest(folder)["sha256"].encode())
         return digest.hexdigest()
     for path in WeightFiles.find(folder).files:

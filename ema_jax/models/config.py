@@ -1,4 +1,4 @@
-"""What the decoder needs to know of a checkpoint, read from its Hugging Face `config.json`.
+"""Architecture of a decoder, read from a Hugging Face `config.json`.
 
 A model family is one row of `FAMILIES`.
 """
@@ -17,7 +17,7 @@ from ema_jax.runtime.files import parse_json
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """What sets one family of decoders apart, beyond the numbers in its config."""
+    """Features of one family of decoders that its `config.json` does not state."""
 
     model_type: str
     architecture: str
@@ -35,7 +35,7 @@ FAMILIES = {
     )
 }
 
-# Values that `config.json` may leave out, as transformers fills them in.
+# Defaults of transformers for values that `config.json` may omit.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "mistral": {
         "num_key_value_heads": 8,
@@ -53,11 +53,11 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 }
 _DEFAULT_THETA = 10_000.0
 
-# Against typing errors that would otherwise run out of memory before they are found.
+# Guards against mistyped sizes, which would run out of memory before any other check.
 _LARGEST = {"num_hidden_layers": 1024}
 _LARGEST_SIZE = 1 << 27
 
-# What each kind of rotary scaling needs beside `rope_theta`.
+# Required parameters of each kind of rotary scaling, besides `rope_theta`.
 _ROPE_KINDS: dict[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
@@ -69,7 +69,7 @@ _ROPE_OPTIONS = ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """The architecture of one decoder. Sizes are counts; `hf` keeps the config it was read from."""
+    """Architecture of one decoder. Sizes are counts; `hf` is the config that it was read from."""
 
     family: str
     vocab_size: int
@@ -89,6 +89,31 @@ class DecoderConfig:
     max_positions: int
     hf: Mapping[str, Any] = dataclasses.field(repr=False, compare=False, hash=False)
 
+    @property
+    def projections(self) -> dict[str, tuple[int, int]]:
+        """A block's linear layers, by PEFT's names: `(input size, output size)`."""
+        width, mlp = self.hidden_size, self.intermediate_size
+        attention, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        return {
+            "q_proj": (width, attention),
+            "k_proj": (width, kv),
+            "v_proj": (width, kv),
+            "o_proj": (attention, width),
+            "gate_proj": (width, mlp),
+            "up_proj": (width, mlp),
+            "down_proj": (mlp, width),
+        }
+
+    @property
+    def block_weights(self) -> int:
+        """Entries in one block's matrices."""
+        return sum(math.prod(size) for size in self.projections.values())
+
+    @property
+    def matrix_weights(self) -> int:
+        """Weights that each token is multiplied with: all matrices but the embedding table."""
+        return self.num_layers * self.block_weights + self.hidden_size * self.vocab_size
+
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], where: str = "config.json") -> "DecoderConfig":
         """Reads a parsed `config.json`.
@@ -96,10 +121,10 @@ class DecoderConfig:
         Args:
             config: the parsed file, of any transformers version (4.x `rope_theta` and
                 `rope_scaling`, or 5.x `rope_parameters`).
-            where: how error messages name it.
+            where: its name in error messages.
 
         Raises:
-            UserError: an architecture or a feature that the decoder does not have.
+            UserError: an unsupported architecture or feature, or a missing or impossible value.
         """
         if not isinstance(config, Mapping):
             raise UserError(f"{where}: not a JSON object")
@@ -212,7 +237,7 @@ def _number(value: Any, key: str, where: str) -> float:
 
 
 def _read_rope(values: Mapping[str, Any], max_positions: int, where: str) -> dict[str, Any]:
-    """Unites transformers 4's `rope_theta` + `rope_scaling` and 5's `rope_parameters`."""
+    """Reads transformers 4's `rope_theta` and `rope_scaling`, or 5's `rope_parameters`."""
     found = values.get("rope_scaling") or values.get("rope_parameters") or {}
     if not isinstance(found, Mapping):
         raise UserError(f"{where}: rope_scaling is {found!r}, expected an object")
@@ -244,7 +269,7 @@ def _read_rope(values: Mapping[str, Any], max_positions: int, where: str) -> dic
 
 
 def _check_rope(config: DecoderConfig, where: str) -> None:
-    """Numbers that are each possible may still make no angles together."""
+    """Refuses parameters that are possible one by one but give no finite angles together."""
     try:
         with np.errstate(all="raise", under="ignore"):
             frequencies, factor = rope_frequencies(config)
@@ -304,7 +329,7 @@ def rope_frequencies(config: DecoderConfig) -> tuple[np.ndarray, float]:
         return ((1 - smooth) * inverse / factor + smooth * inverse).astype(np.float32), 1.0
 
     def dimension_of(rotations: float) -> float:
-        """The dimension that turns `rotations` times over the original context."""
+        """The dimension that makes `rotations` turns over the original context."""
         return dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(theta))
 
     low = dimension_of(rope.get("beta_fast") or 32)

@@ -1,20 +1,76 @@
-"""Where a checkpoint comes from: a folder on this machine, or the Hugging Face hub."""
+"""Models by name: a folder on this machine, or an id on the Hugging Face Hub."""
 
+import dataclasses
 import errno
 from pathlib import Path
 from typing import NoReturn
 
 from ema_jax.errors import UserError
+from ema_jax.models import checkpoint
 from ema_jax.models.config import DecoderConfig
 
 _WEIGHTS = "*.safetensors"
 _SMALL = ["*.json", "*.jinja", "tokenizer*", "merges.txt"]
-# Second copies of the weights (Mistral's consolidated file) and everything in subfolders.
+# Second copies of the weights (Mistral's consolidated file), and all subfolders.
 _UNWANTED = ["consolidated*", "*/*"]
 
 
+@dataclasses.dataclass(frozen=True)
+class ModelSource:
+    """A model's checked folder, and where it comes from.
+
+    Attributes:
+        given: the folder or Hub id that the user named.
+        folder: a Hugging Face or Flax checkpoint folder.
+        revision: the commit of a Hub id; None for a local folder.
+        fingerprint: `checkpoint.fingerprint` of the folder.
+    """
+
+    given: str
+    folder: Path
+    revision: str | None
+    fingerprint: str
+
+    @property
+    def id(self) -> str:
+        """The Hub id, or the name of a local folder without its path."""
+        return self.given if self.revision else self.folder.name
+
+    @property
+    def label(self) -> str:
+        """`id@commit` of a Hub id; `name@hash` of a local folder."""
+        if self.revision:
+            return f"{self.given}@{self.revision}"
+        return f"{self.folder.resolve().name}@{self.fingerprint[:12]}"
+
+    @property
+    def config(self) -> DecoderConfig:
+        """Architecture of the model."""
+        return DecoderConfig.from_folder(self.folder)
+
+
+def find(given: str, revision: str | None = None) -> ModelSource:
+    """Resolves a model (`resolve`) and checks its folder without reading the weights.
+
+    Raises:
+        UserError: no such model, or a folder that `checkpoint.check` refuses.
+    """
+    return _checked(given, *resolve(given, revision))
+
+
+def find_cached(given: str, revision: str | None = None) -> ModelSource | None:
+    """`find` without a network: None for a Hub id that is not in the local cache."""
+    found = cached(given, revision)
+    return None if found is None else _checked(given, *found)
+
+
+def _checked(given: str, folder: Path, revision: str | None) -> ModelSource:
+    checkpoint.check(folder)
+    return ModelSource(given, folder, revision, checkpoint.fingerprint(folder))
+
+
 def resolve(source: str, revision: str | None = None) -> tuple[Path, str | None]:
-    """The folder of a checkpoint, downloaded into the hub's cache if it is not there yet.
+    """Folder of a model, downloaded into the Hub's cache unless it is there.
 
     `HF_HOME`, `HF_TOKEN`, `HF_ENDPOINT` and `HF_HUB_OFFLINE` act as everywhere.
 
@@ -23,10 +79,10 @@ def resolve(source: str, revision: str | None = None) -> tuple[Path, str | None]
         revision: a branch, tag or commit of the hub id.
 
     Returns:
-        The folder, and the commit it is a snapshot of (None for a folder of one's own).
+        The folder, and the commit that it is a snapshot of (None for a local folder).
 
     Raises:
-        UserError: no such folder, or the hub does not give the checkpoint.
+        UserError: no such folder, or no such model on the Hub.
     """
     folder = Path(source).expanduser()
     if folder.is_dir():
@@ -53,7 +109,7 @@ def resolve(source: str, revision: str | None = None) -> tuple[Path, str | None]
         )
 
     try:
-        # What says whether the weights can be used comes before many gigabytes of them.
+        # The config first: it shows whether many gigabytes of weights can be used.
         snapshot = download(_SMALL, revision)
         DecoderConfig.from_folder(snapshot)
         snapshot = download([*_SMALL, _WEIGHTS], snapshot.name)
@@ -82,9 +138,9 @@ def resolve(source: str, revision: str | None = None) -> tuple[Path, str | None]
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
-        # Only the kind of the error: its text may quote the request.
+        # The error's type alone: its text may quote the request, and with it a token.
         raise UserError(
-            f"{where}: the download failed ({type(error).__name__}); try again, it goes on where "
+            f"{where}: the download failed ({type(error).__name__}); try again, it resumes where "
             "it stopped"
         ) from None
     return snapshot, snapshot.name
@@ -98,7 +154,7 @@ def _refuse_other_weights(where: str, files: list[str]) -> NoReturn:
 
 
 def cached(source: str, revision: str | None = None) -> tuple[Path, str | None] | None:
-    """As `resolve`, without a network: None for a hub id that was not downloaded yet."""
+    """`resolve` without a network: None for a Hub id that is not in the local cache."""
     if Path(source).expanduser().exists() or source.startswith(("/", ".", "~")):
         return resolve(source, revision)
     import huggingface_hub

@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685): attach, merge, and the PEFT format on disk."""
+"""Low-rank adapters (LoRA, arXiv 2106.09685): attach, merge, and read or write as PEFT."""
 
 import dataclasses
 import functools
@@ -28,9 +28,9 @@ _PEFT_PREFIX = "base_model.model."
 
 @dataclasses.dataclass(frozen=True)
 class LoRAConfig:
-    """An adapter's shape; `alpha / rank` scales it, or `alpha / √rank` with `rslora`.
+    """Shape of the adapters, scaled by `alpha / rank`, or by `alpha / √rank` with `rslora`.
 
-    `dropout` is the share of an adapter's inputs that a training pass leaves out.
+    `dropout` is the share of an adapter's inputs that a training pass sets to zero.
     """
 
     rank: PositiveInt = 16
@@ -41,18 +41,18 @@ class LoRAConfig:
 
     @property
     def scale(self) -> float:
-        """What the low-rank product is multiplied by."""
+        """Factor of the low-rank product."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
 def attach(model: Decoder, config: LoRAConfig, key: jax.Array) -> Decoder:
-    """The model with fresh adapters on every layer, sharing the base's arrays.
+    """Adds new adapters to every layer; the base's arrays are shared.
 
-    As PEFT initialises: `a` uniform in ±1/√in, `b` zero, so that the model is unchanged. Both are
-    float32 whatever the base is.
+    Initialised as by PEFT: `a` uniform in ±1/√in, `b` zero, so that the model is unchanged. Both
+    are float32 for every dtype of the base.
 
     Raises:
-        UserError: a target that is no projection of the decoder.
+        UserError: a target is no projection of the decoder.
     """
     for name in config.targets:
         if name not in TARGETS:
@@ -74,7 +74,7 @@ def attach(model: Decoder, config: LoRAConfig, key: jax.Array) -> Decoder:
 
 
 def with_dropout(model: Decoder, config: LoRAConfig, key: jax.Array) -> Decoder:
-    """The model for one forward pass of training: inputs of its adapters are dropped at random."""
+    """The model for one training forward pass, with dropout on the inputs of its adapters."""
     model = nnx.merge(*nnx.split(model))
     for i, name in enumerate(config.targets):
         linear: Linear = getattr(model.blocks, name)
@@ -84,7 +84,7 @@ def with_dropout(model: Decoder, config: LoRAConfig, key: jax.Array) -> Decoder:
 
 
 def detach(model: Decoder) -> Decoder:
-    """The base alone, sharing its arrays: adapters off."""
+    """The base without adapters, sharing its arrays."""
     model = nnx.merge(*nnx.split(model))
     for name in TARGETS:
         linear = getattr(model.blocks, name)
@@ -93,7 +93,7 @@ def detach(model: Decoder) -> Decoder:
 
 
 def merge(model: Decoder) -> Decoder:
-    """The model with its adapters added into the base's kernels (in float32, then cast back)."""
+    """Adds the adapters to the base's kernels, in float32, and casts them back."""
     merged = detach(model)
     for name in TARGETS:
         source: Linear = getattr(model.blocks, name)
@@ -109,7 +109,7 @@ def merge(model: Decoder) -> Decoder:
 def _merged(
     kernel: Float[Array, "L I O"], a: Float[Array, "L I R"], b: Float[Array, "L R O"], scale: float
 ) -> Float[Array, "L I O"]:
-    """Layer by layer: one stack of a 7B model's MLP would be 7.5 GB in float32."""
+    """Merges layer by layer: one stack of a 7B model's MLP would be 7.5 GB in float32."""
 
     def layer(parts: tuple[Array, Array, Array]) -> Array:
         kernel, a, b = parts
@@ -120,18 +120,18 @@ def _merged(
 
 
 def _module_name(target: str) -> str:
-    """Hugging Face name of a projection, with {l} for the layer."""
+    """Hugging Face name of a projection, with `{l}` for the layer."""
     row = next(row for row in TENSORS if row.path == ("blocks", target, "kernel"))
     return row.hf.removesuffix(".weight")
 
 
 def save_peft(model: Decoder, folder: str | Path, config: LoRAConfig, base: str) -> None:
-    """Writes the adapters as a PEFT folder, whole or not at all.
+    """Writes the adapters as a PEFT folder, atomically.
 
     Args:
         model: with adapters.
-        folder: where to; replaced if it is there.
-        config: what the adapters were attached with.
+        folder: to write; replaced if it exists.
+        config: of the adapters.
         base: the id or path of the base, as PEFT records it.
     """
     tensors: dict[str, np.ndarray] = {}
@@ -163,7 +163,7 @@ def save_peft(model: Decoder, folder: str | Path, config: LoRAConfig, base: str)
         (temporary / ADAPTER_CONFIG).write_text(json.dumps(description, indent=2) + "\n")
 
 
-# Kinds of adapters that PEFT has and this decoder does not.
+# Options of PEFT that this decoder does not support.
 _UNSUPPORTED = (
     "use_dora",
     "lora_bias",
@@ -176,11 +176,11 @@ _UNSUPPORTED = (
 
 
 def load_peft(model: Decoder, folder: str | Path) -> Decoder:
-    """The model with the adapters of a PEFT folder.
+    """Attaches the adapters of a PEFT folder.
 
     Raises:
-        UserError: a file is missing, an adapter of another kind, or a tensor that this model does
-            not have. (A wrong prefix would otherwise be a silent no-op.)
+        UserError: a file is missing, the kind of adapter is unsupported, or a tensor is missing,
+            misshaped or unknown to this model. (A wrong prefix would be a silent no-op.)
     """
     folder = Path(folder)
     path = folder / "adapter_model.safetensors"

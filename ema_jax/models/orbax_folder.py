@@ -17,21 +17,21 @@ MANIFEST = "manifest.json"
 PARAMETERS = "parameters"
 _FORMAT = {"format": "ema_jax/flax", "version": 1}
 _DTYPES = ("float32", "bfloat16", "float16")
-# What is restored at a time, unless one parameter is larger.
+# Restored at a time, unless one parameter is larger.
 _GROUP_BYTES = 1 << 28
-# What is compressed as one: several threads restore a parameter, and a device reads its part.
+# Compressed as one: several threads restore a parameter, and a device reads its part.
 _CHUNK_BYTES = 1 << 26
-# What Orbax and TensorStore raise about folders that are damaged or another's.
+# Raised by Orbax and TensorStore for folders that are damaged or of another writer.
 _DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError)
 
 
-def is_flax(folder: str | Path) -> bool:
-    """Whether a folder is a Flax checkpoint, and no Hugging Face one."""
+def is_flax_folder(folder: str | Path) -> bool:
+    """Whether a folder holds a Flax checkpoint, not a Hugging Face one."""
     return (Path(folder) / PARAMETERS).is_dir() or (Path(folder) / MANIFEST).exists()
 
 
 def write(folder: Path, parameters: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
-    """Writes the nested dictionary of a model's arrays, and the manifest beside it."""
+    """Writes the nested dictionary of a model's arrays, and the manifest."""
     from orbax.checkpoint import v1 as ocp
 
     context = ocp.Context()
@@ -42,7 +42,7 @@ def write(folder: Path, parameters: Mapping[str, Any], manifest: Mapping[str, An
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest; one of another format is a `UserError`."""
+    """Reads the manifest; one of another format is a `UserError`."""
     manifest = read_json(folder / MANIFEST)
     if (
         not isinstance(manifest, dict)
@@ -57,7 +57,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def check(folder: Path, shapes: Mapping[tuple, tuple[int, ...]]) -> None:
-    """Compares what is stored with an architecture, without reading it.
+    """Compares the stored shapes with those of an architecture, without reading any array.
 
     Raises:
         UserError: damaged, incomplete, or another architecture.
@@ -83,7 +83,7 @@ def check(folder: Path, shapes: Mapping[tuple, tuple[int, ...]]) -> None:
 
 
 def read(folder: Path, targets: Mapping[tuple, jax.ShapeDtypeStruct]) -> dict[tuple, jax.Array]:
-    """Restores every parameter straight to its target's dtype and sharding.
+    """Restores every parameter in its target's dtype and sharding.
 
     A few parameters at a time: Orbax holds much of what it restores twice.
 
@@ -109,7 +109,7 @@ def read(folder: Path, targets: Mapping[tuple, jax.ShapeDtypeStruct]) -> dict[tu
 
 
 def _groups(targets: Mapping[tuple, jax.ShapeDtypeStruct], itemsize: int) -> list[list[tuple]]:
-    """Names in their order, together as long as they are small."""
+    """Names in their order, in groups of at most `_GROUP_BYTES` unless one is larger."""
     groups: list[list[tuple]] = [[]]
     size = 0
     for name, target in targets.items():

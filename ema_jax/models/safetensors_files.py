@@ -1,4 +1,4 @@
-"""The safetensors files of a checkpoint folder: which holds which tensor, and whether they fit."""
+"""Safetensors files of a Hugging Face folder: which tensors they hold, reading and writing them."""
 
 import dataclasses
 import json
@@ -22,7 +22,7 @@ _DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.
 _ROWS_AT_ONCE = 4096
 # Old Llama and Mistral checkpoints store these; they follow from config.json.
 _DERIVED = re.compile(r"rotary_emb\.inv_freq$")
-# What GPTQ and AWQ, FP8, bitsandbytes and MLX store beside a matrix or in its place.
+# Stored by GPTQ, AWQ, FP8, bitsandbytes and MLX in addition to a matrix or in its place.
 _QUANTISED = re.compile(
     r"\.(qweight|qzeros|g_idx|(weight|input)_scale(_inv)?|weight_packed|SCB|scales"
     r"|weight\.(absmax|quant_map|quant_state\..*))$"
@@ -30,19 +30,19 @@ _QUANTISED = re.compile(
 
 
 @dataclasses.dataclass(frozen=True)
-class Stored:
-    """Where a tensor lies: `kind` is safetensors' name of its dtype, `offset` in bytes."""
+class StoredTensor:
+    """A tensor in a file: `dtype_name` is safetensors' name of its dtype, `offset` is in bytes."""
 
     file: Path
     name: str
     shape: tuple[int, ...]
-    kind: str
+    dtype_name: str
     offset: int
 
     @property
     def dtype(self) -> np.dtype:
         """The dtype of a floating tensor."""
-        return np.dtype(_DTYPES[self.kind])
+        return np.dtype(_DTYPES[self.dtype_name])
 
     @property
     def nbytes(self) -> int:
@@ -59,7 +59,7 @@ class Stored:
         Args:
             rows: which rows.
             columns: which columns; all by default.
-            memory: bytes to read into, if they are enough; new ones by default.
+            memory: a buffer to read into, if it is large enough; a new one by default.
 
         Raises:
             UserError: the file ends before the tensor does.
@@ -91,7 +91,7 @@ class Stored:
 
 @dataclasses.dataclass(frozen=True)
 class WeightFiles:
-    """A folder's weights; `file_of` says which file holds a tensor."""
+    """The weights in a folder; `file_of` maps each tensor to its file."""
 
     folder: Path
     file_of: Mapping[str, Path]
@@ -101,7 +101,7 @@ class WeightFiles:
         """Reads the names in a folder's `model.safetensors` or in its index.
 
         Raises:
-            UserError: no such weights, or an index that does not fit its files.
+            UserError: no such weights, or an index that does not match its files.
         """
         index, single = folder / INDEX, folder / SINGLE
         if index.exists() and single.exists():
@@ -114,16 +114,16 @@ class WeightFiles:
 
     @property
     def files(self) -> list[Path]:
-        """The files in use, by name."""
+        """The files in use, sorted by name."""
         return sorted(set(self.file_of.values()))
 
-    def stored(self) -> dict[str, Stored]:
-        """Where every tensor lies, by name.
+    def tensors(self) -> dict[str, StoredTensor]:
+        """Every tensor by name, with its file and offset.
 
         Raises:
             UserError: a file is damaged, or holds other tensors than the index says.
         """
-        found: dict[str, Stored] = {}
+        found: dict[str, StoredTensor] = {}
         for path in self.files:
             for name, tensor in _read_header(path).items():
                 home = self.file_of.get(name)
@@ -138,15 +138,15 @@ class WeightFiles:
         return found
 
     def check(self, expected: Mapping[str, tuple[int, ...]], tied: Mapping[str, str]) -> None:
-        """Compares the tensors with those of an architecture.
+        """Checks the tensors against those of an architecture.
 
         Args:
             expected: every tensor's shape.
-            tied: tensors that may be there as copies of another one.
+            tied: tensors that may be stored as copies of another one, and that one.
 
         Raises:
-            UserError: a tensor is missing or too many, or has another shape or a dtype that is not
-                floating.
+            UserError: a tensor is missing, unexpected, of another shape, or of a dtype that is not
+                floating-point.
         """
         missing = [name for name in expected if name not in self.file_of]
         quantised = next((name for name in self.file_of if _QUANTISED.search(name)), None)
@@ -160,7 +160,7 @@ class WeightFiles:
                 f"{self.folder}: {len(missing)} tensors are missing, first {missing[0]}; "
                 "is the download complete, and config.json its own?"
             )
-        stored = self.stored()
+        stored = self.tensors()
         unexpected = [
             name
             for name in stored
@@ -177,9 +177,9 @@ class WeightFiles:
                 raise UserError(
                     f"{tensor.file}: {name} has shape {tensor.shape}, config.json makes it {wanted}"
                 )
-            if tensor.kind not in _DTYPES:
+            if tensor.dtype_name not in _DTYPES:
                 raise UserError(
-                    f"{tensor.file}: {name} has dtype {tensor.kind}; use the unquantised "
+                    f"{tensor.file}: {name} has dtype {tensor.dtype_name}; use the unquantised "
                     f"checkpoint ({', '.join(_DTYPES)})"
                 )
         for name, source in tied.items():
@@ -192,7 +192,7 @@ class WeightFiles:
 
     def dtype(self) -> np.dtype:
         """The narrowest dtype that holds every tensor exactly."""
-        held = {t.kind for name, t in self.stored().items() if not _DERIVED.search(name)}
+        held = {t.dtype_name for name, t in self.tensors().items() if not _DERIVED.search(name)}
         return jnp.result_type(*(_DTYPES.get(name, np.float32) for name in sorted(held)))
 
 
@@ -226,7 +226,7 @@ def _read_index(index: Path) -> dict[str, Path]:
 
 
 def _what_else(folder: Path) -> str:
-    """What a folder holds in place of weights that can be read."""
+    """Names the contents of a folder that has no weights in a supported format."""
     for pattern, what in (
         ("model-*-of-*.safetensors", f"{{}} without its {INDEX}"),
         ("consolidated*.safetensors", "only weights in Mistral's own format ({})"),
@@ -241,25 +241,25 @@ def _what_else(folder: Path) -> str:
     return "no weights"
 
 
-def _equal(first: Stored, second: Stored) -> bool:
-    if (first.shape, first.kind) != (second.shape, second.kind):
+def _equal(first: StoredTensor, second: StoredTensor) -> bool:
+    if (first.shape, first.dtype_name) != (second.shape, second.dtype_name):
         return False
     return all(np.array_equal(first.read(rows), second.read(rows)) for rows in _bands(first))
 
 
-def _bands(tensor: Stored) -> Iterator[range]:
+def _bands(tensor: StoredTensor) -> Iterator[range]:
     for start in range(0, tensor.shape[0], _ROWS_AT_ONCE):
         yield range(start, min(start + _ROWS_AT_ONCE, tensor.shape[0]))
 
 
-def _read_header(path: Path) -> dict[str, Stored]:
+def _read_header(path: Path) -> dict[str, StoredTensor]:
     open_weights(path)  # safetensors itself checks sizes, offsets and dtypes
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
     header.pop("__metadata__", None)
     return {
-        name: Stored(
+        name: StoredTensor(
             path, name, tuple(row["shape"]), row["dtype"], 8 + length + row["data_offsets"][0]
         )
         for name, row in header.items()
@@ -272,9 +272,9 @@ def write_weights(
     """Writes `model.safetensors`, or several files and their index, one tensor at a time.
 
     Args:
-        folder: where to.
-        shapes: what will come.
-        values: an array for each, in that order; may be lazy.
+        folder: to write to.
+        shapes: name, shape and dtype of each tensor.
+        values: the arrays in that order; may be lazy.
         max_shard_bytes: start a new file past this size, unless a single tensor is larger.
     """
     shards: list[list[TensorSpec]] = [[]]

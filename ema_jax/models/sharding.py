@@ -39,11 +39,11 @@ _SPECS: dict[str, P | dict[str, P]] = {
 
 
 def make_mesh(shape: Sequence[int] = (1, 1, 1)) -> Mesh:
-    """A mesh over the first devices; one of the sizes may be -1, which takes what is left.
+    """A mesh over the first devices; one of the sizes may be -1, for all devices left.
 
     Raises:
-        UserError: more devices asked for than there are (of several processes: not all), or no
-            three sizes.
+        UserError: not three sizes, more devices than there are, or, with several processes, not
+            all of them.
     """
     sizes, available = list(shape), jax.device_count()
     if len(sizes) != 3 or sizes.count(-1) > 1 or any(n < 1 for n in sizes if n != -1):
@@ -69,7 +69,7 @@ def make_mesh(shape: Sequence[int] = (1, 1, 1)) -> Mesh:
 
 
 def parameter_spec(path: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh) -> P:
-    """The partition spec of one parameter; a size that an axis does not divide is not split."""
+    """Partition spec of one parameter; a dimension that its axes do not divide is not split."""
     table = next((_SPECS[part] for part in path if part in _SPECS), P())
     wanted: P = table.get(path[-1], P()) if isinstance(table, dict) else table
     padded = tuple(wanted) + (None,) * (len(shape) - len(wanted))
@@ -84,7 +84,7 @@ def parameter_spec(path: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh) ->
 
 
 def parameter_shardings(state: Any, mesh: Mesh) -> Any:
-    """The state's tree with a `NamedSharding` in place of every (abstract) array."""
+    """A tree like the state's, with a `NamedSharding` for every (abstract) array."""
 
     def sharding(path: tuple, leaf: jax.Array) -> NamedSharding:
         names = tuple(str(getattr(key, "key", getattr(key, "name", key))) for key in path)
@@ -95,12 +95,12 @@ def parameter_shardings(state: Any, mesh: Mesh) -> Any:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows over the data and fsdp axes."""
+    """Sharding of a batch: rows over the data and fsdp axes."""
     return NamedSharding(mesh, BATCH)
 
 
 def cache_sharding(num_kv_heads: int, mesh: Mesh) -> NamedSharding:
-    """Keys and values `[B, K, …]`: rows as in a batch, heads over the tensor axis."""
+    """Sharding of keys and values `[B, K, …]`: rows as in a batch, heads over the tensor axis."""
     split = num_kv_heads % mesh.shape["tensor"] == 0
     return NamedSharding(mesh, P(*BATCH, "tensor" if split else None))
 
@@ -108,12 +108,12 @@ def cache_sharding(num_kv_heads: int, mesh: Mesh) -> NamedSharding:
 def product(
     x: Float[Array, "B ... I"], kernel: Float[Array, "I O"], dtype: Any = None
 ) -> Float[Array, "B ... O"]:
-    """`x @ kernel`, by way of sending the smaller of the two over the fsdp axis.
+    """`x @ kernel`, sending the smaller of the two over the fsdp axis.
 
-    The axis splits rows and, for storage, kernels. Left alone, XLA multiplies with the split
-    kernel: it gathers all rows on every device and sums their products over the mesh. That is
-    right for the few rows of a decode step, and several times too much for those of a batch: there
-    both sides (and so the gradient, too) stay split by rows, and the kernel is gathered.
+    The axis splits rows and, for storage, kernels. Without constraints, XLA multiplies with the
+    split kernel: it gathers all rows on every device and sums their products over the mesh. That
+    is right for the few rows of a decode step, and several times too much traffic for a batch:
+    there both sides (and so the gradient) stay split by rows, and the kernel is gathered.
     """
     results = math.prod(x.shape[:-1]) * kernel.shape[-1]
     if x.size + 2 * results < kernel.size:
@@ -126,11 +126,11 @@ def product(
 def vocabulary_product(
     x: Float[Array, "B ... D"], head: Float[Array, "D V"]
 ) -> Float[Array, "B ... V"]:
-    """Logits in float32, split by words as the head is.
+    """Logits in float32, split over the vocabulary as the head is.
 
-    What is sent over the fsdp axis is `x` and, on the way back, its gradient: for a chunk of time
-    both are small beside the head, or the logits themselves. Where they are not, or where the axes
-    do not divide the words, it is a product like any other.
+    Only `x` and, in the backward pass, its gradient are sent over the fsdp axis: for a chunk of
+    time both are small compared with the head or the logits. Where they are not, or where the axes
+    do not divide the vocabulary, this is `product`.
     """
     mesh = jax.typeof(x).sharding.mesh
     parts = math.prod(mesh.shape.get(axis, 1) for axis in VOCABULARY)
@@ -142,7 +142,7 @@ def vocabulary_product(
 
 
 def _rows_over(x: Float[Array, "B ... F"], axes: Any, last: Any = P.UNCONSTRAINED) -> Any:
-    """Inside a program on a mesh: over which of its axes rows (and features) are split, if any."""
+    """Constrains, inside a program on a mesh, the axes that split rows (and features)."""
     mesh = jax.typeof(x).sharding.mesh
     traced = isinstance(x, jax.core.Tracer)
     if mesh.axis_names != AXES or not traced or x.shape[0] % batch_multiple(mesh):
@@ -152,18 +152,18 @@ def _rows_over(x: Float[Array, "B ... F"], axes: Any, last: Any = P.UNCONSTRAINE
 
 
 def batch_multiple(mesh: Mesh | AbstractMesh) -> int:
-    """What the number of rows in a batch has to be a multiple of."""
+    """The number that divides the rows of every batch."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def batch_rows(rows: int, mesh: Mesh) -> int:
-    """The rows of a batch that is to hold `rows` (one at least): rounded up to what divides."""
+    """`rows` (at least one), rounded up to a multiple that the mesh divides."""
     multiple = batch_multiple(mesh)
     return -(-max(rows, 1) // multiple) * multiple
 
 
 def place_batch(batch: T, mesh: Mesh) -> T:
-    """A batch that every process holds whole in NumPy, laid out by rows over the mesh."""
+    """Lays a NumPy batch, which every process holds in full, out over the mesh by rows."""
     sharding = batch_sharding(mesh)
     if jax.process_count() == 1:
         return jax.device_put(batch, sharding)
@@ -173,7 +173,7 @@ def place_batch(batch: T, mesh: Mesh) -> T:
 
 
 def host_array(x: jax.Array) -> np.ndarray:
-    """The whole array in NumPy, on every process; each has to ask for it."""
+    """The full array in NumPy, on every process; all processes have to call this."""
     if x.is_fully_addressable or x.is_fully_replicated:
         return np.asarray(x)
     return np.asarray(multihost_utils.process_allgather(x, tiled=True))
@@ -182,16 +182,16 @@ def host_array(x: jax.Array) -> np.ndarray:
 def validate(
     config: DecoderConfig, shape: Mapping[str, int], batches: Mapping[str, int], parts: int = 1
 ) -> None:
-    """Checks, before anything is compiled, that a model and its batches can be split evenly.
+    """Checks, before anything is compiled, that a mesh divides a model and its batches.
 
     Args:
         config: the architecture.
         shape: devices along each axis of the mesh.
         batches: name → rows of each kind of training batch.
-        parts: equal parts that each batch is cut into one after the other.
+        parts: number of equal parts of a batch that are processed one after another.
 
     Raises:
-        UserError: heads or rows that an axis does not divide, with sizes that would do.
+        UserError: heads or rows that an axis does not divide, with sizes that would work.
     """
     tensor = shape["tensor"]
     heads, groups = config.num_heads, config.num_kv_heads

@@ -1,7 +1,7 @@
-"""From files straight into the stacked, transposed, sharded parameters, in small blocks.
+"""Reading tensors block by block straight into stacked, transposed, sharded parameters.
 
 Each process reads every byte that its devices need once, and no other. On a CPU the memory filled
-here becomes the parameter itself; for an accelerator one stacked parameter's part waits here.
+here becomes the parameter itself; for an accelerator it holds one parameter at a time.
 """
 
 import contextlib
@@ -19,28 +19,28 @@ import jax
 import numpy as np
 from absl import logging
 
-from ema_jax.models.safetensors_files import Stored
+from ema_jax.models.safetensors_files import StoredTensor
 from ema_jax.runtime.progress import Progress
 
 _MB = 10**6
 
-# Blocks as large as this keep in a processor's cache between being read, turned and placed. They
-# are turned a tile at a time: XLA's copies of whole blocks would pile up in the allocator.
+# Blocks of this size stay in a processor's cache while they are read, transposed and placed. They
+# are transposed tile by tile: XLA's copies of whole blocks would pile up in the allocator.
 _BLOCK_BYTES = 4 << 20
 _TILE_BYTES = 1 << 20
 _SMALL_BYTES = 1 << 16
-# XLA uses a NumPy array's memory as it is if it starts at such a multiple.
+# XLA uses a NumPy array's memory without a copy if it starts at a multiple of this.
 _ALIGNMENT = 64
 
 WORKERS = min(8, (os.cpu_count() or 1) + 1)
 """Threads that read: one more than there are processors, as some of them wait for the disk."""
 
-# Each thread reads all of its blocks into one place: freed ones would pile up in the allocator.
+# Each thread reads all of its blocks into one buffer: freed ones would pile up in the allocator.
 _thread = threading.local()
 
 
 def read_parameter(
-    stored: Sequence[Stored],
+    stored: Sequence[StoredTensor],
     target: jax.ShapeDtypeStruct,
     *,
     stacked: bool,
@@ -48,15 +48,15 @@ def read_parameter(
     pool: Executor,
     count: Callable[[int], None],
 ) -> jax.Array:
-    """Reads one parameter to where its target's sharding puts it.
+    """Reads one parameter, each part of it into the memory of the device that holds it.
 
     Args:
-        stored: the tensors behind it: one a layer if `stacked`, else a single one.
+        stored: its tensors in the files: one per layer if `stacked`, else a single one.
         target: shape, dtype and sharding.
         stacked: whether the first axis is over `stored`.
-        transpose: whether a stored matrix is the transpose of ours.
-        pool: of threads, for blocks.
-        count: told the number of bytes of each block once it is read.
+        transpose: whether the stored matrix is the transpose of the parameter.
+        pool: threads that read blocks.
+        count: called with the number of bytes of each block that was read.
 
     Raises:
         UserError: a file ends too early.
@@ -72,7 +72,7 @@ def read_parameter(
         layer, place = job
         rows, *columns = reversed(place) if transpose else place
         block = stored[layer].read(rows, columns[0] if columns else None, _memory())
-        for tile, where in _turned(block, place) if transpose else [(block, place)]:
+        for tile, where in _transposed(block, place) if transpose else [(block, place)]:
             for ranges, values in parts.items():
                 if not stacked:
                     _place(tile, where, values, ranges)
@@ -90,18 +90,18 @@ def read_parameter(
     result = jax.make_array_from_callback(
         shape, sharding, lambda index: parts[_ranges(index, shape)]
     )
-    # Or the host would hold several parameters that are still on their way to an accelerator.
+    # Otherwise the host would hold several parameters that are being copied to an accelerator.
     return jax.block_until_ready(result)
 
 
 def part_size(target: jax.ShapeDtypeStruct) -> int:
-    """How many of a parameter's numbers the devices of this process hold, each counted once."""
+    """Elements of a parameter that devices of this process hold, each counted once."""
     # The parts overlap only where they are the same.
     return sum(math.prod(map(len, ranges)) for ranges in _parts(target))
 
 
 def _parts(target: jax.ShapeDtypeStruct) -> set[tuple[range, ...]]:
-    """Every distinct part that devices of this process hold."""
+    """The distinct parts that devices of this process hold."""
     indices = target.sharding.addressable_devices_indices_map(target.shape).values()
     return {_ranges(index, target.shape) for index in indices}
 
@@ -114,7 +114,7 @@ def _ranges(index: tuple[slice, ...] | None, shape: tuple[int, ...]) -> tuple[ra
 def _blocks(
     wanted: Collection[tuple[range, ...]], itemsize: int, transpose: bool
 ) -> Iterator[tuple[range, ...]]:
-    """Cuts what is wanted of a tensor along its rows in the file, none of them twice."""
+    """Cuts the wanted parts of a tensor into blocks of rows of the file, none of them twice."""
     axis = len(next(iter(wanted))) - 1 if transpose else 0
     edges = sorted({edge for ranges in wanted for edge in (ranges[axis].start, ranges[axis].stop)})
     for low, high in itertools.pairwise(edges):
@@ -135,7 +135,7 @@ def _blocks(
 def _place(
     block: np.ndarray, place: tuple[range, ...], values: np.ndarray, ranges: tuple[range, ...]
 ) -> None:
-    """Copies what a block and a part have in common, cast to the part's dtype."""
+    """Copies the overlap of a block and a part, cast to the part's dtype."""
     shared = [
         (max(a.start, b.start), min(a.stop, b.stop)) for a, b in zip(place, ranges, strict=True)
     ]
@@ -151,23 +151,23 @@ def _place(
         values[there] = block[here]
 
 
-def _turned(
+def _transposed(
     block: np.ndarray, place: tuple[range, ...]
 ) -> Iterator[tuple[np.ndarray, tuple[range, ...]]]:
-    """The transpose of a block that belongs at `place`, in tiles with their own places."""
+    """Transposed tiles of a block that belongs at `place`, each with its own place."""
     step = max(_TILE_BYTES // block[:, :1].nbytes, 1)
     for start in range(0, block.shape[1], step):
         columns = slice(start, start + step)
-        yield turn(block[:, columns]), (place[0][columns], place[1])
+        yield transpose(block[:, columns]), (place[0][columns], place[1])
 
 
-def turn(block: np.ndarray) -> np.ndarray:
-    """A matrix's transpose; XLA's is three times as fast as a strided copy in NumPy."""
+def transpose(block: np.ndarray) -> np.ndarray:
+    """Transpose of a matrix, by XLA: three times as fast as a strided copy in NumPy."""
     if block.nbytes < _SMALL_BYTES:
         return block.T
     try:
         device = jax.local_devices(backend="cpu")[0]
-    except RuntimeError:  # JAX was told to start an accelerator's backend alone
+    except RuntimeError:  # JAX_PLATFORMS names an accelerator alone
         return np.ascontiguousarray(block.T)
     return np.asarray(jax.device_put(block.T, device))
 
@@ -187,14 +187,14 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 @contextlib.contextmanager
 def reporting(name: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Shows how far a load is, and logs its speed and peak memory once it is done.
+    """Shows the progress of a load, and logs its speed and peak memory at the end.
 
     Args:
-        name: of what is loaded.
-        total: bytes of all its parameters; a process may need fewer of them.
+        name: of the checkpoint.
+        total: bytes of all its parameters; one process may read fewer.
 
     Yields:
-        What is to be told the number of bytes that were read.
+        A function to call with the number of bytes of each read.
     """
     done, start = 0, time.monotonic()
     with Progress(f"load {name}", total // _MB, "MB") as progress:
@@ -218,9 +218,9 @@ def reporting(name: str, total: int) -> Iterator[Callable[[int], None]]:
 
 
 def peak_bytes() -> int:
-    """The most memory that this process held since it started (resident set)."""
+    """Peak resident memory of this process since it started."""
     try:
-        # Linux's ru_maxrss survives exec: a child would report what its parent held.
+        # Linux's ru_maxrss survives exec: a child would report its parent's peak.
         status = Path("/proc/self/status").read_text()
         return int(status.split("VmHWM:")[1].split()[0]) * 1024
     except (FileNotFoundError, IndexError):

@@ -15,34 +15,26 @@ from jaxtyping import Array, Bool, Float, Int
 from ema_jax.data.batching import map_batches, pad_prompts
 from ema_jax.data.chat import Chat
 from ema_jax.errors import UserError
-from ema_jax.models import checkpoint
+from ema_jax.models import checkpoint, hub
 from ema_jax.models.config import DecoderConfig
 from ema_jax.models.decoder import Decoder
-from ema_jax.models.hub import resolve
 from ema_jax.runtime.progress import Progress
 
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """A judge's weights: a checked folder, and the text that tells them from others."""
+class JudgeModel:
+    """The model of a judge: a checked folder, its architecture, and a label that identifies it."""
 
     folder: Path
     config: DecoderConfig
     revision: str
 
     @classmethod
-    def find(cls, model: str, revision: str | None) -> "Checkpoint":
-        """Resolves a folder or hub id and checks it without reading weights."""
-        folder, commit = resolve(model, revision)
-        config = checkpoint.check(folder)
-        Chat.check(folder)
-        # A folder's path is the machine's business: its name and a hash of its files identify it.
-        stands_for = f"{model}@{commit}" if commit else folder.resolve().name
-        return cls(
-            folder,
-            config,
-            stands_for if commit else f"{stands_for}@{checkpoint.fingerprint(folder)[:12]}",
-        )
+    def find(cls, model: str, revision: str | None) -> "JudgeModel":
+        """Resolves a folder or Hub id and checks it without reading weights."""
+        found = hub.find(model, revision)
+        Chat.check(found.folder)
+        return cls(found.folder, found.config, found.label)
 
     def decoder(self) -> Decoder:
         """The model; the last one used is kept."""

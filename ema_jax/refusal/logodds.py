@@ -16,7 +16,7 @@ from jaxtyping import Float
 from ema_jax.data.chat import Chat
 from ema_jax.errors import UserError
 from ema_jax.models.decoder import Decoder
-from ema_jax.refusal.judge_model import Checkpoint, next_token_logprobs, sigmoid, word_ids
+from ema_jax.refusal.judge_model import JudgeModel, next_token_logprobs, sigmoid, word_ids
 from ema_jax.refusal.judging import check_positive, judge_valid
 from ema_jax.refusal.verdicts import COMPLIED, REFUSED, Verdict
 from ema_jax.runtime.files import read_jsonl, sha256_file, sha256_json
@@ -101,7 +101,7 @@ def best_threshold(logodds: Sequence[float] | np.ndarray, refused: Sequence[bool
 class LogOdds:
     """Judge `logodds`: σ(log-odds − threshold) as score; the reason holds the log-odds."""
 
-    source: Checkpoint
+    source: JudgeModel
     chat: Chat = field(repr=False)
     ids: tuple[int, ...]
     fixed_threshold: float
@@ -131,7 +131,7 @@ class LogOdds:
         if calibration is not None:
             _calibration_rows(calibration)
             known = sha256_file(calibration)
-        source = Checkpoint.find(model, revision)
+        source = JudgeModel.find(model, revision)
         chat = Chat.load(source.folder, system_prompt)
         ids = word_ids(chat, openers.split())
         if not ids:

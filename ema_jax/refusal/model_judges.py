@@ -13,7 +13,7 @@ from typing import Any
 from ema_jax.data.chat import Chat, first_line
 from ema_jax.errors import UserError
 from ema_jax.refusal.judge_model import (
-    Checkpoint,
+    JudgeModel,
     Verbatim,
     next_token_logprobs,
     sigmoid,
@@ -152,7 +152,7 @@ class Guard:
     reach the model as such.
     """
 
-    source: Checkpoint
+    source: JudgeModel
     chat: Chat = field(repr=False)
     render: Callable[[Mapping[str, Any]], str] = field(repr=False)
     parse: Callable[[str], Verdict] = field(repr=False)
@@ -173,7 +173,7 @@ class Guard:
         model card.
         """
         check_positive("wildguard", batch_size=batch_size, max_tokens=max_tokens)
-        source = Checkpoint.find(model, revision)
+        source = JudgeModel.find(model, revision)
         limit = min(max_tokens, source.config.max_positions - WILDGUARD_NEW_TOKENS)
         return cls(
             source,
@@ -209,7 +209,7 @@ class Guard:
                 f"judge 'qwen3guard': controversial is {controversial!r}, expected harmful, "
                 "harmless or null"
             )
-        source = Checkpoint.find(model, revision)
+        source = JudgeModel.find(model, revision)
         chat = Verbatim.of(source.folder)
         render = functools.partial(_moderation, chat)
         try:
@@ -275,7 +275,7 @@ class CausalLM:
     message, and is completed as plain text otherwise.
     """
 
-    source: Checkpoint
+    source: JudgeModel
     chat: Chat = field(repr=False)
     template: str
     yes: tuple[int, ...]
@@ -303,7 +303,7 @@ class CausalLM:
         if not 0 <= min_mass < 1:
             raise UserError(f"judge 'causal_lm': min_mass is {min_mass}, give 0 or more, below 1")
         check_template("causal_lm", template, ("prompt", "response"))
-        source = Checkpoint.find(model, revision)
+        source = JudgeModel.find(model, revision)
         chat: Chat = Verbatim.of(source.folder)
         if chat.tokenizer.chat_template:
             chat = Chat.load(source.folder)

@@ -13,6 +13,7 @@ from ema_jax.concepts.forecast import pooled_interval, pooled_score
 from ema_jax.config import ModelConfig, StudyConfig
 from ema_jax.data.prompts import OWN_SOURCES, build_prompts
 from ema_jax.errors import UserError
+from ema_jax.models.hub import ModelSource
 from ema_jax.models.sharding import AXES
 from ema_jax.refusal.scores import RefusalScore
 from ema_jax.refusal.verdicts import COMPLIED, DEGENERATE, OFF_TOPIC
@@ -27,7 +28,7 @@ from ema_jax.study.schema import (
     ReplicationRow,
     Results,
 )
-from ema_jax.study.session import Checkpoint
+from ema_jax.study.session import find_model
 from ema_jax.study.stage_bodies import STAGES, Study
 from ema_jax.study.workdir import Workdir
 
@@ -62,10 +63,10 @@ def run(
     if bool(config.cells) != (root / "cells").is_dir() and any(root.glob("*")):
         kind = "a single study" if config.cells else "a replication"
         raise UserError(f"{root}: holds {kind}; choose another --workdir")
-    found: dict[ModelConfig, Checkpoint | None] = {}
+    found: dict[ModelConfig, ModelSource | None] = {}
     for cell in cells.values():
         if cell.model not in found:
-            found[cell.model] = Checkpoint.find(cell.model, download=not dry_run)
+            found[cell.model] = find_model(cell.model, download=not dry_run)
     studies = {}
     for name, cell in cells.items():
         place = Workdir(root / "cells" / name if name else root, only)
@@ -99,7 +100,7 @@ def run(
 
 def _print_plan(
     cells: Mapping[str, StudyConfig],
-    found: Mapping[ModelConfig, Checkpoint | None],
+    found: Mapping[ModelConfig, ModelSource | None],
     studies: Mapping[str, Study],
 ) -> None:
     for name, cell in cells.items():

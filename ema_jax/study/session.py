@@ -20,6 +20,7 @@ from ema_jax.data.prompts import Prompt
 from ema_jax.generation.sampler import GREEDY, Sampling
 from ema_jax.models import checkpoint, hub, lora
 from ema_jax.models.decoder import Decoder
+from ema_jax.models.hub import ModelSource
 from ema_jax.models.sharding import make_mesh
 from ema_jax.refusal import judged_responses
 from ema_jax.refusal.evaluation import Evaluation
@@ -32,33 +33,16 @@ from ema_jax.unlearning.reference import reference_log_probs
 from ema_jax.unlearning.utility import perplexity, utility
 
 
-@dataclasses.dataclass(frozen=True)
-class Checkpoint:
-    """Where the model under study lies on disk, and what tells it from another."""
+def find_model(config: ModelConfig, *, download: bool = True) -> ModelSource | None:
+    """Finds the model under study and checks all that can be checked without reading weights.
 
-    source: str
-    folder: Path
-    revision: str | None
-    fingerprint: str
-
-    @property
-    def id(self) -> str:
-        """The Hub id, or the name of a folder: no path of a machine."""
-        return self.source if self.revision else self.folder.name
-
-    @classmethod
-    def find(cls, config: ModelConfig, *, download: bool = True) -> "Checkpoint | None":
-        """Resolves a folder or a Hub id, and checks what can be checked without reading weights.
-
-        None for a Hub id that is not in the local cache, unless it is to be downloaded.
-        """
-        resolved = (hub.resolve if download else hub.cached)(config.source, config.revision)
-        if resolved is None:
-            return None
-        folder, revision = resolved
-        checkpoint.check(folder)
-        Chat.check(folder)
-        return cls(config.source, folder, revision, checkpoint.fingerprint(folder))
+    None for a Hub id that is not in the local cache, unless it is to be downloaded.
+    """
+    find = hub.find if download else hub.find_cached
+    source = find(config.source, config.revision)
+    if source is not None:
+        Chat.check(source.folder)
+    return source
 
 
 # The last base loaded: the cells of a replication and of a sweep share it.
@@ -76,7 +60,7 @@ def _load(folder: Path, dtype: str | None, mesh: Mesh) -> Decoder:
 class Subject:
     """The base model with its tokenizer, judges and devices, each made when first needed."""
 
-    def __init__(self, config: StudyConfig, found: Checkpoint):
+    def __init__(self, config: StudyConfig, found: ModelSource):
         self._config, self.found = config, found
 
     @functools.cached_property

@@ -25,6 +25,7 @@ from ema_jax.models import checkpoint, lora
 from ema_jax.models.card import unlearned_card
 from ema_jax.models.config import DecoderConfig
 from ema_jax.models.decoder import Decoder
+from ema_jax.models.hub import ModelSource
 from ema_jax.refusal import sheet
 from ema_jax.refusal.evaluation import Evaluation
 from ema_jax.refusal.judged_responses import Judged
@@ -34,7 +35,7 @@ from ema_jax.report import write_report
 from ema_jax.runtime import distributed, files
 from ema_jax.study import concept_summaries, results, sensitivity
 from ema_jax.study.arm_training import train_arm
-from ema_jax.study.session import Checkpoint, Subject
+from ema_jax.study.session import Subject
 from ema_jax.study.workdir import Workdir
 from ema_jax.unlearning.ablation import ablate
 from ema_jax.unlearning.config import AblationArm
@@ -62,7 +63,7 @@ VERDICTS = 2
 class Study:
     """One study in its folder: what the stages share, and the stages."""
 
-    def __init__(self, config: StudyConfig, workdir: Workdir, found: Checkpoint):
+    def __init__(self, config: StudyConfig, workdir: Workdir, found: ModelSource):
         self.config, self.workdir, self.found = config, workdir, found
         self.subject = Subject(config, found)
         self.runs = [(arm, seed) for arm in config.arms for seed in config.seeds]
@@ -193,7 +194,7 @@ class Study:
         ]
         if not answers:
             raise UserError(
-                f"{self.found.source}: the model answers none of the benign prompts, so nothing "
+                f"{self.found.given}: the model answers none of the benign prompts, so nothing "
                 "can be measured; check the chat template and the judge"
             )
         path = self.workdir / "harvest/benign_answers.jsonl"
@@ -327,7 +328,7 @@ class Study:
         else:
             trained = self._train(arm, seed)
         if config.trainable == "lora":
-            lora.save_peft(trained.model, weights, config.lora, self.found.source)
+            lora.save_peft(trained.model, weights, config.lora, self.found.given)
         else:
             checkpoint.export(trained.model, weights, companions=self.found.folder, overwrite=True)
         path = workdir / f"trajectories/{name}.json"

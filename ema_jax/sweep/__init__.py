@@ -1,1 +1,1 @@
-"""Sweeps: a grid of studies that share what they can, worked on by any number of processes."""
+"""A grid of studies that share their first stages, run by any number of processes."""

@@ -1,7 +1,7 @@
 """A grid of studies: `python -m ema_jax.sweep --config=configs/tiny_sweep.py --workdir=DIR`.
 
-Start it as often as there are processors, on as many machines as share the folder: every process
-takes cells that nobody has. With `--cell=I` it takes that one only (`$SLURM_ARRAY_TASK_ID`).
+Start one process per device, on any machines that share the folder: each takes cells that no other
+process holds. With `--cell=I` it runs that cell alone (`$SLURM_ARRAY_TASK_ID`).
 """
 
 from collections.abc import Sequence
@@ -26,20 +26,20 @@ def define_flags() -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Works on the sweep that the flags describe."""
+    """Runs the cells of the configured grid, or lists them with --dry_run."""
     del argv
-    from ema_jax.sweep.worker import Sweep
+    from ema_jax.sweep.worker import StudyGrid
 
     values = flags.FLAGS
-    sweep = Sweep(read_config(), values.workdir, download=not values.dry_run)
-    if values.cell is not None and values.cell >= len(sweep.cells):
-        raise UserError(f"--cell: {values.cell}: there are {len(sweep.cells)}, counted from 0")
+    grid = StudyGrid(read_config(), values.workdir, download=not values.dry_run)
+    if values.cell is not None and values.cell >= len(grid.cells):
+        raise UserError(f"--cell: {values.cell}: there are {len(grid.cells)}, counted from 0")
     if values.dry_run:
-        for cell in sweep.cells:
-            done = "done" if sweep.finished(cell.name) else "to do"
+        for cell in grid.cells:
+            done = "done" if grid.finished(cell.name) else "to do"
             print(f"{cell.number:5}  {done:5}  {cell.name}")
         return
-    sweep.work(only=values.cell, expiry=values.expiry_seconds)
+    grid.work(only=values.cell, expiry=values.expiry_seconds)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The grid of a sweep: points in the space of settings, and cells, one run of one arm each."""
+"""The points of a grid of settings, one study each, and its cells, one run of one arm each."""
 
 import dataclasses
 import itertools
@@ -11,21 +11,21 @@ from ema_jax.config import StudyConfig, replaced
 from ema_jax.errors import UserError
 from ema_jax.runtime.files import sha256_json
 
-# What a point may change without another baseline, other concepts or another harvest.
-_OWN = ("unlearn", "arms", "seeds", "export")
+# Fields that may differ between points that share their baseline, concepts and harvest.
+_AFTER_HARVEST = ("unlearn", "arms", "seeds", "export")
 
 
 class Point(NamedTuple):
-    """One choice of a value on every axis: an ordinary study."""
+    """A study: one value on every axis of the grid."""
 
     name: str
     values: Mapping[str, Any]  # axis, as in `unlearn.learning_rate` → value
     config: StudyConfig
-    group: str  # points of one group share every stage before `unlearn`
+    group: str  # points of a group share all stages before `unlearn`
 
 
 class Cell(NamedTuple):
-    """One arm with one seed at one point: the unit of work."""
+    """One arm with one seed at one point."""
 
     number: int
     point: Point
@@ -34,15 +34,15 @@ class Cell(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Unique in the sweep, and the same when the grid grows."""
+        """Unique in the grid, and unchanged when the grid grows."""
         return f"{self.point.name}.{self.arm}.seed_{self.seed}"
 
 
 def points(config: StudyConfig) -> list[Point]:
-    """Every point of `config.grid`.
+    """All points of `config.grid`.
 
     Raises:
-        UserError: an axis without values, one that no study has, or a value that makes no sense.
+        UserError: an axis without values, an unknown field, or a value that the field refuses.
     """
     axes = list(_axes(config.grid))
     found = []
@@ -54,7 +54,7 @@ def points(config: StudyConfig) -> list[Point]:
             values[".".join(path)] = value
         study = replaced(config, changes, f"grid {values}")
         words = [Path(str(value)).name for value in chosen] or ["study"]
-        shared = {k: v for k, v in dataclasses.asdict(study).items() if k not in _OWN}
+        shared = {k: v for k, v in dataclasses.asdict(study).items() if k not in _AFTER_HARVEST}
         group = _name([Path(study.model.source).name, study.target], shared)
         found.append(Point(_name(words, values), values, study, group))
     names = [point.name for point in found]
@@ -65,7 +65,7 @@ def points(config: StudyConfig) -> list[Point]:
 
 
 def cells(found: list[Point]) -> list[Cell]:
-    """Every cell, those of a group and of a point together."""
+    """All cells, grouped by group and point."""
     order = {group: i for i, group in enumerate(dict.fromkeys(p.group for p in found))}
     runs = (
         (point, arm, seed)
@@ -99,5 +99,5 @@ def _put(changes: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
 
 
 def _name(words: list[str], value: Any) -> str:
-    """A readable name for a file, unique by a hash of what it stands for."""
+    """A readable file name, made unique by a hash of the value that it stands for."""
     return f"{re.sub(r'[^a-zA-Z0-9]+', '_', '-'.join(words))[:60]}-{sha256_json(value)[:8]}"

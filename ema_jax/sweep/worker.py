@@ -1,10 +1,10 @@
-"""A sweep in its folder: which units of work there are, and a worker that takes them.
+"""The folder of a grid of studies, and a worker that runs its units of work.
 
 shared/GROUP/    the stages before `unlearn`, once for all points that agree on them
-points/POINT/    an ordinary study's folder for every point, the shared stages linked into it
-claims/          who is at what
-finished/        one file a unit that is done
-sweep.csv        one row a cell, sweep.parquet the same; report/index.html over all of them
+points/POINT/    the folder of each point's study, with the shared stages linked into it
+claims/          leases of the units in progress
+finished/        one file per finished unit
+sweep.csv        one row per cell, also as sweep.parquet; report/index.html over all of them
 """
 
 import dataclasses
@@ -21,16 +21,17 @@ from absl import logging
 
 from ema_jax.config import ModelConfig, StudyConfig
 from ema_jax.errors import RunStoppedError, UserError
+from ema_jax.models.hub import ModelSource
 from ema_jax.runtime import files
-from ema_jax.study.session import Checkpoint
+from ema_jax.study.session import find_model
 from ema_jax.study.stage_bodies import Study
 from ema_jax.study.workdir import Workdir
 from ema_jax.sweep import table
 from ema_jax.sweep.grid import Cell, Point, cells, points
-from ema_jax.sweep.leases import Claims
+from ema_jax.sweep.leases import Leases
 
 SHARED = ("prompts", "baseline", "concepts", "forecast", "harvest")
-_SECONDS_BETWEEN_LOOKS = 0.5
+_POLL_SECONDS = 0.5
 
 
 class _Unit(NamedTuple):
@@ -39,8 +40,8 @@ class _Unit(NamedTuple):
     work: Callable[[], None]
 
 
-class Sweep:
-    """A grid of studies and its folder."""
+class StudyGrid:
+    """A grid of studies and the folder that its workers share."""
 
     def __init__(self, config: StudyConfig, folder: str | Path, *, download: bool = True):
         self.folder = Path(folder)
@@ -50,18 +51,18 @@ class Sweep:
             raise UserError(f"{self.folder}: holds a study or a replication; choose another")
         self.points = points(config)
         self.cells = cells(self.points)
-        self._found: dict[ModelConfig, Checkpoint | None] = {}
+        self._found: dict[ModelConfig, ModelSource | None] = {}
         for point in self.points:
             model = point.config.model
             if model not in self._found:
-                self._found[model] = Checkpoint.find(model, download=download)
+                self._found[model] = find_model(model, download=download)
         for point in self.points:
             if self._found[point.config.model] is not None:
-                study = self._study(point.config, self._place(point))
+                study = self._study(point.config, self._workdir(point))
                 study.workdir.check(study.settings())
 
     def model(self, point: Point) -> str:
-        """The model's Hub id or its folder's name."""
+        """Hub id of a point's model, or the name of its folder."""
         found = self._found[point.config.model]
         return found.id if found else point.config.model.source
 
@@ -70,29 +71,29 @@ class Sweep:
         return (self.folder / "finished" / f"{unit}.json").exists()
 
     def status(self, unit: str) -> dict[str, Any]:
-        """What a finished unit left: status, message, seconds."""
+        """Record of a finished unit: status, message, seconds."""
         return files.read_json(self.folder / "finished" / f"{unit}.json")
 
     def work(self, *, only: int | None = None, expiry: float) -> None:
-        """Takes units until all are done, whoever does them; then writes table and report.
+        """Runs units until all are finished, here or elsewhere; then writes table and report.
 
         Args:
-            only: take one cell (and the shared stages that it needs), for array jobs.
-            expiry: seconds after which the claim of a silent process is void.
+            only: number of a cell to run alone (with the shared stages it needs), for array jobs.
+            expiry: seconds after which the lease of a silent process is void.
         """
-        # A program that one worker compiled is compiled for all of them, and for the next run.
+        # Programs that one worker compiled serve all of them, and the next run.
         jax.config.update("jax_compilation_cache_dir", str(self.folder / "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-        claims = Claims(self.folder / "claims", expiry)
+        leases = Leases(self.folder / "claims", expiry)
         units = self._units()
         wanted = list(units)
         if only is not None:
             cell = self.cells[only].name
             wanted = [*units[cell].needs, cell]
-        self._take(claims, [units[name] for name in wanted])
-        if only is not None:  # the last one of its point also analyses the point
+        self._work_through(leases, [units[name] for name in wanted])
+        if only is not None:  # the last cell of a point also analyses the point
             ready = [u for u in units.values() if all(map(self.finished, u.needs)) and u.needs]
-            self._take(claims, [u for u in ready if u.name.startswith("point.")])
+            self._work_through(leases, [u for u in ready if u.name.startswith("point.")])
         if all(map(self.finished, units)):
             table.write(self.folder, [self._finished_cell(cell) for cell in self.cells])
 
@@ -100,40 +101,40 @@ class Sweep:
         status = self.status(cell.name)
         return table.FinishedCell(cell, self.model(cell.point), status["status"], status["seconds"])
 
-    def _take(self, claims: Claims, units: Sequence[_Unit]) -> None:
+    def _work_through(self, leases: Leases, units: Sequence[_Unit]) -> None:
         left = list(units)
         while left:
-            moved = False
+            progress = False
             for unit in left:
                 if self.finished(unit.name) or not all(map(self.finished, unit.needs)):
                     continue
-                claim = claims.take(unit.name)
-                if claim is None:
+                lease = leases.take(unit.name)
+                if lease is None:
                     continue
-                with claim:
-                    # It may have been finished between the look and the claim.
+                with lease:
+                    # It may have been finished between the check and the lease.
                     if not self.finished(unit.name):
-                        self._do(unit)
-                moved = True
+                        self._run_unit(unit)
+                progress = True
             left = [unit for unit in left if not self.finished(unit.name)]
-            if left and not moved:
-                time.sleep(_SECONDS_BETWEEN_LOOKS)
+            if left and not progress:
+                time.sleep(_POLL_SECONDS)
 
-    def _do(self, unit: _Unit) -> None:
+    def _run_unit(self, unit: _Unit) -> None:
         start = time.monotonic()
-        made: dict[str, Any] = {"status": "done", "message": None}
+        outcome: dict[str, Any] = {"status": "done", "message": None}
         logging.info("%s", unit.name)
         try:
             unit.work()
         except RunStoppedError as error:
-            # A diverged run is a result: the others go on, and it is not tried again.
+            # A diverged run is a result: it is not repeated, and the other units continue.
             logging.warning("%s: %s", unit.name, error)
-            made = {"status": "stopped", "message": str(error)}
-        made["seconds"] = round(time.monotonic() - start, 3)
-        files.write_json(self.folder / "finished" / f"{unit.name}.json", made)
+            outcome = {"status": "stopped", "message": str(error)}
+        outcome["seconds"] = round(time.monotonic() - start, 3)
+        files.write_json(self.folder / "finished" / f"{unit.name}.json", outcome)
 
     def _units(self) -> dict[str, _Unit]:
-        """Every unit in the order in which one worker would do them."""
+        """All units, in the order in which a single worker would run them."""
         units: dict[str, _Unit] = {}
 
         def add(name: str, needs: Sequence[str], work: Callable[[], None]) -> None:
@@ -143,38 +144,38 @@ class Sweep:
         for cell in self.cells:
             shared = f"shared.{cell.point.group}"
             if shared not in units:
-                add(shared, (), functools.partial(self._share, cell.point))
-            add(cell.name, (shared,), functools.partial(self._run, cell))
+                add(shared, (), functools.partial(self._run_shared_stages, cell.point))
+            add(cell.name, (shared,), functools.partial(self._run_cell, cell))
             of_point.setdefault(cell.point.name, []).append(cell.name)
         for point in self.points:
             analyse = f"point.{point.name}"
             add(analyse, of_point[point.name], functools.partial(self._analyse, point))
         return units
 
-    def _share(self, point: Point) -> None:
-        """The stages that all points of a group share."""
+    def _run_shared_stages(self, point: Point) -> None:
+        """Runs the stages that all points of a group share."""
         self._study(point.config, Workdir(self.folder / "shared" / point.group, SHARED)).run()
 
-    def _run(self, cell: Cell) -> None:
-        """One arm with one seed."""
-        self._adopt(cell.point)
+    def _run_cell(self, cell: Cell) -> None:
+        """Trains and evaluates one arm with one seed."""
+        self._link_shared_stages(cell.point)
         arms = {cell.arm: cell.point.config.arms[cell.arm]}
         config = dataclasses.replace(cell.point.config, arms=arms, seeds=(cell.seed,))
-        self._study(config, self._place(cell.point, ("unlearn", "evaluate"))).run()
+        self._study(config, self._workdir(cell.point, ("unlearn", "evaluate"))).run()
 
     def _analyse(self, point: Point) -> None:
-        """The point's `results.json`, over the arms of which every seed went through."""
+        """Writes the point's `results.json`, over the arms of which no seed stopped."""
         runs = [cell for cell in self.cells if cell.point.name == point.name]
         stopped = {cell.arm for cell in runs if self.status(cell.name)["status"] != "done"}
         arms = {arm: own for arm, own in point.config.arms.items() if arm not in stopped}
         if not arms:
             raise RunStoppedError("every arm stopped")
         config = dataclasses.replace(point.config, arms=arms)
-        self._study(config, self._place(point, ("analyse",))).run()
+        self._study(config, self._workdir(point, ("analyse",))).run()
 
-    def _adopt(self, point: Point) -> None:
-        """Links the shared stages into a point's folder: it is then a study like any other."""
-        source, target = Workdir(self.folder / "shared" / point.group), self._place(point)
+    def _link_shared_stages(self, point: Point) -> None:
+        """Links the shared stages into a point's folder, which is then an ordinary study's."""
+        source, target = Workdir(self.folder / "shared" / point.group), self._workdir(point)
         for stage in SHARED:
             manifest = source.manifest(stage)
             assert manifest is not None, stage
@@ -182,17 +183,17 @@ class Sweep:
                 _link(source / name, target / name)
             _link(source / f"stages/{stage}.json", target / f"stages/{stage}.json")
 
-    def _place(self, point: Point, only: Sequence[str] | None = None) -> Workdir:
+    def _workdir(self, point: Point, only: Sequence[str] | None = None) -> Workdir:
         return Workdir(self.folder / "points" / point.name, only)
 
-    def _study(self, config: StudyConfig, place: Workdir) -> Study:
+    def _study(self, config: StudyConfig, workdir: Workdir) -> Study:
         found = self._found[config.model]
         assert found is not None
-        return Study(config, place, found)
+        return Study(config, workdir, found)
 
 
 def _link(source: Path, target: Path) -> None:
-    """A hard link, or a copy where there are none. Files are replaced whole, never changed."""
+    """Hard-links a file, or copies it where links are unsupported. Files are never edited."""
     if target.exists():
         return
     with files.atomic_path(target) as temporary:

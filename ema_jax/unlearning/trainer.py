@@ -23,6 +23,7 @@ from ema_jax.models.decoder import Decoder
 from ema_jax.models.sharding import host_array, make_mesh, validate
 from ema_jax.refusal.evaluation import Evaluation
 from ema_jax.refusal.verdicts import COMPLIED
+from ema_jax.runtime.devices import find_accelerator, peak_memory_gib
 from ema_jax.runtime.progress import Progress
 from ema_jax.unlearning.batches import Data, StepBatch
 from ema_jax.unlearning.config import UnlearnConfig
@@ -30,7 +31,7 @@ from ema_jax.unlearning.metrics import Profile
 from ema_jax.unlearning.objectives import FORGET, Metrics
 from ema_jax.unlearning.reference import reference_log_probs, response_log_probs
 from ema_jax.unlearning.run_checkpoints import Checkpoints, NonFiniteError, stop_requested
-from ema_jax.unlearning.throughput import flops_per_token, memory_gib, peak_flops
+from ema_jax.unlearning.throughput import flops_per_token
 from ema_jax.unlearning.train_step import (
     TrainState,
     assemble,
@@ -293,8 +294,8 @@ class Meter:
 
     def __init__(self, base: Decoder, config: UnlearnConfig, mesh: Mesh):
         self._base, self._config = base, config
-        peak = peak_flops(mesh.devices.flat[0].device_kind)
-        self._peak = None if peak is None else peak * mesh.size
+        device = find_accelerator(mesh.devices.flat[0].device_kind)
+        self._peak = None if device is None else device.flops * mesh.size
         self._end = -math.inf
 
     def start(self, batch: StepBatch) -> Work:
@@ -304,7 +305,8 @@ class Meter:
         parts += [] if self._config.objective == "sft" else [forget.batch]
         masks = [part.mask for part in parts if part is not None]
         flops = sum(
-            mask.sum() * flops_per_token(self._base, self._config, mask.shape[1]) for mask in masks
+            mask.sum() * flops_per_token(self._base.config, self._config, mask.shape[1])
+            for mask in masks
         )
         return Work(sum(int(mask.sum()) for mask in masks), float(flops), time.monotonic())
 
@@ -315,7 +317,7 @@ class Meter:
         speed = {"tokens_per_second": work.tokens / seconds}
         if self._peak is not None:
             speed["mfu"] = float(work.flops / seconds / self._peak)
-        memory = memory_gib()
+        memory = peak_memory_gib()
         return speed if memory is None else speed | {"memory_gib": memory}
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ import transformers
 
 from ema_jax import lm_eval as adapter
 from ema_jax.data.chat import Chat
+from ema_jax.errors import UserError
 from ema_jax.generation.sampler import GREEDY, Sampling
 from ema_jax.organism import CHECKPOINTS
 
@@ -122,6 +124,20 @@ def test_generation_stops_at_the_strings(scorer, theirs):
     assert short == either == said.partition(stop)[0] != said
     assert capped
     assert said.startswith(capped)
+
+
+def test_thinking_is_off_unless_asked_for(tmp_path):
+    folder = shutil.copytree(FOLDER, tmp_path / "thinks")
+    template = folder / "chat_template.jinja"
+    template.write_text(template.read_text() + "{% if not enable_thinking %}<closed>{% endif %}")
+    for given, closed in ((None, True), ("False", True), ("true", False), (True, False)):
+        thinking = {} if given is None else {"enable_thinking": given}
+        scorer = adapter.Scorer.load(str(folder), **thinking)
+        assert scorer.apply_chat_template(TURN).endswith("<closed>") == closed, given
+    with pytest.raises(UserError, match="enable_thinking = 'maybe': expected true or false"):
+        adapter.Scorer.load(str(folder), enable_thinking="maybe")
+    with pytest.raises(UserError, match="the chat template has no enable_thinking"):
+        adapter.Scorer.load(str(FOLDER), enable_thinking=True)
 
 
 def test_what_is_asked_of_the_sampler():

@@ -22,6 +22,7 @@ from ema_jax.compile_check.programs import Workload
 from ema_jax.config import ModelConfig
 from ema_jax.errors import UserError
 from ema_jax.models.sharding import make_mesh
+from ema_jax.runtime import devices
 
 ROOT = Path(__file__).parents[2]
 MISTRAL = "mistralai/Mistral-7B-Instruct-v0.3"
@@ -185,12 +186,12 @@ def test_flops_are_those_that_xla_counts():
     )
     mesh = make_mesh()
     (_, forward), *_ = programs.lowered(
-        dataclasses.replace(work, prompt_tokens=256, ask_rows=8), mesh, ("capture",)
+        dataclasses.replace(work, prompt_tokens=256, prompt_rows=8), mesh, ("capture",)
     )
     tokens, model = 8 * 256, work.model
     head = 2 * model.vocab_size * model.hidden_size * tokens
     attention = 4 * model.num_heads * model.head_dim * 256 * tokens
-    block = 2 * (roofline.parameters(work) * tokens) - head
+    block = 2 * (model.matrix_weights * tokens) - head
     counted = forward.compile().cost_analysis()["flops"]
     assert block + attention == pytest.approx(counted, rel=0.05)
 
@@ -199,10 +200,11 @@ def test_a_step_costs_more_where_more_is_trained_or_computed_again():
     work = Workload.of(ema.read(small_config()), 16)
     full = dataclasses.replace(work, arm=dataclasses.replace(work.arm, trainable="full"))
     again = dataclasses.replace(work, arm=dataclasses.replace(work.arm, remat=True))
-    plain = roofline.train_flops(work, 8)
-    assert roofline.train_flops(again, 8) == pytest.approx(1.5 * plain)
-    assert plain < roofline.train_flops(full, 8) < 1.5 * plain
-    assert roofline.train_flops(work, 16) == 2 * plain
+    more = dataclasses.replace(work, arm=dataclasses.replace(work.arm, batch_size=24))
+    plain = roofline.train_flops(work)
+    assert roofline.train_flops(again) == pytest.approx(1.5 * plain, rel=0.05)
+    assert plain < roofline.train_flops(full) < 1.5 * plain
+    assert roofline.train_flops(more) == 2 * plain
 
 
 def test_meshes_split_every_head():
@@ -210,20 +212,20 @@ def test_meshes_split_every_head():
         Workload.of(ema.read(small_config()), 16),
         model=programs.architecture(ModelConfig(source="Qwen/Qwen2.5-7B-Instruct")),
     )
-    shapes = roofline.meshes(work, 16)
+    shapes = roofline.candidate_meshes(work, 16)
     assert {shape[2] for shape in shapes} == {1, 2, 4}  # 28 and 4 heads
     assert all(np.prod(shape) == 16 for shape in shapes)
     assert (1, 16, 1) in shapes
 
 
-def test_a_sweep_puts_the_cheapest_that_fits_first(monkeypatch):
-    """With the compiler replaced: memory grows with rows, and one mesh sends ten times as much."""
-    slice_ = topology.Topology("v5e:2x2", topology.CHIPS["v5e"], 4, jax.devices()[:4])
+@pytest.fixture
+def compiler(monkeypatch):
+    """In place of XLA: memory grows with rows, and one mesh sends a tenth of what others do."""
     monkeypatch.setattr(programs, "lowered", lambda work, mesh, names: [("train", (work, mesh))])
 
     def figures(program, _):
         work, mesh = program
-        rows, fsdp = work.train_rows(mesh), mesh.shape["fsdp"]
+        rows, fsdp = work.train_rows, mesh.shape["fsdp"]
         return {
             "fits": rows < 64,
             "hbm_gib_per_chip": float(rows),
@@ -232,13 +234,15 @@ def test_a_sweep_puts_the_cheapest_that_fits_first(monkeypatch):
         }
 
     monkeypatch.setattr(check, "_figures", figures)
-    config = small_config()
-    config.unlearn.batch_size = 8
-    rows = check.sweep(ema.read(config), slice_, 16)
+
+
+def test_compared_meshes_begin_with_the_cheapest_that_fits(compiler):
+    slice_ = topology.Topology("v5e:2x2", devices.TPUS["v5e"], 4, jax.devices()[:4])
+    rows = check.compare_meshes(ema.read(small_config()), slice_, 16)
     assert [row["fits"] for row in rows] == sorted((row["fits"] for row in rows), reverse=True)
     assert rows[0]["mesh"] == (1, 4, 1)
     assert rows[0]["examples"] == 32  # the most that fits: what is sent is shared by more
-    lines = check.table(rows).splitlines()
+    lines = check.mesh_table(rows).splitlines()
     assert len(lines) == 1 + len(rows)
     assert "   1    4      1" in lines[1]
     assert "NO" in lines[-1]
@@ -252,7 +256,7 @@ def test_what_does_not_fit_says_by_how_much():
                 "Used 20.25G of 15.75G hbm. Exceeded hbm capacity by 4.50G."
             )
 
-    slice_ = topology.Topology("v5e:2x2", topology.CHIPS["v5e"], 4, jax.devices()[:4])
+    slice_ = topology.Topology("v5e:2x2", devices.TPUS["v5e"], 4, jax.devices()[:4])
     made = check._figures(Program(), slice_)
     assert made["fits"] is False
     assert made["hbm_gib_per_chip"] == 20.25
@@ -275,7 +279,7 @@ def test_a_program_that_cannot_be_printed_leaves_its_collectives_unknown():
         def as_text(self):
             raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure")
 
-    slice_ = topology.Topology("v5e:2x2", topology.CHIPS["v5e"], 4, jax.devices()[:4])
+    slice_ = topology.Topology("v5e:2x2", devices.TPUS["v5e"], 4, jax.devices()[:4])
     made = check._figures(Program(), slice_)
     assert (made["fits"], made["hbm_gib_per_chip"], made["collectives"]) == (True, 12, None)
     work = Workload.of(ema.read(small_config()), 16)
@@ -284,7 +288,7 @@ def test_a_program_that_cannot_be_printed_leaves_its_collectives_unknown():
 
 
 def test_a_mesh_has_to_use_the_slice():
-    slice_ = topology.Topology("v5e:2x4", topology.CHIPS["v5e"], 8, jax.devices())
+    slice_ = topology.Topology("v5e:2x4", devices.TPUS["v5e"], 8, jax.devices())
     assert dict(slice_.mesh((2, -1, 2)).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
     with pytest.raises(UserError, match="has 8 devices"):
         slice_.mesh((1, 4, 1))
@@ -292,9 +296,32 @@ def test_a_mesh_has_to_use_the_slice():
 
 def test_what_the_trainer_refuses_is_not_said_to_fit():
     """A batch that the mesh does not divide: an error there, so here, and not rounded up."""
-    slice_ = topology.Topology("v5e:2x4", topology.CHIPS["v5e"], 8, jax.devices())
+    slice_ = topology.Topology("v5e:2x4", devices.TPUS["v5e"], 8, jax.devices())
     config = small_config()
     config.unlearn.batch_size = 12
     config.mesh = (-1, 1, 1)
-    with pytest.raises(UserError, match=r"arms\.npo\.batch_size = 12 does not divide .* use 16"):
-        check.check(ema.read(config), slice_, 16, ("train",))
+    for names in (("train",), ("decode",)):
+        with pytest.raises(
+            UserError, match=r"arms\.npo\.batch_size = 12 does not divide .* use 16"
+        ):
+            check.check(ema.read(config), slice_, 16, names)
+
+
+def test_compared_meshes_leave_out_what_the_trainer_refuses(compiler):
+    """Rows of every arm, not of the largest alone, have to divide over data · fsdp."""
+    slice_ = topology.Topology("v5e:2x4", devices.TPUS["v5e"], 8, jax.devices())
+    config = small_config()
+    config.unlearn.batch_size = config.unlearn.retain_batch_size = 12
+
+    def examples(mesh):
+        rows = check.compare_meshes(ema.read(config), slice_, 16)
+        return {row["examples"] for row in rows if row["mesh"] == mesh}
+
+    assert examples((1, 8, 1)) == {48, 96}
+    assert examples((1, 4, 2)) == {24, 48, 96}
+    config.arms = {"npo_retain": {"retain_weight": 5.0}, "small": {"batch_size": 6}}
+    assert examples((1, 8, 1)) == {96}
+    assert examples((1, 4, 2)) == {48, 96}
+    config.unlearn.layers = (0, 99)
+    with pytest.raises(UserError, match="the model's last block is"):
+        examples((1, 4, 2))

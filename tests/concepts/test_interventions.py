@@ -25,7 +25,7 @@ from ema_jax.concepts.interventions import (
 from ema_jax.data.batching import pad_prompts
 from ema_jax.errors import UserError
 from ema_jax.models import checkpoint, lora
-from ema_jax.models.decoder import KVCache
+from ema_jax.models.cache import KVCache
 from ema_jax.models.sharding import make_mesh
 
 WIDTH = 32

@@ -5,7 +5,7 @@ from pathlib import Path
 from small_study import small_config
 
 from ema_jax import config as ema
-from ema_jax.study.session import Checkpoint
+from ema_jax.models.hub import ModelSource
 from ema_jax.study.stage_bodies import Study
 from ema_jax.study.workdir import Workdir
 
@@ -54,7 +54,7 @@ for _method, _stage in {
 def sketch(folder: Path, only=None, **changes) -> list[str]:
     """Runs the sketch of a study with changes to its config; the stages that ran, in order."""
     config = small_config()
-    model = Checkpoint("x", folder, None, changes.pop("fingerprint", "f"))
+    model = ModelSource("x", folder, None, changes.pop("fingerprint", "f"))
     config.arms = changes.pop("arms", config.arms.to_dict())
     config.update(changes)
     made = Sketch(ema.read(config), Workdir(folder, only), model)

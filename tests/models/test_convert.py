@@ -17,6 +17,7 @@ from tiny_models import our_outputs, random_batch
 from ema_jax.convert import convert
 from ema_jax.errors import UserError
 from ema_jax.models import checkpoint
+from ema_jax.models.hub import resolve
 from ema_jax.models.sharding import make_mesh
 
 
@@ -183,7 +184,7 @@ def test_overwrite_replaces_checkpoints_only(tiny, tmp_path):
 )
 def test_sources_that_cannot_be_resolved(source, revision, message):
     with pytest.raises(UserError, match=message) as error:
-        checkpoint.resolve(source, revision)
+        resolve(source, revision)
     assert "\n" not in str(error.value)
 
 
@@ -213,7 +214,7 @@ def test_hub_failures_name_the_id_and_no_secret(monkeypatch, error, message):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     with pytest.raises(UserError, match=message) as raised:
-        checkpoint.resolve("owner/name", "main")
+        resolve("owner/name", "main")
     text = str(raised.value)
     assert text.startswith("owner/name at revision 'main'")
     assert "secret" not in text
@@ -252,7 +253,7 @@ def test_a_hub_id_downloads_only_what_is_needed(hub, tiny):
     unwanted += ["modeling_custom.py", "model.gguf", "README.md"]
     hub.files = dict.fromkeys([*small, *weights, *unwanted], "")
     hub.files["config.json"] = (tiny("llama") / "config.json").read_text()
-    assert checkpoint.resolve("owner/name", "main") == (hub.snapshot, COMMIT)
+    assert resolve("owner/name", "main") == (hub.snapshot, COMMIT)
     (first, second) = hub.asked
     assert first[:2] == ("owner/name", "main")
     assert sorted(first[2]) == sorted(small)
@@ -276,7 +277,7 @@ def test_a_hub_model_that_cannot_be_used(hub, tiny, config, weights, message, do
     theirs = json.loads((tiny("llama") / "config.json").read_text())
     hub.files = {"config.json": json.dumps(theirs | config), weights: ""}
     with pytest.raises(UserError, match=message) as error:
-        checkpoint.resolve("owner/name")
+        resolve("owner/name")
     assert "\n" not in str(error.value)
     assert len(hub.asked) == downloads
 

@@ -1,5 +1,6 @@
 """Hub ids through huggingface_hub's own client, against a small hub on this machine."""
 
+import dataclasses
 import http.server
 import json
 import os
@@ -9,6 +10,10 @@ import threading
 from pathlib import Path
 
 import pytest
+
+from ema_jax.errors import UserError
+from ema_jax.models import checkpoint
+from ema_jax.models.hub import find, find_cached
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 TOKEN = "hf_secret0secret0secret0secret"
@@ -66,6 +71,20 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         pass
 
 
+def test_a_model_is_known_by_its_name_and_contents_but_not_its_path(tiny):
+    folder = tiny("llama")
+    found = find(str(folder))
+    assert (found.folder, found.revision, found.id) == (folder, None, "llama")
+    assert found.fingerprint == checkpoint.fingerprint(folder)
+    assert found.label == f"llama@{found.fingerprint[:12]}"
+    assert found.config.family == "llama"
+    assert find_cached(str(folder)) == found
+    downloaded = dataclasses.replace(found, given="owner/name", revision="c0ffee")
+    assert (downloaded.id, downloaded.label) == ("owner/name", "owner/name@c0ffee")
+    with pytest.raises(UserError, match="no such folder"):
+        find(str(folder / "none"))
+
+
 RESOLVE = """
 import sys
 from absl import logging
@@ -73,12 +92,12 @@ logging.set_verbosity(logging.DEBUG)
 from ema_jax.errors import UserError
 from ema_jax.models import checkpoint, hub
 assert hub.cached("owner/name", "main") is None
-folder, commit = checkpoint.resolve("owner/name", "main")
+folder, commit = hub.resolve("owner/name", "main")
 assert hub.cached("owner/name", commit) == (folder, commit)
 print(checkpoint.load(folder).config.family, commit, folder)
 for source, revision in (("owner/name", "v9"), ("owner/gated", None), ("owner/none", None)):
     try:
-        checkpoint.resolve(source, revision)
+        hub.resolve(source, revision)
     except UserError as error:
         print(error)
 """

@@ -19,15 +19,15 @@ from safetensors.numpy import load_file, save_file
 from ema_jax.errors import UserError
 from ema_jax.models import checkpoint, streaming
 from ema_jax.models.config import DecoderConfig
-from ema_jax.models.safetensors_files import Stored, WeightFiles, write_weights
+from ema_jax.models.safetensors_files import StoredTensor, WeightFiles, write_weights
 from ema_jax.models.sharding import make_mesh
 from ema_jax.runtime.files import TensorSpec, read_tensors, write_tensors
 
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
 
 
-def stored(folder) -> dict[str, Stored]:
-    return WeightFiles.find(folder).stored()
+def stored(folder) -> dict[str, StoredTensor]:
+    return WeightFiles.find(folder).tensors()
 
 
 def test_any_block_equals_what_safetensors_reads(tiny):
@@ -58,7 +58,7 @@ def test_a_file_that_shrinks_after_its_check(tiny, tmp_path):
 def test_every_byte_is_read_once_in_small_blocks(tiny, monkeypatch, shape):
     """Also where devices hold the same part, and where a block spans parts of several."""
     monkeypatch.setattr(streaming, "_BLOCK_BYTES", 1000)
-    sizes, read = [], Stored.read
+    sizes, read = [], StoredTensor.read
 
     def counted(self, *where):
         block = read(self, *where)
@@ -67,9 +67,9 @@ def test_every_byte_is_read_once_in_small_blocks(tiny, monkeypatch, shape):
 
     folder = tiny("qwen3_window")
     expected = checkpoint.load(folder)
-    monkeypatch.setattr(Stored, "read", counted)
+    monkeypatch.setattr(StoredTensor, "read", counted)
     model = checkpoint.load(folder, mesh=make_mesh(shape))
-    monkeypatch.setattr(Stored, "read", read)
+    monkeypatch.setattr(StoredTensor, "read", read)
     for ours, theirs in zip(checkpoint.hf_tensors(model), checkpoint.hf_tensors(expected)):  # noqa: B905
         np.testing.assert_array_equal(ours, theirs)
     assert sum(sizes) == sum(tensor.nbytes for tensor in stored(folder).values())
@@ -114,12 +114,12 @@ distributed.initialise(heartbeat_seconds=30)
 import numpy as np
 from flax import nnx
 from ema_jax.models import checkpoint, lora, safetensors_files, sharding
-read, sizes = safetensors_files.Stored.read, []
+read, sizes = safetensors_files.StoredTensor.read, []
 def counted(self, *where):
     block = read(self, *where)
     sizes.append(block.nbytes)
     return block
-safetensors_files.Stored.read = counted
+safetensors_files.StoredTensor.read = counted
 options = {"dtype": "bfloat16"}  # as stored: bytes in memory are bytes in the file
 source, out = Path(sys.argv[1]), Path(sys.argv[2])
 mesh = sharding.make_mesh((1, 2, 2))

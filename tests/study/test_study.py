@@ -28,6 +28,7 @@ from ema_jax.data.prompts import Prompt
 from ema_jax.errors import UserError
 from ema_jax.generation.sampler import Response
 from ema_jax.models import checkpoint, lora
+from ema_jax.models.hub import ModelSource
 from ema_jax.organism import CHECKPOINTS
 from ema_jax.refusal import judged_responses
 from ema_jax.refusal.judged_responses import Judged
@@ -35,7 +36,6 @@ from ema_jax.refusal.verdicts import Verdict, share
 from ema_jax.runtime.files import read_json, read_jsonl, read_tensors, sha256_text, write_json
 from ema_jax.study import replication, schema, workdir
 from ema_jax.study import stage_bodies as study_lib
-from ema_jax.study.session import Checkpoint
 
 LAYERS, WIDTH = 6, 128
 TARGET = "cybersecurity"
@@ -522,7 +522,7 @@ def test_json_artifacts_are_strict(finished):
 
 def test_the_settings_name_every_field_that_an_arm_has():
     study = ema.read(small_config())
-    found = Checkpoint("x", CHECKPOINTS / "qwen2", None, "f")
+    found = ModelSource("x", CHECKPOINTS / "qwen2", None, "f")
     settings = study_lib.Study(study, workdir.Workdir("unused"), found).settings()
     assert settings["unlearn/npo_retain/seed_0"]["arm"] == dataclasses.asdict(
         study.arm("npo_retain")

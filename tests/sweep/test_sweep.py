@@ -1,4 +1,4 @@
-"""Grids, claims, and workers that share a folder: every cell once, whoever is killed."""
+"""Grids, leases, and workers that share a folder: every cell once, whoever is killed."""
 
 import json
 import os
@@ -21,8 +21,8 @@ from ema_jax.study import replication
 from ema_jax.study.workdir import Workdir
 from ema_jax.sweep import table, worker
 from ema_jax.sweep.grid import cells, points
-from ema_jax.sweep.leases import Claims
-from ema_jax.sweep.worker import Sweep
+from ema_jax.sweep.leases import Leases
+from ema_jax.sweep.worker import StudyGrid
 
 ROOT = Path(__file__).parents[2]
 GRID = {"target": ("cybersecurity", "safety"), "unlearn": {"beta": (0.1, 0.2)}}
@@ -80,39 +80,39 @@ def test_a_grid_is_not_run_as_a_study(tmp_path):
         replication.run(study(), tmp_path, dry_run=True)
 
 
-def test_a_claim_is_held_by_one(tmp_path):
-    claims = Claims(tmp_path, expiry=60)
-    with claims.take("a") as held:
-        assert claims.take("a") is None
-        assert claims.take("b") is not None
+def test_a_lease_is_held_by_one_process(tmp_path):
+    leases = Leases(tmp_path, expiry=60)
+    with leases.take("a") as held:
+        assert leases.take("a") is None
+        assert leases.take("b") is not None
         assert held.path.read_text().split()[1] == str(os.getpid())
-    assert claims.take("a") is not None  # let go
+    assert leases.take("a") is not None  # let go
 
 
-def test_a_silent_claim_is_void_and_only_one_takes_it_over(tmp_path):
-    claims = Claims(tmp_path, expiry=0.2)
-    assert claims.take("a") is not None  # not entered: nothing keeps it alive
-    assert claims.take("a") is None
+def test_a_silent_lease_is_void_and_only_one_takes_it_over(tmp_path):
+    leases = Leases(tmp_path, expiry=0.2)
+    assert leases.take("a") is not None  # not entered: nothing keeps it alive
+    assert leases.take("a") is None
     time.sleep(0.3)
     taken, gate = [], threading.Barrier(8)
 
     def rush():
         gate.wait()
-        taken.append(Claims(tmp_path, expiry=0.2).take("a"))
+        taken.append(Leases(tmp_path, expiry=0.2).take("a"))
 
     threads = [threading.Thread(target=rush) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len([claim for claim in taken if claim is not None]) == 1
+    assert len([lease for lease in taken if lease is not None]) == 1
 
 
-def test_a_claim_that_is_held_does_not_expire(tmp_path):
-    claims = Claims(tmp_path, expiry=0.2)
-    with claims.take("a"):
+def test_a_lease_that_is_held_does_not_expire(tmp_path):
+    leases = Leases(tmp_path, expiry=0.2)
+    with leases.take("a"):
         time.sleep(0.6)
-        assert claims.take("a") is None
+        assert leases.take("a") is None
 
 
 def fake_stages(monkeypatch, log: Path, seconds: float = 0.0, diverges: str = ""):
@@ -156,7 +156,7 @@ def notes(log: Path) -> list:
 
 def test_shared_stages_once_a_group_and_every_cell_once(tmp_path, monkeypatch):
     fake_stages(monkeypatch, tmp_path / "log")
-    Sweep(study(), tmp_path / "sweep").work(expiry=60)
+    StudyGrid(study(), tmp_path / "sweep").work(expiry=60)
     done = notes(tmp_path / "log")
     assert sum(only == list(worker.SHARED) for _, only, _ in done) == 2
     runs = [(point, *run[0]) for point, only, run in done if "unlearn" in only]
@@ -172,9 +172,9 @@ def test_shared_stages_once_a_group_and_every_cell_once(tmp_path, monkeypatch):
     page = (tmp_path / "sweep/report/index.html").read_text()
     assert page.count("npo_retain") >= 4
     # Nothing is run again, and a larger grid runs what is new.
-    Sweep(study(), tmp_path / "sweep").work(expiry=60)
+    StudyGrid(study(), tmp_path / "sweep").work(expiry=60)
     assert len(notes(tmp_path / "log")) == len(done)
-    Sweep(study(seeds=(0, 1, 2)), tmp_path / "sweep").work(expiry=60)
+    StudyGrid(study(seeds=(0, 1, 2)), tmp_path / "sweep").work(expiry=60)
     more = [run for _, only, run in notes(tmp_path / "log")[len(done) :] if "unlearn" in only]
     assert sorted(seed for ((_, seed),) in more) == [2] * 8
 
@@ -220,7 +220,7 @@ def test_workers_beside_each_other_do_every_cell_once(tmp_path, monkeypatch):
     fake_stages(monkeypatch, tmp_path / "log", seconds=0.02)
     monkeypatch.setattr(worker.table, "write", lambda *_: None)
     threads = [
-        threading.Thread(target=Sweep(study(), tmp_path / "sweep").work, kwargs={"expiry": 60})
+        threading.Thread(target=StudyGrid(study(), tmp_path / "sweep").work, kwargs={"expiry": 60})
         for _ in range(3)
     ]
     for thread in threads:
@@ -235,13 +235,13 @@ def test_an_array_job_takes_one_cell_and_the_last_one_writes_the_table(tmp_path,
     fake_stages(monkeypatch, tmp_path / "log")
     for number in range(16):
         assert not (tmp_path / "sweep/sweep.csv").exists()
-        Sweep(study(), tmp_path / "sweep").work(only=number, expiry=60)
+        StudyGrid(study(), tmp_path / "sweep").work(only=number, expiry=60)
     assert len(pd.read_csv(tmp_path / "sweep/sweep.csv")) == 16
 
 
 def test_a_diverged_cell_is_a_row_and_stops_no_other(tmp_path, monkeypatch):
     fake_stages(monkeypatch, tmp_path / "log", diverges="npo")
-    Sweep(study(), tmp_path / "sweep").work(expiry=60)
+    StudyGrid(study(), tmp_path / "sweep").work(expiry=60)
     rows = pd.read_csv(tmp_path / "sweep/sweep.csv")
     assert dict(rows.groupby("arm")["status"].first()) == {"npo": "stopped", "npo_retain": "done"}
     assert rows[rows["arm"] == "npo"]["target_rate"].isna().all()
@@ -252,7 +252,7 @@ def test_a_diverged_cell_is_a_row_and_stops_no_other(tmp_path, monkeypatch):
 def test_a_folder_of_something_else_is_refused(tmp_path):
     (tmp_path / "stages").mkdir()
     with pytest.raises(UserError, match="holds a study"):
-        Sweep(study(), tmp_path)
+        StudyGrid(study(), tmp_path)
 
 
 CONFIG = """
@@ -325,7 +325,7 @@ def test_a_point_of_a_sweep_is_the_study_that_it_stands_for(tmp_path):
         plain, tmp_path / "alone", only=("unlearn", "evaluate", "analyse"), dry_run=False
     )
     config.grid = {"target": ("cybersecurity",)}
-    Sweep(ema.read(config), tmp_path / "sweep").work(expiry=60)
+    StudyGrid(ema.read(config), tmp_path / "sweep").work(expiry=60)
     (point,) = (tmp_path / "sweep/points").iterdir()
     folders = (point, tmp_path / "alone")
     ours, alone = (json.loads((folder / "results.json").read_text()) for folder in folders)

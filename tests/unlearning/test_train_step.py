@@ -24,7 +24,7 @@ from ema_jax.unlearning.batches import Data, batch_indices, size_of
 from ema_jax.unlearning.config import UnlearnConfig
 from ema_jax.unlearning.optimizers import optimizer, schedule
 from ema_jax.unlearning.reference import reference_log_probs
-from ema_jax.unlearning.throughput import flops_per_token, peak_flops
+from ema_jax.unlearning.throughput import flops_per_token
 
 CONFIG = UnlearnConfig(
     lora=lora.LoRAConfig(rank=2, alpha=4.0),
@@ -292,18 +292,7 @@ def test_analytic_flops_against_xlas_count_of_a_forward_pass(folder):
         return model.logits(model(tokens, mask).hidden)
 
     cost = jax.jit(forward).lower(state, *batch).compile().cost_analysis()
-    one = nnx.merge(graph, state)
-    one.config = config
-    ours = flops_per_token(one, UnlearnConfig(trainable="full"), length) * rows * length / 3
+    ours = flops_per_token(config, UnlearnConfig(trainable="full"), length) * rows * length / 3
     assert ours == pytest.approx(cost["flops"], rel=0.25)
-    adapted = flops_per_token(one, CONFIG, length)
-    assert adapted < flops_per_token(one, UnlearnConfig(trainable="full"), length)
-
-
-def test_peaks():
-    assert peak_flops("NVIDIA H100 80GB HBM3") == peak_flops("NVIDIA H200") == 989e12
-    assert peak_flops("NVIDIA A100-SXM4-40GB") == 312e12
-    assert peak_flops("TPU v5 lite") == 197e12
-    assert peak_flops("TPU v6 lite") == 918e12
-    assert peak_flops("TPU v5") == 459e12
-    assert peak_flops("cpu") is None
+    adapted = flops_per_token(config, CONFIG, length)
+    assert adapted < flops_per_token(config, UnlearnConfig(trainable="full"), length)
