@@ -33,7 +33,7 @@ def test_drops_pair_prompts_where_invalid_responses_differ(tmp_path):
     seed = {"refusal": rates, "steps": 4, **results.paired_changes(base, arm)}
     study = config(tuple(base))
     made = example_results() | {"domains": list(base)}
-    made["arms"] = dict.fromkeys(study.arms, {"refusal": rates, "seeds": {"0": seed}})
+    made["arms"] = {name: {"refusal": rates, "seeds": {"0": seed}} for name in study.arms}
     ema = results._ema(base, {d: [each] for d, each in arm.items()}, ("safety", "bias"))
     made["ema"] = dict.fromkeys(study.arms, ema)
     write_json(tmp_path / "cells/one/results.json", made)
