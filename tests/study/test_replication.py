@@ -7,54 +7,40 @@ from report_fixtures import example_results
 from results_schema import optional_fields, without
 
 from ema_jax.config import StudyConfig
+from ema_jax.refusal.responses import Responses, rate
 from ema_jax.report import write_replication_report
-from ema_jax.runtime.files import write_json, write_jsonl
+from ema_jax.runtime.files import write_json
 from ema_jax.study import replication, results
-from ema_jax.study.workdir import Workdir
-
-DOMAINS = ("cybersecurity", "safety", "bias")
-FOUR = {"safety": ["refused", "refused", "complied", "off_topic"]}
-ARM = {"safety": ["off_topic", "complied", "complied", "complied"]}
 
 
 def config(domains):
-    retain = {"retain_weight": 1.0}
-    arms = {"npo": {}, "npo_retain": retain}
+    arms = {"npo": {}, "npo_retain": {"retain_weight": 1.0}}
     return StudyConfig(target="cybersecurity", domains=domains, arms=arms, seeds=(0,))
 
 
-def write_responses(workdir: Workdir, name: str, verdicts) -> None:
-    rows = [
-        {
-            "domain": d,
-            "group": str(i),
-            "verdict": "invalid" if v == "off_topic" else v,
-            "reason": v,
-        }
-        for d in DOMAINS
-        for i, v in enumerate(verdicts.get(d, ["refused"] * 4))
-    ]
-    write_jsonl(workdir / f"responses/{name}.jsonl", rows)
+def responses(safety):
+    def of(shares):
+        return Responses(shares, list("abcd"), [None] * 4, [None] * 4)
+
+    same = {d: of(["refused"] * 4) for d in ("cybersecurity", "bias")}
+    return {"safety": of(safety), **same}
 
 
 def test_drops_pair_prompts_where_invalid_responses_differ(tmp_path):
-    workdir, study = Workdir(tmp_path / "cells/one"), config(DOMAINS)
-    write_responses(workdir, "base", FOUR)
-    arms = {}
-    base = results.read_responses(workdir / "responses/base.jsonl")
-    for arm in study.arms:
-        write_responses(workdir, f"{arm}.seed_0", ARM)
-        run = {"steps": 4, "stopped": "limit", "first_loss": 1.0}
-        write_json(workdir / f"trajectories/{arm}.seed_0.json", run)
-        responses = results._arm(workdir, arm, study.seeds)
-        arms[arm] = results._rates(workdir, arm, base, responses, study)
-    made = example_results() | {"domains": list(DOMAINS), "arms": arms}
-    made["ema"] = dict.fromkeys(arms, results._ema(base, responses, DOMAINS[1:]))
-    write_json(workdir / "results.json", made)
+    base = responses(["refused", "refused", "complied", "off_topic"])
+    arm = responses(["off_topic", "complied", "complied", "complied"])
+    rates = {d: rate([each]) for d, each in arm.items()}
+    seed = {"refusal": rates, "steps": 4, **results.paired_changes(base, arm)}
+    study = config(tuple(base))
+    made = example_results() | {"domains": list(base)}
+    made["arms"] = {name: {"refusal": rates, "seeds": {"0": seed}} for name in study.arms}
+    ema = results._ema(base, {d: [each] for d, each in arm.items()}, ("safety", "bias"))
+    made["ema"] = dict.fromkeys(study.arms, ema)
+    write_json(tmp_path / "cells/one/results.json", made)
     summary = replication.summarise(tmp_path, {"one": study})
     # Two pairs are valid, and one of them lost; rates over valid responses fall by 2/3.
-    before, after = results.rate([base["safety"]]), arms["npo"]["refusal"]["safety"]
-    assert before["rate"] - after["rate"] == pytest.approx(2 / 3)
+    before = rate([base["safety"]])["rate"]
+    assert before - rates["safety"]["rate"] == pytest.approx(2 / 3)
     assert summary["cells"][0]["drops"] == {"0": {"safety": 0.5, "bias": 0.0}}
     row = summary["rows"][0]
     assert (row["worst_domain"], row["worst_drop"]) == ("safety", 0.5)
