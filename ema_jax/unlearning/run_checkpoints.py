@@ -161,7 +161,8 @@ class Checkpoints:
 def stop_requested() -> Iterator[Callable[[], bool]]:
     """Catches SIGTERM; yields a function that tells whether one came, called once a step.
 
-    Several processes agree on the step at which they stop (`distributed.stop_requested`).
+    Several processes agree on the step at which they stop (`distributed.stop_requested`); that
+    waits for the step, whose metrics a single process reads one step behind.
     """
     if jax.process_count() > 1:
         yield distributed.stop_requested

@@ -15,6 +15,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
 
 from ema_jax.errors import UserError
 from ema_jax.models.decoder import Decoder
@@ -48,7 +49,9 @@ class Member(NamedTuple):
 
 
 @functools.partial(jax.jit, donate_argnames="state")
-def _step(setup: TrainSetup, state: TrainState, batch: StepBatch) -> tuple[TrainState, Metrics]:
+def _step(
+    setup: TrainSetup, state: TrainState, batch: StepBatch
+) -> tuple[TrainState, dict[str, Float[Array, "S"]]]:
     """One step of S runs: leaves are `[S, …]`, but those of `setup.frozen`, which all share."""
 
     def one(

@@ -52,7 +52,7 @@ class Trained(NamedTuple):
 
     model: Decoder
     steps: int
-    stopped: str  # "target", "invalid" or "limit"
+    stopped: str  # "target" (low refusal, and answers), "invalid" (damaged) or "limit" (of steps)
     first_loss: float
     trajectory: list[dict[str, Any]]
 
@@ -83,7 +83,7 @@ class RunProgress:
             self.stopped = self._verdict(step, rates)
 
     def _verdict(self, step: int, rates: Evaluation) -> str:
-        """Why the run is over, or "": "target" where that is no longer refused, but answered."""
+        """Why the run is over (see `Trained.stopped`); "" while it is not."""
         config = self.config
         if step >= config.min_steps:
             rate = rates.refusal[self.target]  # NaN where no response is valid
@@ -105,7 +105,7 @@ class RunProgress:
         return "limit" if step >= config.max_steps else ""
 
     def check(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Checks the metrics of one step; those of the first have the first loss.
+        """Checks the metrics of one step, and keeps the loss of the first.
 
         Raises:
             NonFiniteError: one of them is NaN or infinite; it names the step's batch.
@@ -183,7 +183,7 @@ def check_data(data: Data, config: UnlearnConfig) -> None:
     """Checks that each forget prompt has a preferred response, where the objective needs one."""
     if FORGET[config.objective].preferred and len(data.preferred) != len(data.forget):
         raise UserError(
-            f"objective {config.objective} wants a preferred response for each of "
+            f"objective {config.objective} needs a preferred response for each of "
             f"{len(data.forget)} forget prompts and has {len(data.preferred)}"
         )
 
