@@ -1,4 +1,4 @@
-"""Dev rates of a model in training: what decides when a run is over."""
+"""Dev rates of a model in training, by which a run is stopped."""
 
 import math
 from collections.abc import Mapping
@@ -27,7 +27,7 @@ class Evaluation(NamedTuple):
         return max(found, default=self.invalid_rate)
 
     def point(self, step: int) -> dict[str, Any]:
-        """As a point of a trajectory, with null for what is unknown."""
+        """As a point of a trajectory, with null for unknown rates."""
         refusal = {d: None if math.isnan(rate) else rate for d, rate in self.refusal.items()}
         found = {"step": step, "refusal": refusal, "invalid_rate": self.invalid_rate}
         return found | ({"shares": dict(self.shares)} if self.shares else {})

@@ -1,4 +1,4 @@
-"""What judges that run a model share: the checkpoint, answer tokens, next-token probabilities."""
+"""Shared parts of judges that run a model: checkpoint, answer tokens, next-token probabilities."""
 
 import functools
 import math
@@ -24,7 +24,7 @@ from ema_jax.runtime.progress import Progress
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A judge's weights: a checked folder, and the text that tells them from others."""
+    """A judge's weights: a checked folder, and the text that identifies them."""
 
     folder: Path
     config: DecoderConfig
@@ -36,7 +36,7 @@ class Checkpoint:
         folder, commit = resolve(model, revision)
         config = checkpoint.check(folder)
         Chat.check(folder)
-        # A folder's path is the machine's business: its name and a hash of its files identify it.
+        # No path of a machine is recorded: a folder's name and a hash of its files identify it.
         stands_for = f"{model}@{commit}" if commit else folder.resolve().name
         return cls(
             folder,
@@ -45,7 +45,7 @@ class Checkpoint:
         )
 
     def decoder(self) -> Decoder:
-        """The model; the last one used is kept."""
+        """The model; the last one used stays in memory."""
         return _load(self.folder)
 
 
@@ -134,9 +134,9 @@ def next_token_logprobs(
         model: with or without adapters.
         prompts: token ids, N of them.
         groups: disjoint groups of ids.
-        pad_id: what padded places hold.
+        pad_id: token id at padded positions.
         batch_size: prompts at once.
-        description: of the progress shown.
+        description: of the progress bar.
 
     Returns:
         Nats, float32 `[N, len(groups) + 1]`.

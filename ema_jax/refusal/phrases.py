@@ -1,9 +1,8 @@
 """Phrase families of refusals and of answers: the features of the lexical judge, each a pattern.
 
-A family is looked for in one sentence at a time, after `reading.sentences` has lower-cased it and
+A family is looked for in one sentence at a time, after `sentences.sentences` has lower-cased it and
 written contractions out ("I can't" → "i can not"), so that no pattern needs to know of apostrophes.
-Families say nothing about how much they count for or where: that is learnt (`train_lexical.py`).
-They name no topics.
+Their weights, by position in the response, are learnt (`train_lexical.py`). They name no topics.
 """
 
 import re

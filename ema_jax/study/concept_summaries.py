@@ -37,7 +37,7 @@ from ema_jax.concepts.vectors import Activations, LayerVectors, concept_vectors
 from ema_jax.config import ConceptConfig
 from ema_jax.data.domains import BENIGN
 from ema_jax.models.decoder import Decoder
-from ema_jax.refusal.judged_responses import Judged
+from ema_jax.refusal.responses import JudgedResponses
 from ema_jax.refusal.verdicts import COMPLIED, REFUSED
 
 RANDOM = "random"
@@ -58,7 +58,7 @@ def plain(x: Any) -> Any:
     return None if isinstance(x, float) and np.isnan(x) else x
 
 
-def openers(judged: Judged) -> list[int]:
+def openers(judged: JudgedResponses) -> list[int]:
     """First tokens that open refusals rather than answers, as this model says them.
 
     Of all tokens that open at least one refusal in a hundred, those that open more refusals than

@@ -1,4 +1,4 @@
-"""The screen: which responses that are no refusals are no answers either.
+"""The answer screen: finds the responses, among those not refused, that are no answers either.
 
 Calibrated on the untouched model alone, before anything is unlearned, from its own answers (its
 responses that are no refusals):
@@ -43,8 +43,8 @@ def _topic_signals(signals: Signals) -> Float[np.ndarray, "N F"]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Screen:
-    """Weights and thresholds, with what they were found to do.
+class AnswerScreen:
+    """Weights and thresholds of relevance and fluency, with their error rates on the base.
 
     Attributes:
         weights: of the share of surprise explained and of word overlap.
@@ -61,7 +61,7 @@ class Screen:
     figures: Mapping[str, Any]
 
     @classmethod
-    def calibrate(cls, answers: Signals, salad: Float[np.ndarray, "M"]) -> "Screen | None":
+    def calibrate(cls, answers: Signals, salad: Float[np.ndarray, "M"]) -> "AnswerScreen | None":
         """From the base's own answers; None if there are too few of them.
 
         Args:
@@ -95,11 +95,11 @@ class Screen:
         return [SALAD if s else OFF_TOPIC if o else "" for s, o in zip(fluency, topic, strict=True)]
 
     def to_json(self) -> dict[str, Any]:
-        """All of it, for an artifact."""
+        """All fields as plain values: the entry `validity` of `evaluations/base.json`."""
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_json(cls, made: Mapping[str, Any]) -> "Screen":
+    def from_json(cls, made: Mapping[str, Any]) -> "AnswerScreen":
         """The inverse of `to_json`."""
         lists = ("weights", "topic", "fluency")
         return cls(**{**made, **{name: tuple(made[name]) for name in lists}})
