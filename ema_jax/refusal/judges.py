@@ -244,7 +244,6 @@ def make_endpoint(
         model=model,
         address=endpoint.Address.checked(url, api_version, allow_http_host),
         key_env=key_env,
-        key_header="Authorization" if api_version is None else "api-key",
         cache=cache,
         rubric=rubric,
         template=template,

@@ -29,16 +29,10 @@ class AnswerCache:
 
     def __init__(self, path: str | None):
         self._path, self._lock = path, threading.Lock()
-        self._verdicts: dict[str, Verdict] = {}
+        self.verdicts: dict[str, Verdict] = {}
         self._torn = False
         if path is not None and os.path.exists(path):
             self._read(path)
-
-    def __contains__(self, key: str) -> bool:
-        return key in self._verdicts
-
-    def __getitem__(self, key: str) -> Verdict:
-        return self._verdicts[key]
 
     @classmethod
     def check(cls, path: str) -> None:
@@ -59,7 +53,7 @@ class AnswerCache:
             del fields["harm"]
         line = json.dumps({"hash": key, **fields}) + "\n"
         with self._lock:
-            self._verdicts[key] = verdict
+            self.verdicts[key] = verdict
             if self._path is not None:
                 os.makedirs(os.path.dirname(self._path) or ".", exist_ok=True)
                 with open(self._path, "a", encoding="utf-8") as file:
@@ -86,7 +80,7 @@ class AnswerCache:
             known = verdict.verdict in VERDICTS and verdict.harm in (HARMFUL, HARMLESS, None)
             if not known:
                 raise UserError(f"{path}:{number}: no such verdict; remove the line")
-            self._verdicts[row["hash"]] = verdict
+            self.verdicts[row["hash"]] = verdict
         self._torn = bool(text) and not text.endswith("\n")
         if unfinished:
             logging.warning("%s: %d unfinished lines passed over", path, unfinished)

@@ -59,7 +59,6 @@ class Endpoint:
     url: str
     key: str = field(repr=False)
     key_env: str
-    key_header: str
     cache: str | None
     rubric: Rubric
     extra_body: Mapping[str, Any]
@@ -75,7 +74,6 @@ class Endpoint:
         model: str,
         address: Address,
         key_env: str | None,
-        key_header: str,
         cache: str | None,
         rubric: str,
         template: str | None,
@@ -112,17 +110,7 @@ class Endpoint:
         if cache is not None:
             AnswerCache.check(cache)
         return cls(
-            model,
-            address.url,
-            key,
-            key_env,
-            key_header,
-            cache,
-            question,
-            extra_body,
-            pace,
-            script,
-            version,
+            model, address.url, key, key_env, cache, question, extra_body, pace, script, version
         )
 
     @property
@@ -142,13 +130,13 @@ class Endpoint:
     def _judge(self, rows: Sequence[Mapping[str, Any]]) -> list[Verdict]:
         questions = [self._question(row) for row in rows]
         cache = AnswerCache(self.cache)
-        waiting = list({q.hash: q for q in questions if q.hash not in cache}.values())
+        waiting = list({q.hash: q for q in questions if q.hash not in cache.verdicts}.values())
         known = len({q.hash for q in questions}) - len(waiting)
         if known:
             logging.info("endpoint: %d answers are in the cache, %d to ask", known, len(waiting))
         if waiting:
             self._ask_all(waiting, cache)
-        return [cache[question.hash] for question in questions]
+        return [cache.verdicts[question.hash] for question in questions]
 
     def _question(self, row: Mapping[str, Any]) -> _Question:
         identity = (self.url, self.model, self.version, row["prompt"], row["response"])
@@ -168,26 +156,23 @@ class Endpoint:
                             future.result()
                             progress.update()
             except PassingError as error:
-                kept = (
-                    f"the answers so far are in {self.cache}" if self.cache else "nothing was kept"
-                )
-                advice = "run again to resume" if self.cache else "give cache=FILE and run again"
-                raise RunStoppedError(f"{self.url}: {error}; {kept}; {advice}") from None
+                advice = "nothing was kept; give cache=FILE and run again"
+                if self.cache:
+                    advice = f"the answers so far are in {self.cache}; run again to resume"
+                raise RunStoppedError(f"{self.url}: {error}; {advice}") from None
             finally:
                 # Requests under way are paid for: they finish, and their answers are kept.
                 pacer.stop()
                 pool.shutdown(wait=True, cancel_futures=True)
 
     def _client(self) -> httpx.Client:
-        # They log addresses and headers, in which a server may echo the key.
-        for name in ("httpx", "httpcore"):
+        for name in ("httpx", "httpcore"):  # they log headers, in which a server may echo the key
             getLogger(name).setLevel(WARNING)
-        # Uncompressed, so that the bound on a body's size holds.
-        headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
-        headers["User-Agent"] = "ema_jax"
+        headers = {"Content-Type": "application/json", "User-Agent": "ema_jax"}
+        headers["Accept-Encoding"] = "identity"  # so that the bound on a body's size holds
         if self.key:
-            bearer = self.key_header == "Authorization"
-            headers[self.key_header] = f"Bearer {self.key}" if bearer else self.key
+            azure = "?api-version=" in self.url
+            headers |= {"api-key": self.key} if azure else {"Authorization": f"Bearer {self.key}"}
         try:
             client = httpx.Client(
                 headers=headers,
@@ -199,8 +184,7 @@ class Endpoint:
             )
         except (ValueError, ImportError):
             raise UserError(
-                "judge 'endpoint': the proxy in https_proxy is not of a known kind; give "
-                "http://HOST:PORT"
+                "judge 'endpoint': https_proxy is not of a known kind; give http://HOST:PORT"
             ) from None
         client.cookies.jar.set_policy(http.cookiejar.DefaultCookiePolicy(allowed_domains=()))
         return client
@@ -232,7 +216,8 @@ class Endpoint:
     def _post(self, client: httpx.Client, data: bytes, question_id: str) -> Verdict:
         # Failures are handled outside of the handler: an error raised there would carry the
         # server's words as its context.
-        reply, body, failure = None, b"", None
+        reply, body = None, b""
+        failure: BaseException | None = None
         try:
             with client.stream("POST", self.url, content=data) as reply:
                 body = _body(reply, self.pace)
@@ -246,12 +231,14 @@ class Endpoint:
             return self._read(body, question_id)
         if isinstance(failure, PassingError):
             raise failure
-        if isinstance(cause := _cause(failure), ssl.SSLCertVerificationError):
+        while cause := failure.__cause__ or failure.__context__:
+            failure = cause
+        if isinstance(failure, ssl.SSLCertVerificationError):
             raise UserError(
                 f"{self.url}: its certificate is not valid here; correct url, or add the "
                 "authority to SSL_CERT_FILE"
             )
-        raise PassingError(type(cause).__name__)
+        raise PassingError(type(failure).__name__)
 
     def _failed(self, error: ServerError, wait_seconds: float = 0.0) -> Verdict:
         """Sorts an error: try again, an invalid row, or the end of the run."""
@@ -300,10 +287,9 @@ class Endpoint:
             raise PassingError("not a chat completion") from None
         if error is not None:
             return self._failed(ServerError.of(200, {"error": error}))
-        return self.rubric.read(content, question_id) if content or not filtered else _DECLINED
-
-
-_DECLINED = declined(FILTERED)
+        if filtered and not content:
+            return declined(FILTERED)
+        return self.rubric.read(content, question_id)
 
 
 def _body(reply: httpx.Response, pace: Pace) -> bytes:
@@ -317,15 +303,6 @@ def _body(reply: httpx.Response, pace: Pace) -> bytes:
         if time.monotonic() > deadline:
             raise PassingError("an answer that takes too long")
     return b"".join(parts)
-
-
-def _cause(error: BaseException) -> BaseException:
-    """The system's own error behind a client's, or the client's where there is none."""
-    found, inner = error, error.__cause__ or error.__context__
-    while inner is not None:
-        found = inner if isinstance(inner, OSError) else found
-        inner = inner.__cause__ or inner.__context__
-    return found
 
 
 def _proxy(url: str) -> str | None:

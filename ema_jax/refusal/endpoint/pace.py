@@ -2,12 +2,14 @@
 
 import datetime
 import email.utils
+import math
 import random
 import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import CancelledError
 from dataclasses import dataclass
+from typing import Any
 
 import tenacity
 
@@ -46,19 +48,20 @@ class Pacer:
             PassingError: no answer, and the last failure names no verdict to use instead.
             concurrent.futures.CancelledError: the run is over.
         """
-        pace = self._pace
-        doubling = tenacity.wait_exponential(pace.backoff, max=pace.longest_backoff)
+        limits = self._pace
+        doubling = tenacity.wait_exponential(limits.backoff, max=limits.longest_backoff)
+
+        def asked(state: Any) -> float:
+            return state.outcome.exception().wait_seconds
+
         return tenacity.Retrying(
             before=lambda state: self.wait_for_turn(),
             retry=tenacity.retry_if_exception_type(PassingError),
-            wait=lambda state: max(
-                _failure(state).wait_seconds, doubling(state) * random.uniform(0.5, 1.5)
-            ),
+            wait=lambda state: max(asked(state), doubling(state) * random.uniform(0.5, 1.5)),
             stop=lambda state: (
-                state.attempt_number > pace.max_retries
-                or _failure(state).wait_seconds > pace.longest_wait
+                state.attempt_number > limits.max_retries or asked(state) > limits.longest_wait
             ),
-            before_sleep=lambda state: self._hold_back(_failure(state).wait_seconds),
+            before_sleep=lambda state: self._hold_back(asked(state)),
             sleep=self._sleep,
             retry_error_callback=self._give_up,
         )(request)
@@ -84,25 +87,18 @@ class Pacer:
             with self._lock:
                 self._next = max(self._next, time.monotonic() + seconds)
 
-    def _give_up(self, state: tenacity.RetryCallState) -> Verdict:
-        error, attempts = _failure(state), state.attempt_number
+    def _give_up(self, state: Any) -> Verdict:
+        error, attempts = state.outcome.exception(), state.attempt_number
         if attempts > self._pace.max_retries and error.otherwise is not None:
             return error.otherwise
         wait = error.wait_seconds
-        asked = f"; it asks to wait {wait:.0f} s" if 0 < wait < float("inf") else ""
+        asked = f"; it asks to wait {wait:.0f} s" if 0 < wait < math.inf else ""
         tries = f"{attempts} attempt{'s' if attempts > 1 else ''}"
         raise PassingError(f"no answer after {tries} ({error}{asked})")
 
     def _sleep(self, seconds: float) -> None:
         if self._stopped.wait(max(seconds, 0.0)):
             raise CancelledError
-
-
-def _failure(state: tenacity.RetryCallState) -> PassingError:
-    assert state.outcome is not None
-    error = state.outcome.exception()
-    assert isinstance(error, PassingError)
-    return error
 
 
 def retry_after(headers: Mapping[str, str]) -> float:
@@ -112,13 +108,11 @@ def retry_after(headers: Mapping[str, str]) -> float:
     """
     text = headers.get("Retry-After", "").strip()
     try:
-        return max(float(text), 0.0) if text and text != "nan" else 0.0
+        return max(0.0, float(text))
     except ValueError:
         pass
     try:
         moment = email.utils.parsedate_to_datetime(text)
     except (ValueError, TypeError):
         return 0.0
-    if moment.tzinfo is None:
-        moment = moment.replace(tzinfo=datetime.UTC)
-    return max((moment - datetime.datetime.now(datetime.UTC)).total_seconds(), 0.0)
+    return max(0.0, moment.replace(tzinfo=moment.tzinfo or datetime.UTC).timestamp() - time.time())
