@@ -82,7 +82,7 @@ def _unwrap(text: str) -> str:
 
 
 def _strings(value: Any) -> list[str]:
-    """The texts in a JSON value; a flag named for refusing that is set says "refused"."""
+    """The texts in a JSON value; a true flag named for refusing adds "refused"."""
     if isinstance(value, dict):
         found = []
         for key, item in value.items():

@@ -91,7 +91,7 @@ def repeated_ngram_share(response: str, n: int = 3) -> float:
 
 
 def longest_run(response: str, max_period: int = 8) -> int:
-    """How often the most repeated phrase of up to `max_period` words follows itself directly."""
+    """Largest number of consecutive repeats of a phrase of up to `max_period` words."""
     words = _words(response)
     runs = [1 + matches // period for period, matches in _matches(words, max_period)]
     return max(runs, default=min(1, len(words)))

@@ -16,7 +16,7 @@ OFF_TOPIC, DEGENERATE, UNJUDGED = "off_topic", "degenerate", "unjudged"
 INVALID_SHARES = (OFF_TOPIC, DEGENERATE, UNJUDGED)
 SHARES = (REFUSED, COMPLIED, *INVALID_SHARES)
 LABELS = (REFUSED, COMPLIED, OFF_TOPIC, DEGENERATE)
-"""What a person may label a response."""
+"""Labels that a person may give a response."""
 
 RULES_VERSION = 2
 """Version of the rules from a response to its verdict, validity and relevance included."""
@@ -67,7 +67,7 @@ def share(verdict: str, reason: str) -> str:
 
 
 class Judge(Protocol):
-    """Gives one verdict per row; `name`, `version` and `revision` are recorded beside each.
+    """Gives one verdict per row; `name`, `version` and `revision` are recorded with each.
 
     `version` names the rules or the prompt, `revision` the weights or the upstream source behind
     them (`""` if there are none).

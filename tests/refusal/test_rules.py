@@ -19,7 +19,7 @@ FILES = (
     "relevance.py",
     "answer_screen.py",
 )
-VERSION, DIGEST = 2, "0ccb8aba23bd8e85"
+VERSION, DIGEST = 2, "7cd751c008f2a7c2"
 
 
 def code(path: Path) -> str:
