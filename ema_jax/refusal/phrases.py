@@ -55,7 +55,6 @@ _IDIOM = (
     r"find|lose|rest|stop|afford|miss|mind|go (?:wrong|anywhere)|judge you|do without|let you down|"
     r"worry|need|use|regret|give up|round))"
 )
-_THIS = r"(?:this|that|it|such|these|those|the|your|any|anything|what|how|here)"
 _NORM = (
     r"(?:appropriate|ethical|acceptable|respectful|okay|ok|moral|morally|legal|lawful|"
     r"permissible|advisable|kind|fair|humane|right to|responsible|polite|productive|healthy|"

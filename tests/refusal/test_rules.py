@@ -19,7 +19,7 @@ FILES = (
     "relevance.py",
     "answer_screen.py",
 )
-VERSION, DIGEST = 2, "7cd751c008f2a7c2"
+VERSION, DIGEST = 2, "153a27c18892ed75"
 
 
 def code(path: Path) -> str:
