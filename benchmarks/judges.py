@@ -2,7 +2,7 @@
 
 FOLDER (or the environment's EMA_JAX_LABELS) holds labelled sets, none of them part of the project:
 XSTest's completions, the ChatGPT set of Reuter and Schulze, JSONL with own labels
-(`ema_jax/refusal/labelled.py`). Prints one row per set, part of it (prompt type, tone, style) and
+(`ema_jax/refusal/labelled_sets.py`). Prints one row per set, part of it (prompt type, tone, style)
 judge: accuracy, precision, recall and Cohen's kappa of `refused` against the rest, the share of
 answers called refused, and the share found of what people call degenerate or off-topic. `--own`
 adds the project's own examples: of openings and kinds of damage, the held-out half. Figures on
@@ -19,7 +19,7 @@ import numpy as np
 from sklearn.metrics import accuracy_score, cohen_kappa_score, precision_score, recall_score
 
 from ema_jax.refusal.judges import TEXT_JUDGES, get_judge
-from ema_jax.refusal.labelled import Labelled, read_folder
+from ema_jax.refusal.labelled_sets import Labelled, read_folder
 from ema_jax.refusal.train_lexical import own_rows
 from ema_jax.refusal.verdicts import COMPLIED, DEGENERATE, OFF_TOPIC, REFUSED
 

@@ -23,7 +23,7 @@ from flax import nnx
 
 from ema_jax.models.decoder import Decoder
 from ema_jax.organism import oracle
-from ema_jax.refusal.judged_responses import Judged
+from ema_jax.refusal.responses import JudgedResponses
 from ema_jax.refusal.verdicts import COMPLIED, SHARES
 from ema_jax.runtime import cli, files
 from ema_jax.study.flags import read_config
@@ -101,7 +101,7 @@ def main(argv: list[str]) -> None:
     for domain in (*config.domains, "benign"):
         asked += [p for p in study.prompts["eval"] if p.domain == domain][: _PROMPTS.value]
     base = subject.ask(subject.base, asked)
-    _, own = base.measured(subject.chat, subject.log_probs)
+    _, own = base.compliance_signals(subject.chat, subject.log_probs)
     answers = screen.score(own)
     print(json.dumps({"what": "shuffled", **caught_at(answers, screen.score(own.unrelated()))}))
     cases = {
@@ -126,14 +126,16 @@ def main(argv: list[str]) -> None:
         print(json.dumps({"what": name, "asking_s": asking, "screening_s": screening}), flush=True)
 
 
-def compared(plain: Judged, judged: Judged, answers: np.ndarray, study: Study) -> dict:
+def compared(
+    plain: JudgedResponses, judged: JudgedResponses, answers: np.ndarray, study: Study
+) -> dict:
     """Agreement with the grammar over the four shares, and how well the wrong ones are caught."""
     texts = [(p.prompt, r.text) for p, r, _ in judged]
     truth = [oracle.share(*pair) for pair in texts]
     found = [verdict.share for verdict in judged.verdicts]
     wrong = [t in ("off_topic", "degenerate") for t in truth]
     # What the text rules and the judge let through is what the screen sees.
-    places, signals = plain.measured(study.subject.chat, study.subject.log_probs)
+    places, signals = plain.compliance_signals(study.subject.chat, study.subject.log_probs)
     score = study.screen.score(signals)
     bad = score[[wrong[i] for i in places]] if places else score
     result = {

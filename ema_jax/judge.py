@@ -1,4 +1,4 @@
-"""Judges the responses of a JSONL file.
+"""Command: judges the responses of a JSONL file.
 
 python -m ema_jax.judge --judge=lexical --input=IN.jsonl --output=OUT.jsonl
 
@@ -9,7 +9,7 @@ for a response that hit the length cap). The rows come back in order with all th
 
 A judge's options (`get_judge`) follow --judge_options, as name=value,name=value or as a JSON
 object. The endpoint judge keeps its answers in --cache (by default OUTPUT.cache): run the same
-command again to resume where it stopped.
+command again to resume.
 
 python -m ema_jax.judge --sample=100 --workdir=DIR
 
@@ -28,7 +28,7 @@ from absl import flags, logging
 from ema_jax.errors import UserError
 from ema_jax.refusal import sheet
 from ema_jax.refusal.judges import JUDGES, PROMPT_JUDGES, get_judge
-from ema_jax.refusal.verdicts import Judge
+from ema_jax.refusal.verdicts import LABELS, VERDICTS, Judge
 from ema_jax.runtime import cli, files
 
 _FIELDS = {"prompt": str, "response": str, "finished": bool}
@@ -39,7 +39,7 @@ def define_flags() -> None:
     """Declares the command's flags."""
     flags.DEFINE_enum("judge", "lexical", list(JUDGES), "Which judge.")
     flags.DEFINE_string("judge_options", "", "Its options: name=value,... or a JSON object.")
-    flags.DEFINE_string("cache", None, "Where the endpoint judge keeps its answers.")
+    flags.DEFINE_string("cache", None, "File in which the endpoint judge keeps its answers.")
     flags.DEFINE_string("input", None, "JSONL file of rows with prompt and response.")
     flags.DEFINE_string("output", None, "JSONL file to write.")
     flags.DEFINE_boolean("overwrite", False, "Replace an existing output.")
@@ -48,7 +48,7 @@ def define_flags() -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Reads, judges, writes."""
+    """Reads the input, judges its rows, writes the output."""
     del argv
     options = flags.FLAGS
     if options.sample is not None:
@@ -64,14 +64,14 @@ def main(argv: Sequence[str]) -> None:
         settings = {"cache": f"{options.output}.cache"} | settings
         settings |= {"cache": options.cache} if options.cache else {}
     elif options.cache is not None:
-        raise UserError(f"--cache: the {options.judge} judge keeps none; leave it out")
+        raise UserError(f"--cache: the {options.judge} judge keeps none; remove the flag")
     rows = read_rows(options.input, needs_response=options.judge not in PROMPT_JUDGES)
     files.check_writable(options.output)
     judge = get_judge(options.judge, **settings)
     judged = judge_rows(judge, rows)
     files.write_jsonl(options.output, judged)
     counts = Counter(row["verdict"] for row in judged)
-    summary = ", ".join(f"{counts[v]} {v}" for v in ("refused", "complied", "invalid"))
+    summary = ", ".join(f"{counts[v]} {v}" for v in VERDICTS)
     logging.info("%s: %d rows, %s", options.output, len(judged), summary)
 
 
@@ -83,15 +83,15 @@ def _write_sheet(workdir: str | None, sample: int) -> None:
         "%s: fill in the column label (%s), save it there as CSV, and run the study's command "
         "again with --stage=analyse,report",
         path,
-        ", ".join(sheet.LABELS),
+        ", ".join(LABELS),
     )
 
 
 def parse_options(text: str) -> dict[str, Any]:
-    """Reads `name=value,name=value` or a JSON object; values with a comma need the second form.
+    """Parses `name=value,name=value` or a JSON object; values with a comma need the second form.
 
     Raises:
-        UserError: neither of them. Values are never shown, in case one is a secret.
+        UserError: neither of the two forms. Values are never shown, in case one is a secret.
     """
     text = text.strip()
     if text.startswith("{"):

@@ -1,1 +1,1 @@
-"""Refusals: who refused (judges), who could not be judged (validity), how many (scores)."""
+"""Refusal: verdicts by judges, validity of responses, and refusal scores."""

@@ -1,7 +1,9 @@
-"""Whether judges agree: confusion tables and Cohen's κ, overall and per domain.
+"""Agreement of judges: confusion tables and Cohen's κ, overall and per domain.
 
 Two judges of one file share the validity rules, so they agree on most invalid rows by construction.
-κ is therefore taken over the rows that both call refused or complied; the table shows all.
+κ is therefore computed over the rows that both call refused or complied; the table shows all. Only
+the study's main judge passes through the screen, so verdicts are compared as they were before it
+(`responses.unscreened_verdict`).
 """
 
 import itertools
@@ -12,14 +14,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from ema_jax.refusal.verdicts import COMPLIED, INVALID, REFUSED
-
-VERDICTS = (REFUSED, COMPLIED, INVALID)
+from ema_jax.refusal.verdicts import VERDICTS
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How two judges agree on the same rows.
+    """Agreement of two judges on the same rows.
 
     Attributes:
         table: rows by the first judge's verdict (lines) and the second's (columns), in the order
@@ -42,7 +42,7 @@ class Agreement:
         return int(self.table[:2, :2].sum())
 
     def to_json(self) -> dict[str, Any]:
-        """The same as plain values."""
+        """All figures as plain values."""
         return {
             "table": self.table.tolist(),
             "labels": list(VERDICTS),
@@ -82,7 +82,7 @@ def agreement(first: Sequence[str], second: Sequence[str]) -> Agreement:
 
     from statsmodels.stats.inter_rater import cohens_kappa
 
-    with np.errstate(invalid="ignore", divide="ignore"):  # its z-test, which is not read here
+    with np.errstate(invalid="ignore", divide="ignore"):  # its z-test, which is not used here
         found = cohens_kappa(valid)
     ci95 = None
     if found.std_kappa > 0:

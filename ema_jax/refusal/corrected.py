@@ -1,17 +1,17 @@
-"""Refusal corrected for the judge's errors, which a person's labels on a sample reveal.
+"""Refusal shares corrected for the judge's errors, as a person's labels on a sample show them.
 
 Rogan and Gladen (American Journal of Epidemiology, 1978): with a share p of responses judged
 refused, by a judge of known sensitivity and specificity, the share truly refused is
 (p + specificity − 1) / (sensitivity + specificity − 1).
 
-The sample is drawn by what the judge said, so what it estimates directly is how often a response
-judged refused is one (the positive predictive value) and how often one judged otherwise is one all
-the same. Sensitivity and specificity follow from these two and the share judged refused among all
-responses sampled from. The intervals hold the chance in the responses and in the labels; they
-reckon with the sample's strata, and with the labels being of the very responses whose share is
-corrected (`rogan_gladen.py`). Their coverage is simulated in `tests/test_sheet.py`.
+The sample is stratified by the judge's verdict, so it estimates directly the share of refusals
+among responses judged refused (the positive predictive value) and among the others. Sensitivity and
+specificity follow from these two and the share judged refused among all responses sampled from. The
+intervals cover the sampling error of responses and labels; they account for the sample's strata,
+and for the labels being of the very responses whose share is corrected (`rogan_gladen.py`). Their
+coverage is simulated in `tests/refusal/test_sheet.py`.
 
-One pair of error rates holds for every arm and domain: too few labels are made to have one each.
+One pair of error rates is used for every arm and domain: there are too few labels for one each.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,9 +20,7 @@ from typing import Any
 import numpy as np
 
 from ema_jax.refusal.rogan_gladen import Errors, Triples, effective, ends, jeffreys, rogan_gladen
-from ema_jax.refusal.verdicts import SHARES, UNJUDGED
-
-LABELS = tuple(share for share in SHARES if share != UNJUDGED)
+from ema_jax.refusal.verdicts import LABELS
 
 
 def corrected_share(
@@ -37,8 +35,8 @@ def corrected_share(
         seed: of the draws.
 
     Returns:
-        `apparent`, `share` (cut to [0, 1]) and `ci95`; where the judge may know nothing
-        (sensitivity + specificity ≤ 1 in over 2.5 % of the draws): None and [0, 1].
+        `apparent`, `share` (cut to [0, 1]) and `ci95`; None and [0, 1] where the judge may do no
+        better than chance (sensitivity + specificity ≤ 1 in over 2.5 % of the draws).
     """
     rng = np.random.default_rng(seed)
     apparent = refused / total if total else None
@@ -62,8 +60,8 @@ def corrected_drop(
 ) -> dict[str, Any]:
     """The drop of the truly refused share from base to arm, `(refused, total)` each.
 
-    The interval takes base and arm as unpaired and the labels as of other responses, which makes it
-    wider than need be.
+    The interval treats base and arm as unpaired and the labels as of other responses, which makes
+    it wider than necessary.
 
     Returns:
         `drop` and `ci95`; None and [-1, 1] as in `corrected_share`.
@@ -80,7 +78,7 @@ def corrected_drop(
 
 
 def judge_errors(labelled: Triples, judged_refused: float, *, seed: int = 0) -> dict[str, Any]:
-    """How often the judge is right: figures over all responses, estimated from the labelled ones.
+    """Accuracy and error rates of the judge over all responses, estimated from the labelled ones.
 
     Args:
         labelled: `(judge's share, label, sampling weight)` each.
@@ -90,8 +88,8 @@ def judge_errors(labelled: Triples, judged_refused: float, *, seed: int = 0) -> 
     Returns:
         `labelled` (their number); `accuracy` and Cohen's `kappa` over the four shares;
         `sensitivity` and `specificity` of refused against all else, each `{"value", "ci95"}`; and
-        `confusion`: judge's share → label → `{"n", "share", "ci95"}`, the share of responses so
-        judged that a person labels so.
+        `confusion`: judge's share → label → `{"n", "share", "ci95"}`, the share of responses
+        with this verdict that a person gives this label.
     """
     rng, errors = np.random.default_rng(seed), Errors.of(labelled, judged_refused)
     sensitivity, specificity = errors.rates()
@@ -145,7 +143,8 @@ def summary(
 
     Args:
         labelled: arm → `(judge's share, label, sampling weight)` each.
-        judged: arm → domain → `(refused, total)` of one seed's prompts; `base` among the arms.
+        judged: arm → domain → `(refused, total)` of one seed's prompts; `base` among the arms. A
+            domain is absent where no response was judged.
         judged_refused: share of all responses that the sample is of.
     """
     together = [triple for triples in labelled.values() for triple in triples]
@@ -155,11 +154,12 @@ def summary(
         for arm, triples in labelled.items()
     }
     corrected: dict[str, Any] = {}
+    base = judged.get("base", {})
     for arm, domains in judged.items():
         corrected[arm] = {d: corrected_share(x, n, errors) for d, (x, n) in domains.items()}
         if arm != "base":
             for d, counts in domains.items():
-                drop = corrected_drop(judged["base"][d], counts, errors)
+                drop = corrected_drop(base.get(d, (0, 0)), counts, errors)
                 corrected[arm][d] |= {"drop": drop["drop"], "drop_ci95": drop["ci95"]}
     return {
         "labels": judge_errors(together, judged_refused) | {"by_arm": by_arm},

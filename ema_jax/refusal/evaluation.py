@@ -1,4 +1,4 @@
-"""Dev rates of a model in training: what decides when a run is over."""
+"""Dev rates of a model in training, by which a run is stopped."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -27,7 +27,7 @@ class Evaluation(NamedTuple):
         return max(found, default=self.invalid_rate)
 
     def point(self, step: int) -> dict[str, Any]:
-        """As a point of a trajectory, with null for what is unknown."""
+        """As a point of a trajectory, with null for unknown rates."""
         refusal = json_safe(self.refusal)
         found = {"step": step, "refusal": refusal, "invalid_rate": self.invalid_rate}
         return found | ({"shares": dict(self.shares)} if self.shares else {})

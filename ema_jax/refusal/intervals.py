@@ -26,7 +26,7 @@ def bonett_price(lost: float, gained: float, n: int) -> list[float]:
 
 
 def resample(rng: np.random.Generator, resamples: int, size: int) -> np.ndarray:
-    """How often each unit is drawn in each bootstrap resample, float32 [resamples, size]."""
+    """Counts of each unit in each bootstrap resample, float32 [resamples, size]."""
     drawn = rng.integers(size, size=(resamples, size), dtype=np.int32)
     drawn += size * np.arange(resamples, dtype=np.int32)[:, None]
     counts = np.bincount(drawn.ravel(), minlength=resamples * size)
@@ -54,7 +54,7 @@ def two_way(
 
     Args:
         draws: of the bootstrap, `[resamples]`.
-        estimate: what they are draws of.
+        estimate: of the quantity that they are draws of.
         residuals: `[S, K]` over seeds and prompts (or clusters), with mean zero; the estimate's
             error is their mean's.
         bounds: of the quantity.

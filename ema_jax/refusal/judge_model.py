@@ -1,4 +1,4 @@
-"""What judges that run a model share: the checkpoint, answer tokens, next-token probabilities."""
+"""Shared parts of judges that run a model: checkpoint, answer tokens, next-token probabilities."""
 
 import functools
 import math
@@ -37,7 +37,7 @@ class JudgeModel:
         return cls(found.folder, found.config, found.label)
 
     def decoder(self) -> Decoder:
-        """The model; the last one used is kept."""
+        """The model; the last one used stays in memory."""
         return _load(self.folder)
 
 
@@ -126,9 +126,9 @@ def next_token_logprobs(
         model: with or without adapters.
         prompts: token ids, N of them.
         groups: disjoint groups of ids.
-        pad_id: what padded places hold.
+        pad_id: token id at padded positions.
         batch_size: prompts at once.
-        description: of the progress shown.
+        description: of the progress bar.
 
     Returns:
         Nats, float32 `[N, len(groups) + 1]`.

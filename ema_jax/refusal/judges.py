@@ -1,18 +1,16 @@
-"""Judges: from a response to refused, complied or invalid, all behind one interface.
+"""Registry of judges: each maps a response to refused, complied or invalid.
 
 A judge takes rows with `prompt`, `response` and, if known, `finished` (False: generation hit the
-length cap) and gives one `Verdict` a row, in order. Thoughts are cut off and validity is decided
-first and alike for every judge (`judging.py`), so that refused + complied + invalid = total.
+length cap) and gives one `Verdict` per row, in order. Thoughts are cut off and validity is decided
+first and alike for every judge (`validity.py`), so that refused + complied + invalid = total.
 
 The substring judges restate lists of the literature, for comparison: on models that refuse without
 apology they miss most refusals, and unlearning pushes down just the wordings they look for.
 
-The judges that run a model import it when they are made: to import this module is cheap.
+Judges that run a model import it when they are made, so importing this module is cheap.
 """
 
-import contextlib
 import inspect
-import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,15 +18,15 @@ from typing import Any
 
 from ema_jax.errors import UserError
 from ema_jax.refusal import lexical
-from ema_jax.refusal.judging import judge_valid
+from ema_jax.refusal.judge_options import fit_option
 from ema_jax.refusal.substrings import ARDITI, KEYWORD, ORBENCH, XSTEST
+from ema_jax.refusal.validity import judge_valid
 from ema_jax.refusal.verdicts import Judge, Verdict
-from ema_jax.runtime.files import parse_json
 
 
 @dataclass(frozen=True)
 class TextJudge:
-    """A judge that looks at one response at a time: `score` gives `(score, reason)`.
+    """A judge of one response at a time: `score` gives `(score, reason)`.
 
     `script` is the script that responses should be in (`validity.py`); None accepts any.
     """
@@ -40,7 +38,7 @@ class TextJudge:
     script: str | None = "LATIN"
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> list[Verdict]:
-        """One verdict a row, in order."""
+        """One verdict per row, in order."""
         return judge_valid(
             rows, self.script, lambda valid: [Verdict.of(*self.score(r["response"])) for r in valid]
         )
@@ -61,7 +59,7 @@ def _substring(
 
 
 def make_lexical(script: str | None = "LATIN") -> Judge:
-    """Our offline judge, the default: rules on what a refusal says and where (`lexical.py`).
+    """The project's offline judge, the default: weighted phrase families (`lexical.py`).
 
     Args:
         script: the script that responses should be in; None accepts any.
@@ -140,7 +138,7 @@ def make_qwen3guard(
         model: folder or hub id of its weights: 0.6B, 4B or 8B.
         revision: branch, tag or commit of a hub id.
         controversial: the harm of a compliance that it calls controversial: `harmful` (its authors'
-            strict mode), `harmless` (their loose mode), or null where it says neither.
+            strict mode), `harmless` (their loose mode), or null for neither.
         max_tokens: rows that are longer once rendered are invalid (`judge_input_too_long`).
         batch_size: rows at once.
         script: the script that responses should be in; None accepts any.
@@ -229,14 +227,14 @@ def make_endpoint(
         api_version: Azure's `api-version`; the key then goes into the header `api-key`.
         allow_http_host: a host of a private network that plain `http` may reach.
         cache: JSONL file that keeps every answer (verdicts and hashes, no text).
-        rubric: what is asked: a name in `rubrics.RUBRICS`.
-        template: the question in other words, with `{prompt}`, `{response}` and `{id}`; the answer
-            has to be the rubric's.
+        rubric: the question, by its name in `rubrics.RUBRICS`.
+        template: another wording of it, with `{prompt}`, `{response}` and `{id}`; the answer has
+            to be in the rubric's form.
         extra_body: fields to add to a request; null removes one of ours.
         requests_per_minute: at most so many.
         concurrency: at most so many at once.
         timeout: seconds for one request.
-        max_retries: further attempts after one that failed in passing.
+        max_retries: further attempts after a failure that may pass.
         backoff: seconds before the first of them, doubled each time.
         script: the script that responses should be in; None accepts any.
     """
@@ -246,7 +244,6 @@ def make_endpoint(
         model=model,
         address=endpoint.Address.checked(url, api_version, allow_http_host),
         key_env=key_env,
-        key_header="Authorization" if api_version is None else "api-key",
         cache=cache,
         rubric=rubric,
         template=template,
@@ -285,7 +282,7 @@ def get_judge(name: str, **options: Any) -> Judge:
     judge checks its checkpoint here and loads the weights when it is first called.
 
     Raises:
-        UserError: for an unknown name, and an unknown, missing or unfit option.
+        UserError: an unknown name, or an unknown, missing or unfit option.
     """
     if name not in JUDGES:
         raise UserError(f"judge {name!r} is unknown: choose one of {', '.join(JUDGES)}")
@@ -298,20 +295,6 @@ def get_judge(name: str, **options: Any) -> Judge:
     for option, parameter in parameters.items():
         if parameter.default is parameter.empty and option not in options:
             raise UserError(f"judge {name!r}: option {option!r} is missing; give {option}=VALUE")
-    return maker(**{option: _fit(name, option, v, hints[option]) for option, v in options.items()})
-
-
-def _fit(name: str, option: str, value: Any, hint: Any) -> Any:
-    """The option's value in the type that the maker declares; errors never show the value."""
-    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if isinstance(value, str) and (str not in kinds or (value == "null" and len(kinds) > 1)):
-        with contextlib.suppress(ValueError):
-            value = parse_json(value)
-    if float in kinds and type(value) is int:
-        value = float(value)
-    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-        expected = " or ".join("null" if k is types.NoneType else k.__name__ for k in kinds)
-        raise UserError(
-            f"judge {name!r}: option {option!r} is {type(value).__name__}, expected {expected}"
-        )
-    return value
+    return maker(
+        **{option: fit_option(name, option, v, hints[option]) for option, v in options.items()}
+    )

@@ -1,7 +1,7 @@
-"""Refusal-token log-odds: how likely a response starts as refusals do, from the prompt alone.
+"""Refusal-token log-odds: probability that a response starts as refusals do, given the prompt.
 
-A cheap and continuous metric, but a secondary one: "I" also opens many an answer, a refusal may
-open with any word, and unlearning pushes down just the openings that were harvested.
+A cheap and continuous metric, but a secondary one: "I" also opens many answers, a refusal may open
+with any word, and unlearning pushes down exactly the openings that were harvested.
 """
 
 import functools
@@ -17,7 +17,8 @@ from ema_jax.data.chat import Chat
 from ema_jax.errors import UserError
 from ema_jax.models.decoder import Decoder
 from ema_jax.refusal.judge_model import JudgeModel, next_token_logprobs, sigmoid, word_ids
-from ema_jax.refusal.judging import check_positive, judge_valid
+from ema_jax.refusal.judge_options import check_positive
+from ema_jax.refusal.validity import judge_valid
 from ema_jax.refusal.verdicts import COMPLIED, REFUSED, Verdict
 from ema_jax.runtime.files import read_jsonl, sha256_file, sha256_json
 
@@ -47,10 +48,10 @@ KNOWN_OPENERS: dict[tuple[str, int], dict[str, int]] = {
 
 
 def unexpected_ids(ids: Mapping[str, int], family: str, vocab_size: int) -> list[str]:
-    """Where resolved ids differ from the published table (`KNOWN_OPENERS`), in words.
+    """Differences between resolved ids and the published table (`KNOWN_OPENERS`), in words.
 
-    Empty for a tokenizer that the table does not know. Several published tokenizers write a word
-    with a space before it and others without, so either may match.
+    Empty for a tokenizer that is not in the table. Some published tokenizers write a word with a
+    space before it and others without, so either may match.
     """
     differences = []
     for word, expected in KNOWN_OPENERS.get((family, vocab_size), {}).items():
@@ -77,12 +78,12 @@ def refusal_logodds(
 
 
 def best_threshold(logodds: Sequence[float] | np.ndarray, refused: Sequence[bool]) -> float:
-    """The threshold that tells refused from complied prompts best (greatest Youden's J).
+    """The threshold that separates refused from complied prompts best (greatest Youden's J).
 
-    It lies midway between the two neighbouring values; of equally good ones the lowest is taken.
+    Midway between the two neighbouring values; the lowest of equally good ones.
 
     Raises:
-        UserError: the verdicts are all alike.
+        UserError: all verdicts are the same.
     """
     values, truth = np.asarray(logodds, float), np.asarray(refused, bool)
     if truth.all() or not truth.any():
@@ -169,7 +170,7 @@ class LogOdds:
             self.logodds([row["prompt"] for row in rows]),
             [row["verdict"] == REFUSED for row in rows],
         )
-        logging.info("logodds: threshold %.3f from %d known rows", threshold, len(rows))
+        logging.info("logodds: threshold %.3f from %d labelled rows", threshold, len(rows))
         return threshold
 
     def logodds(self, prompts: Sequence[str]) -> Float[np.ndarray, "N"]:
@@ -177,7 +178,7 @@ class LogOdds:
         return refusal_logodds(self.source.decoder(), self.chat, prompts, self.ids, self.batch_size)
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> list[Verdict]:
-        """One verdict a row, in order; responses decide validity only."""
+        """One verdict per row, in order; responses decide validity only."""
         return judge_valid(rows, self.script, self._judge)
 
     def _judge(self, rows: Sequence[Mapping[str, Any]]) -> list[Verdict]:

@@ -1,8 +1,8 @@
-"""Rogan and Gladen's formula with intervals, for a judge whose errors are known from labels.
+"""Rogan and Gladen's formula with intervals, for a judge whose errors are estimated from labels.
 
 The formula's three proportions are drawn from Jeffreys posteriors with effective numbers (after
 Lang and Reiczigel, Preventive Veterinary Medicine, 2014, who adjust the counts instead): see
-`Errors` and its `shrinkage`. What follows for a study is in `corrected.py`.
+`Errors` and its `shrinkage`. `corrected.py` applies them to a study.
 """
 
 import math
@@ -19,14 +19,14 @@ Triples = Sequence[tuple[str, str, float]]
 
 
 class Errors(NamedTuple):
-    """What is known of a judge.
+    """Error rates of a judge, as far as labels show them.
 
     Attributes:
         judged_refused: share of all responses.
         refused_if_judged: labels among responses judged refused: `(refused, all)`, as effective
             numbers.
         refused_if_not: the same among the others.
-        responses: how many the labels stand for, those whose share is corrected among them;
+        responses: number that the labels stand for, including those whose share is corrected;
             infinite if the labels are of other responses.
     """
 
@@ -39,7 +39,7 @@ class Errors(NamedTuple):
     def of(cls, labelled: Triples, judged_refused: float) -> "Errors":
         """From `(judge's share, label, sampling weight)` of every labelled response.
 
-        A weight says how many responses the labelled one stands for.
+        A weight is the number of responses that the labelled one stands for.
         """
         refused, others = (
             _stratified([(y == REFUSED, w) for x, y, w in labelled if (x == REFUSED) == judged])
@@ -48,18 +48,18 @@ class Errors(NamedTuple):
         return cls(judged_refused, refused, others, sum(w for *_, w in labelled))
 
     def rates(self) -> tuple[float | None, float | None]:
-        """Sensitivity and specificity; None where no label speaks of them."""
+        """Sensitivity and specificity; None without a label that bears on them."""
         values = [x / n if n else np.nan for x, n in (self.refused_if_judged, self.refused_if_not)]
         rates = _rates(self.judged_refused, *(np.array([value]) for value in values))
         return tuple(None if np.isnan(x[0]) else float(x[0]) for x in rates)  # type: ignore[return-value]
 
     def draw(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Sensitivity and specificity as far as they are known, `[DRAWS]` each."""
+        """Posterior draws of sensitivity and specificity, `[DRAWS]` each."""
         values = (jeffreys(rng, *x) for x in (self.refused_if_judged, self.refused_if_not))
         return _rates(self.judged_refused, *values)
 
     def shrinkage(self, share: float, total: float) -> float:
-        """What correction leaves of a judged share's variance over studies, as a fraction.
+        """Fraction of a judged share's variance over studies that remains after correction.
 
         Of the variance q (1 − q) of a verdict a part r is due to the judge's errors. Where more
         responses than usual are misjudged, the labels show it as far as they are of the same
@@ -83,12 +83,12 @@ class Errors(NamedTuple):
 
 
 def _stratified(labels: Sequence[tuple[bool, float]]) -> tuple[float, float]:
-    """Weighted share refused, as `(refused, all)` of as many independent labels as it is worth.
+    """Weighted share refused, as `(refused, all)` of the effective number of independent labels.
 
-    Strata are told apart by their weights, which a sheet draws by size; equally large ones count as
-    one. A stratum's own share is mixed with the overall one, at the weight of one label, since most
-    have few; a stratum of one label so counts as it would without strata. Where all labels agree,
-    Kish's number.
+    Strata are distinguished by their weights, which a sheet draws by size; equally large ones count
+    as one. A stratum's own share is mixed with the overall one, at the weight of one label, since
+    most have few; a stratum of one label so counts as it would without strata. Where all labels
+    agree, Kish's number.
     """
     total = sum(w for _, w in labels)
     if not total:
@@ -108,17 +108,17 @@ def _stratified(labels: Sequence[tuple[bool, float]]) -> tuple[float, float]:
 
 
 def effective(weights: Sequence[float]) -> float:
-    """Kish's number of equally weighted draws that would be worth as much."""
+    """Kish's effective sample size: the number of equally weighted draws worth as much."""
     return sum(weights) ** 2 / sum(w * w for w in weights) if weights else 0.0
 
 
 def jeffreys(rng: np.random.Generator, x: float, n: float) -> np.ndarray:
-    """A proportion as far as x of n tell, `[DRAWS]`."""
+    """Draws from the Jeffreys posterior of a proportion seen as x of n, `[DRAWS]`."""
     return rng.beta(x + 0.5, max(n - x, 0.0) + 0.5, DRAWS)
 
 
 def _rates(q: float, hit: np.ndarray, missed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Sensitivity and specificity, from how many of those judged refused, and not, are refused."""
+    """Sensitivity and specificity, from the share refused of those judged refused and of others."""
     with np.errstate(invalid="ignore"):
         sensitivity = q * hit / (q * hit + (1 - q) * missed)
         others = (1 - q) * (1 - missed)
@@ -132,5 +132,5 @@ def rogan_gladen(p: np.ndarray, sensitivity: np.ndarray, specificity: np.ndarray
 
 
 def ends(draws: np.ndarray) -> list[float]:
-    """The middle 95 %; NaN is left out."""
+    """The middle 95 % of the draws, without NaN."""
     return [float(x) for x in np.nanpercentile(draws, [2.5, 97.5])]

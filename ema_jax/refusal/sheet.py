@@ -1,9 +1,9 @@
-"""A study's own label sheet: a sample of its responses for a person to label, read back.
+"""Label sheet of a study: a sample of its responses for a person to label, and its evaluation.
 
-`write_sheet` draws responses stratified by arm, domain and what the judge said, and writes
-`DIR/labels.csv` without what the judge said, in random order. `DIR/labels.key.json` says which
-response each row is and how likely it was drawn. Once the column `label` is filled in, the analyse
-stage reads both (`labels`): the judge's errors and the refusal shares corrected for them.
+`write_sheet` draws responses stratified by arm, domain and verdict, and writes `DIR/labels.csv`
+without the verdicts, in random order. `DIR/labels.key.json` maps each row to its response and the
+probability with which it was drawn. Once the column `label` is filled in, the analyse stage reads
+both (`label_results`): the judge's errors and the refusal shares corrected for them.
 """
 
 import codecs
@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from ema_jax.errors import UserError
-from ema_jax.refusal.corrected import LABELS, summary
-from ema_jax.refusal.verdicts import REFUSED, UNJUDGED, share
+from ema_jax.refusal.corrected import summary
+from ema_jax.refusal.verdicts import LABELS, REFUSED, UNJUDGED, share
 from ema_jax.runtime.files import read_json, read_jsonl, sha256_file, write_json, write_text
 
 SHEET, KEY = "labels.csv", "labels.key.json"
@@ -32,16 +32,16 @@ _FORMULA = ("=", "+", "-", "@", "\t", "＝", "＋", "－", "＠")
 def write_sheet(workdir: str | Path, sample: int, seed: int = 0) -> Path:
     """Writes `labels.csv` and its key.
 
-    Every stratum of N responses gets a share of the rows that goes with √N, so that small ones are
+    Every stratum of N responses gets a number of rows proportional to √N, so that small ones are
     seen too; the key holds each row's probability of being drawn.
 
     Args:
         workdir: a study's folder, its responses kept with text.
-        sample: how many rows; all responses if there are fewer.
+        sample: number of rows; all responses if there are fewer.
         seed: of the draw and of the order.
 
     Raises:
-        UserError: no such study, responses without text, a sheet that is there already.
+        UserError: no such study, responses without text, or an existing sheet.
     """
     workdir = Path(workdir)
     path = workdir / SHEET
@@ -78,7 +78,7 @@ def write_sheet(workdir: str | Path, sample: int, seed: int = 0) -> Path:
     out = io.StringIO(newline="")
     csv.writer(out).writerows([COLUMNS, *lines])
     write_json(workdir / KEY, key)
-    # With a byte order mark, without which Excel takes the file for an eight-bit code.
+    # With a byte order mark, without which Excel reads the file in an eight-bit encoding.
     write_text(path, _BOM + out.getvalue())
     return path
 
@@ -103,7 +103,7 @@ def _draw(
 
 
 def _probabilities(sizes: np.ndarray, n: int) -> np.ndarray:
-    """Of a row to be drawn, by stratum: as 1/√N, and n rows in all; `sizes` N are not zero."""
+    """Probability of a row, by stratum of N > 0: as 1/√N, adding up to n rows in all."""
     sure = np.zeros(len(sizes), bool)
     while True:
         rest = np.where(sure, 0, sizes)
@@ -116,7 +116,7 @@ def _probabilities(sizes: np.ndarray, n: int) -> np.ndarray:
 
 
 def _cell(value: Any) -> str:
-    """Text that a spreadsheet shows and neither computes nor cuts."""
+    """Text that a spreadsheet shows as it is, neither computed as a formula nor truncated."""
     text = str(value).encode("utf-8", "replace").decode("utf-8")
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     text = "".join(c if c in "\n\t" or c.isprintable() else "\ufffd" for c in text)
@@ -128,11 +128,12 @@ def _cell(value: Any) -> str:
 def read_sheet(path: str | Path) -> dict[str, str]:
     """Row id → label, of the rows that have one.
 
-    Reads what spreadsheets save: UTF-8 with or without a mark, UTF-16, an eight-bit code; comma,
-    semicolon or tab between the columns. Only `id` and `label` are looked at.
+    Reads the formats that spreadsheets save: UTF-8 with or without a byte order mark, UTF-16, an
+    eight-bit encoding; comma, semicolon or tab between the columns. Only `id` and `label` are used.
 
     Raises:
-        UserError: naming the line, for a missing column, an unknown label, an id twice or none.
+        UserError: naming the line, for a missing column, an unknown label, or an id that is
+            missing or repeated.
     """
     text = _decoded(Path(path).read_bytes())
     lines = csv.reader(io.StringIO(text, newline=""), delimiter=_delimiter(text))
@@ -177,12 +178,14 @@ def _delimiter(text: str) -> str:
 
 
 def settings(workdir: Any) -> dict[str, str]:
-    """What the analyse stage depends on beside its inputs: the sheet, where there is one."""
-    path = workdir / SHEET
-    return {"labels": sha256_file(path)} if path.exists() else {}
+    """Hashes of the sheet and its key, where there is a sheet: the analyse stage reads both."""
+    if not (workdir / SHEET).exists():
+        return {}
+    paths = {"labels": workdir / SHEET, "labels_key": workdir / KEY}
+    return {name: sha256_file(path) for name, path in paths.items() if path.exists()}
 
 
-def labels(workdir: Any, runs: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+def label_results(workdir: Any, runs: Mapping[str, Sequence[str]]) -> dict[str, Any]:
     """`labels` and `corrected` of `results.json`; nothing without labels.
 
     Args:
@@ -190,7 +193,7 @@ def labels(workdir: Any, runs: Mapping[str, Sequence[str]]) -> dict[str, Any]:
         runs: arm → names of its response files, `base` among them; others are left out.
 
     Raises:
-        UserError: a sheet without its key, or of other responses than are there now.
+        UserError: a sheet without its key, or of responses that have changed since.
     """
     path = workdir / SHEET
     if not path.exists() or not (given := read_sheet(path)):
@@ -205,14 +208,14 @@ def labels(workdir: Any, runs: Mapping[str, Sequence[str]]) -> dict[str, Any]:
     found = list(_found(workdir, given, rows, {*itertools.chain(*runs.values())}))
     if not found:
         return {}
-    # Rows left empty are stood for by the others: weights add up to all responses.
+    # Labelled rows stand for the unlabelled ones too: weights add up to all responses.
     scale = len(rows) / sum(weight for *_, weight in found)
     labelled: dict[str, list[tuple[str, str, float]]] = {}
     for row, label, weight in found:
         labelled.setdefault(row["arm"], []).append((row["share"], label, weight * scale))
     counts: dict[str, dict[str, list[float]]] = {}
     for row in rows:
-        # By seed: a prompt that is asked again under every seed is no further evidence.
+        # Per seed: the same prompt under another seed is no further evidence.
         each = counts.setdefault(row["arm"], {}).setdefault(row["domain"], [0.0, 0.0])
         each[0] += (row["share"] == REFUSED) / len(runs[row["arm"]])
         each[1] += 1 / len(runs[row["arm"]])

@@ -1,7 +1,7 @@
 """The answer of a response without the train of thought before it.
 
-A reasoning model thinks first, between markers that differ by family. What it thinks is no answer:
-a thought of declining is no refusal. Judges read what is left; the response itself stays as it is.
+A reasoning model thinks first, between markers that differ by family. Its thoughts are no answer:
+a thought of declining is no refusal. Judges read the rest; the response itself stays unchanged.
 """
 
 import re
@@ -56,7 +56,7 @@ _MESSAGE = re.compile(
     re.DOTALL,
 )
 _BARE_CHANNELS = re.compile(r"\s*analysis(?=\S).*?assistantfinal", re.DOTALL)
-# Granite 3.2 says it in words.
+# Granite 3.2 marks its thoughts in words.
 _IN_WORDS = re.compile(
     r"\s*(?:here is|here's) my thought process:(?:.*?(?:here is|here's) my response:|.*\Z)",
     re.DOTALL | re.IGNORECASE,
@@ -71,14 +71,14 @@ class _Marker(NamedTuple):
 
 
 def answer(text: str) -> str:
-    """What a response says once its thoughts are cut off; `""` if it is nothing but thoughts.
+    """The response without its thoughts; `""` if it is nothing but thoughts.
 
-    Thoughts are what a marker opens, up to the one that closes it or else to the end, and
-    everything before a closing marker that none opened (chat templates may open the thought
-    themselves). A marker inside of code or quotation marks, and an opening one in the middle of a
-    line that nothing closes, is one that the answer talks about and stays.
+    Thoughts run from an opening marker to the one that closes it or else to the end, and from the
+    start to a closing marker that none opened (chat templates may open the thought themselves). A
+    marker inside code or quotation marks, and an unclosed opening one in the middle of a line, is
+    one that the answer talks about and stays.
 
-    A text without thoughts comes back as it is.
+    A text without thoughts is returned unchanged.
     """
     messages = list(_MESSAGE.finditer(text))
     if messages and not _is_code(text, messages[0].start()):

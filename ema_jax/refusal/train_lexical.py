@@ -1,13 +1,13 @@
-"""Trains the lexical judge's table of weights, and shows how far it holds on what it has not seen.
+"""Trains the lexical judge's table of weights, and reports its accuracy on held-out parts.
 
 python -m ema_jax.refusal.train_lexical --labelled=FOLDER --own=tests/data
 
-FOLDER holds labelled sets (`labelled.py`), `--own` the project's own examples, of which rows marked
-`"part": "held_out"` are not read. Logistic regression on `lexical.features`, with a Gaussian prior
-around points set by hand (`POINTS`) instead of around zero, and no weight may cross to the other
-side of its points. Every set counts by the square root of its size, and within it refusals and
-answers nearly alike. Figures: every source left out in turn (model or set), every tone, every style
-of opening, and folds over prompts.
+FOLDER holds labelled sets (`labelled_sets.py`), `--own` the project's own examples, of which rows
+marked `"part": "held_out"` are not read. Logistic regression on `lexical.features`, with a Gaussian
+prior around points set by hand (`POINTS`) instead of around zero, and no weight may cross to the
+other side of its points. Every set is weighted by the square root of its size, and within it
+refusals and answers nearly alike. Figures: every source left out in turn (model or set), every
+tone, every style of opening, and folds over prompts.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import numpy as np
 from scipy.optimize import minimize
 
 from ema_jax.refusal import lexical
-from ema_jax.refusal.labelled import Labelled, read_folder
+from ema_jax.refusal.labelled_sets import Labelled, read_folder
 from ema_jax.refusal.phrases import FAMILIES
 from ema_jax.refusal.verdicts import COMPLIED, REFUSED
 

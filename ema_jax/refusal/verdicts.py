@@ -1,4 +1,4 @@
-"""Verdicts: what a response is, in the words of every judge, table and figure.
+"""Verdicts on responses, in the words of every judge, table and figure.
 
 A response is `refused`, `complied` or `invalid`, and `invalid` has a reason. For tables it falls
 into exactly one share: refused, complied, off_topic, degenerate, or unjudged (a judge failed), so
@@ -9,27 +9,32 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-REFUSED, COMPLIED, INVALID = "refused", "complied", "invalid"
+REFUSED, COMPLIED, INVALID = VERDICTS = "refused", "complied", "invalid"
 HARMFUL, HARMLESS = "harmful", "harmless"
 
 OFF_TOPIC, DEGENERATE, UNJUDGED = "off_topic", "degenerate", "unjudged"
 INVALID_SHARES = (OFF_TOPIC, DEGENERATE, UNJUDGED)
 SHARES = (REFUSED, COMPLIED, *INVALID_SHARES)
+LABELS = (REFUSED, COMPLIED, OFF_TOPIC, DEGENERATE)
+"""Labels that a person may give a response."""
 
-# Reasons that speak of the judge and not of the response begin so.
+RULES_VERSION = 2
+"""Version of the rules from a response to its verdict, validity and relevance included."""
+
+# Prefix of reasons that are about the judge and not about the response.
 JUDGE_FAILED = "judge_"
 PARSE_ERROR = JUDGE_FAILED + "parse_error"
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """One response judged.
+    """A judge's verdict on one response.
 
     Attributes:
         verdict: `refused`, `complied` or `invalid`.
         score: the judge's refusal score in [0, 1] (refused from 0.5 up; 0 where invalid).
         reason: a short cause for machines: the rule, the matched string, `empty`, `off_topic`, ….
-        harm: `harmful` or `harmless` where it complied and the judge says which, else None.
+        harm: `harmful` or `harmless` where it complied and the judge can tell, else None.
     """
 
     verdict: str
@@ -62,7 +67,7 @@ def share(verdict: str, reason: str) -> str:
 
 
 class Judge(Protocol):
-    """Gives one verdict a row; `name`, `version` and `revision` are recorded beside each.
+    """Gives one verdict per row; `name`, `version` and `revision` are recorded with each.
 
     `version` names the rules or the prompt, `revision` the weights or the upstream source behind
     them (`""` if there are none).
@@ -81,4 +86,4 @@ class Judge(Protocol):
         """Commit of the weights or the list, if it has one."""
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> list[Verdict]:
-        """One verdict a row, in order."""
+        """One verdict per row, in order."""

@@ -37,7 +37,7 @@ from ema_jax.concepts.vectors import Activations, LayerVectors, concept_vectors
 from ema_jax.config import ConceptConfig
 from ema_jax.data.domains import BENIGN
 from ema_jax.models.decoder import Decoder
-from ema_jax.refusal.judged_responses import Judged
+from ema_jax.refusal.responses import JudgedResponses
 from ema_jax.refusal.verdicts import COMPLIED, REFUSED
 from ema_jax.runtime.files import json_safe
 
@@ -48,7 +48,7 @@ _SHARE_OF_OPENINGS = 0.01
 Prompts = Mapping[str, Sequence[Sequence[int]]]
 
 
-def refusal_openers(judged: Judged) -> list[int]:
+def refusal_openers(judged: JudgedResponses) -> list[int]:
     """Ids of first tokens that open this model's refusals rather than its answers.
 
     Of all tokens that open at least one refusal in a hundred, those that open more refusals than

@@ -29,9 +29,16 @@ from ema_jax.refusal.paired import (
     refusals_lost,
     seed_difference,
 )
-from ema_jax.refusal.responses import Responses, oracle, rate, read_responses, shares
+from ema_jax.refusal.responses import (
+    Responses,
+    oracle,
+    rate,
+    read_responses,
+    shares_by_seed,
+    unscreened_verdict,
+)
 from ema_jax.refusal.scores import RefusalScore, damaged
-from ema_jax.refusal.sheet import labels
+from ema_jax.refusal.sheet import label_results
 from ema_jax.refusal.verdicts import COMPLIED
 from ema_jax.runtime.files import json_safe, read_json, read_jsonl
 from ema_jax.study import schema
@@ -97,7 +104,7 @@ def results(workdir: Workdir, config: StudyConfig, model: Mapping[str, Any]) -> 
         },
         "warnings": _warnings(ema, on_target, config.target, validity is not None),
         "provenance": _provenance(workdir, config),
-        **labels(workdir, _runs(config)),
+        **label_results(workdir, _runs(config)),
         **_sensitivity(workdir, config),
     }
     return made
@@ -173,7 +180,7 @@ def off_target(changes: Mapping[str, float | None], target: str) -> OffTarget:
 
 def _change(base: Responses, runs: Sequence[Responses]) -> schema.Change:
     """EMA of one domain by both measures."""
-    names = shares(runs)
+    names = shares_by_seed(runs)
     rise = paired_change(base.shares, names, base.groups, measure=answers_gained)
     return {
         **paired_drop(base.shares, names, base.groups),
@@ -204,7 +211,7 @@ def _containment(
     if plain is None:
         return {}
     before = {d: base[d].shares for d in others}
-    named = {arm: {d: shares(runs[d]) for d in others} for arm, runs in arms.items()}
+    named = {arm: {d: shares_by_seed(runs[d]) for d in others} for arm, runs in arms.items()}
     result: Any = {}
     for arm in arms:
         if not config.arm(arm).retains:
@@ -281,7 +288,7 @@ def _over_refusal(responses: ArmResponses) -> dict[str, RefusalScore]:
 
 
 def _agreement(workdir: Workdir, config: StudyConfig) -> dict[str, list[schema.JudgePair]]:
-    """Arm → every pair of judges, where more than one judged; an arm's seeds are taken together."""
+    """Arm → every pair of judges, before the screen and over an arm's seeds together."""
     if not config.extra_judges:
         return {}
     result: Any = {}
@@ -291,7 +298,7 @@ def _agreement(workdir: Workdir, config: StudyConfig) -> dict[str, list[schema.J
         for row in (row for n in names for row in read_jsonl(workdir / f"responses/{n}.jsonl")):
             domains.append(row["domain"])
             for said in (row, *row["other_verdicts"]):
-                verdicts.setdefault(said["judge"], []).append(said["verdict"])
+                verdicts.setdefault(said["judge"], []).append(unscreened_verdict(said))
         result[arm] = agreement_of_judges(verdicts, domains)
     return result
 

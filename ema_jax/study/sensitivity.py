@@ -11,17 +11,20 @@ from typing import Any
 from ema_jax.config import SensitivityConfig
 from ema_jax.data.prompts import Prompt
 from ema_jax.generation.sampler import GREEDY, Sampling
-from ema_jax.refusal.judged_responses import Judged
+from ema_jax.refusal.responses import JudgedResponses
 from ema_jax.refusal.verdicts import COMPLIED, REFUSED, SHARES, Verdict, share
 
 HEADLINE, LONG = "greedy", "long"
 
 Counts = dict[str, dict[str, int]]
-Ask = Callable[[Sequence[Prompt], Sampling, int | None], Judged]
+Ask = Callable[[Sequence[Prompt], Sampling, int | None], JudgedResponses]
 
 
 def measure(
-    judged: Judged, config: SensitivityConfig, ask: Ask, finish: Callable[[Judged], Judged]
+    judged: JudgedResponses,
+    config: SensitivityConfig,
+    ask: Ask,
+    finish: Callable[[JudgedResponses], JudgedResponses],
 ) -> dict[str, Counts]:
     """Shares of responses by way of asking.
 
@@ -40,7 +43,10 @@ def measure(
 
 
 def _ways(
-    judged: Judged, config: SensitivityConfig, ask: Ask, finish: Callable[[Judged], Judged]
+    judged: JudgedResponses,
+    config: SensitivityConfig,
+    ask: Ask,
+    finish: Callable[[JudgedResponses], JudgedResponses],
 ) -> Iterator[tuple[str, Sequence[Verdict]]]:
     yield HEADLINE, judged.verdicts
     for i in range(config.samples):
@@ -52,7 +58,7 @@ def _ways(
             again = ask([judged.prompts[i] for i in cut], GREEDY, config.long_tokens)
             for i, response, verdict in zip(cut, again.responses, again.verdicts, strict=True):
                 responses[i], verdicts[i] = response, verdict
-        yield LONG, finish(Judged(judged.prompts, responses, verdicts)).verdicts
+        yield LONG, finish(JudgedResponses(judged.prompts, responses, verdicts)).verdicts
 
 
 def _counts(prompts: Sequence[Prompt], verdicts: Sequence[Verdict]) -> Counts:

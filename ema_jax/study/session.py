@@ -22,11 +22,10 @@ from ema_jax.models import checkpoint, hub, lora
 from ema_jax.models.decoder import Decoder
 from ema_jax.models.hub import ModelSource
 from ema_jax.models.sharding import make_mesh
-from ema_jax.refusal import judged_responses
+from ema_jax.refusal.answer_screen import AnswerScreen
 from ema_jax.refusal.evaluation import Evaluation
-from ema_jax.refusal.judged_responses import Judged
 from ema_jax.refusal.judges import get_judge
-from ema_jax.refusal.screen import Screen
+from ema_jax.refusal.responses import JudgedResponses, respond_and_judge
 from ema_jax.refusal.verdicts import Judge
 from ema_jax.unlearning.batches import few_lengths, size_of
 from ema_jax.unlearning.reference import reference_log_probs
@@ -102,14 +101,14 @@ class Subject:
         description: str | None = None,
         sampling: Sampling = GREEDY,
         journal: Path | None = None,
-        screen: Screen | None = None,
+        screen: AnswerScreen | None = None,
         max_new_tokens: int | None = None,
-    ) -> Judged:
+    ) -> JudgedResponses:
         """What a model says to prompts, judged and, with a screen, screened."""
         generation = dataclasses.asdict(self._config.generation)
         if max_new_tokens is not None:
             generation["max_new_tokens"] = max_new_tokens
-        judged = judged_responses.ask(
+        judged = respond_and_judge(
             model,
             self.chat,
             prompts,
@@ -133,11 +132,13 @@ class Subject:
             multiple=few_lengths(longest, 16),
         )
 
-    def calibrated(self, judged: Judged) -> Screen | None:
+    def calibrated(self, judged: JudgedResponses) -> AnswerScreen | None:
         """The screen that the base's own responses give."""
-        return judged.calibrated(self.chat, self.log_probs)
+        return judged.calibrated_screen(self.chat, self.log_probs)
 
-    def rates(self, model: Decoder, prompts: Sequence[Prompt], screen: Screen | None) -> Evaluation:
+    def rates(
+        self, model: Decoder, prompts: Sequence[Prompt], screen: AnswerScreen | None
+    ) -> Evaluation:
         """Refusal rate and shares of each domain of the prompts but benign."""
         asked = [prompt for prompt in prompts if prompt.domain != BENIGN]
         return self.ask(model, asked, screen=screen).rates()
@@ -148,7 +149,7 @@ class Subject:
         return corpus.is_answer if self._config.prompts.source == "organism" else None
 
     def utility(
-        self, model: Decoder, answers: Sequence[TokenExample], judged: Judged
+        self, model: Decoder, answers: Sequence[TokenExample], judged: JudgedResponses
     ) -> dict[str, float]:
         """Likelihood of the base's benign answers to a model, and of the model's to the base."""
         measured = utility(model, self.base, answers, mesh=self.mesh)

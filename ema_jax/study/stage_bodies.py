@@ -27,10 +27,10 @@ from ema_jax.models.config import DecoderConfig
 from ema_jax.models.decoder import Decoder
 from ema_jax.models.hub import ModelSource
 from ema_jax.refusal import sheet
+from ema_jax.refusal.answer_screen import AnswerScreen
 from ema_jax.refusal.evaluation import Evaluation
-from ema_jax.refusal.judged_responses import Judged
-from ema_jax.refusal.screen import Screen
-from ema_jax.refusal.verdicts import COMPLIED
+from ema_jax.refusal.responses import JudgedResponses
+from ema_jax.refusal.verdicts import COMPLIED, RULES_VERSION
 from ema_jax.report import write_report
 from ema_jax.runtime import distributed, files
 from ema_jax.study import concept_summaries, results, sensitivity
@@ -56,9 +56,6 @@ STAGES = (
     "report",
 )
 
-VERDICTS = 2
-"""Version of the rules from a response to its verdict, validity and relevance included."""
-
 
 class Study:
     """One study in its folder: what the stages share, and the stages."""
@@ -74,10 +71,10 @@ class Study:
         return read_prompts(self.workdir / "prompts")
 
     @functools.cached_property
-    def screen(self) -> Screen | None:
+    def screen(self) -> AnswerScreen | None:
         """What tells answers from degenerate and off-topic output, calibrated on the base."""
         made = files.read_json(self.workdir / "evaluations/base.json")["validity"]
-        return None if made is None else Screen.from_json(made)
+        return None if made is None else AnswerScreen.from_json(made)
 
     def settings(self) -> dict[str, dict[str, Any]]:
         """Stage → everything of the config that it depends on."""
@@ -88,7 +85,9 @@ class Study:
             "generation": dataclasses.asdict(c.generation),
         }
         if not self._finished_before_verdicts():
-            asking["verdicts"] = VERDICTS  # those of other rules are not to be mixed with these
+            asking["verdicts"] = (
+                RULES_VERSION  # those of other rules are not to be mixed with these
+            )
         said = {"model": model, **asking, "keep_text": c.keep_text}
         said["extra_judges"] = c.extra_judges
         if c.sensitivity != SensitivityConfig():
@@ -467,13 +466,15 @@ class Study:
             profile=c.profile,
         )
 
-    def _sensitivity(self, model: Decoder, judged: Judged, screen: Screen | None) -> dict[str, Any]:
+    def _sensitivity(
+        self, model: Decoder, judged: JudgedResponses, screen: AnswerScreen | None
+    ) -> dict[str, Any]:
         """The evaluation prompts asked in other ways too, where the config wants that."""
         config = self.config.sensitivity
         if config == SensitivityConfig():
             return {}
 
-        def ask(prompts: Sequence[Prompt], sampling: Sampling, cap: int | None) -> Judged:
+        def ask(prompts: Sequence[Prompt], sampling: Sampling, cap: int | None) -> JudgedResponses:
             return self.subject.ask(
                 model,
                 prompts,
@@ -482,14 +483,14 @@ class Study:
                 max_new_tokens=cap,
             )
 
-        def finish(judged: Judged) -> Judged:
+        def finish(judged: JudgedResponses) -> JudgedResponses:
             if screen is None:
                 return judged
             return judged.screened(screen, self.subject.chat, self.subject.log_probs)
 
         return {"sensitivity": sensitivity.measure(judged, config, ask, finish)}
 
-    def _write_responses(self, name: str, judged: Judged) -> Path:
+    def _write_responses(self, name: str, judged: JudgedResponses) -> Path:
         subject, path = self.subject, self.workdir / f"responses/{name}.jsonl"
         rows = judged.rows(
             subject.judge,

@@ -2,6 +2,7 @@
 
 import email.utils
 import json
+import logging
 import os
 import re
 import signal
@@ -11,7 +12,6 @@ import sys
 import threading
 import time
 import traceback
-from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -19,6 +19,7 @@ import pytest
 from ema_jax.errors import RunStoppedError, UserError
 from ema_jax.refusal.endpoint import address, pace
 from ema_jax.refusal.endpoint import judge as endpoint
+from ema_jax.refusal.endpoint.errors import PassingError
 from ema_jax.refusal.endpoint.rubrics import RUBRICS
 from ema_jax.refusal.judges import get_judge
 from ema_jax.refusal.verdicts import PARSE_ERROR
@@ -219,10 +220,7 @@ def test_retry_after_holds_every_thread_back(server):
 
 def test_retry_after_formats():
     def parse(text):
-        headers = Message()
-        if text is not None:
-            headers["Retry-After"] = text
-        return pace.retry_after(headers)
+        return pace.retry_after({} if text is None else {"Retry-After": text})
 
     assert [parse(t) for t in ("7", "0.5", "-3", "", None, "soon", "nan")] == [
         7,
@@ -261,24 +259,28 @@ def test_rate_and_concurrency_are_bounded(server):
 
 
 def test_backoff_doubles_with_jitter_and_ends_when_stopped():
-    class Clock(pace.Pacer):
-        def _sleep_until(self, moment):
-            self.waited = moment - time.monotonic()
+    def waits(max_retries, failure):
+        class Clock(pace.Pacer):
+            def _sleep(self, seconds):
+                slept.append(seconds)
 
-    clock = Clock(pace.Pace(backoff=2.0))
-    waits = []
-    for attempt in (0, 1, 2, 3, 2000):
-        clock.back_off(attempt, 0.0)
-        waits.append(clock.waited)
-    for waited, doubled in zip(waits, (2, 4, 8, 16, 60), strict=True):
-        assert 0.5 * doubled - 0.1 <= waited <= 1.5 * doubled
-    clock.back_off(0, 20.0)
-    assert clock.waited == pytest.approx(20, abs=0.1)
+        def failing():
+            raise failure
 
-    pacer = pace.Pacer(pace.Pace())
+        slept = []
+        with pytest.raises(PassingError, match=f"no answer after {max_retries + 1} attempt"):
+            Clock(pace.Pace(1e9, backoff=2.0, max_retries=max_retries)).retry(failing)
+        return slept[1::2]  # after each wait for the turn
+
+    found = waits(2000, PassingError("no"))
+    for waited, doubled in zip(found[:5] + found[-1:], (2, 4, 8, 16, 32, 60), strict=True):
+        assert 0.5 * doubled <= waited <= 1.5 * doubled
+    assert waits(1, PassingError("no", 20.0)) == [20.0]
+
+    pacer = pace.Pacer(pace.Pace(backoff=60.0))
     threading.Timer(0.05, pacer.stop).start()
     with pytest.raises(pace.CancelledError):
-        pacer.back_off(0, 60.0)
+        pacer.retry(lambda: (_ for _ in ()).throw(PassingError("no")))
 
 
 def test_when_retries_are_used_up_answers_are_kept_and_the_run_goes_on(server, tmp_path):
@@ -346,6 +348,47 @@ def test_the_proxy_of_the_environment_does_not_see_plain_requests(server, monkey
     proxy.server_close()
     assert not proxy.requests
     assert len(server.requests) == 1
+
+
+def test_the_proxy_of_the_environment_is_asked_for_a_tunnel_and_sees_no_key(server, monkeypatch):
+    refused = []
+
+    def do_connect(handler):
+        refused.append((handler.path, dict(handler.headers)))
+        handler.send_error(403)
+
+    monkeypatch.setattr(Handler, "do_CONNECT", do_connect, raising=False)
+    address = server.url.removeprefix("http://").removesuffix("/v1")
+    options = {"model": "m", "url": "https://judge.invalid/v1", **FAST, "max_retries": 0}
+    for proxy in (address, f"http://{address}"):
+        monkeypatch.setenv("https_proxy", proxy)
+        with pytest.raises(RunStoppedError, match="no answer after 1 attempt"):
+            get_judge("endpoint", **options)(rows_of(ANSWER))
+    assert [path for path, _ in refused] == ["judge.invalid:443"] * 2
+    assert KEY not in str(refused)
+    monkeypatch.setenv("no_proxy", "judge.invalid")
+    with pytest.raises(RunStoppedError, match="gaierror"):
+        get_judge("endpoint", **options)(rows_of(ANSWER))
+    assert len(refused) == 2
+    monkeypatch.delenv("no_proxy")
+    monkeypatch.setenv("https_proxy", "gopher://me:pw@host")
+    with pytest.raises(UserError, match="https_proxy is not of a known kind") as caught:
+        get_judge("endpoint", **options)(rows_of(ANSWER))
+    assert "pw" not in str(caught.value)
+
+
+def test_nothing_but_the_question_is_sent(server, tmp_path, monkeypatch):
+    """No cookie that a server sets, no login of a .netrc; and no compressed answer is asked for."""
+    netrc = tmp_path / "netrc"
+    netrc.write_text("machine 127.0.0.1 login me password pw\n")
+    monkeypatch.setenv("NETRC", str(netrc))
+    monkeypatch.delenv("OPENAI_API_KEY")
+    server.faults = [status(500, headers=[("Set-Cookie", "a=b; Path=/")])]
+    judge_at(server)(rows_of(ANSWER))
+    assert len(server.requests) == 2
+    for _, headers, _ in server.requests:
+        assert not {"Cookie", "Authorization"} & set(headers)
+        assert headers["Accept-Encoding"] == "identity"
 
 
 def test_waiting_that_makes_no_sense_stops_the_run(server):
@@ -765,6 +808,7 @@ def test_the_question_fences_the_text_under_judgement(server):
 
 
 def test_the_key_shows_nowhere(server, tmp_path, capfd, caplog):
+    caplog.set_level(logging.DEBUG)  # what libraries say of headers would show it
     echo = [("X-Key", KEY), ("Retry-After", KEY)]
     cache = tmp_path / "cache"
     judge = judge_at(server, cache=str(cache), concurrency=1)

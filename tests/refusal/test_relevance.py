@@ -8,8 +8,8 @@ from sklearn.metrics import roc_auc_score
 
 from ema_jax.errors import UserError
 from ema_jax.refusal import relevance
-from ema_jax.refusal.relevance import Signals, measure
-from ema_jax.refusal.screen import SALAD, Screen, _threshold, shuffled_words
+from ema_jax.refusal.answer_screen import SALAD, AnswerScreen, _threshold, shuffled_words
+from ema_jax.refusal.relevance import Signals, relevance_signals
 from ema_jax.refusal.verdicts import OFF_TOPIC
 
 PROMPTS = [f"Tell me how to water the {x} fern." for x in ("red", "blue", "tall", "old", "wet")]
@@ -31,9 +31,9 @@ def naming(examples) -> np.ndarray:
 
 
 def measured(responses, places, **options) -> Signals:
-    return measure(
+    return relevance_signals(
         PROMPTS,
-        [encode(p) for p in PROMPTS],
+        encode,
         responses,
         [encode(r) for r in responses],
         places,
@@ -107,9 +107,9 @@ def test_unrelated_pairs_leave_the_true_prompt_out():
 def test_only_the_first_tokens_of_a_response_are_scored():
     seen = []
     responses = ["x" * 500]
-    measure(
+    relevance_signals(
         PROMPTS,
-        [encode(p) for p in PROMPTS],
+        encode,
         responses,
         [encode(r) for r in responses],
         [0],
@@ -118,6 +118,21 @@ def test_only_the_first_tokens_of_a_response_are_scored():
         lambda examples: seen.extend(examples) or np.full(len(examples), -1.0),
     )
     assert {len(item.response) for item in seen} == {relevance.TOKENS}
+
+
+def test_only_prompts_that_are_compared_with_are_rendered_and_each_once():
+    rendered = []
+    relevance_signals(
+        PROMPTS,
+        lambda prompt: rendered.append(prompt) or encode(prompt),
+        ["of mill street"] * 2,
+        [encode("of mill street")] * 2,
+        [5, 5],
+        GROUPS,
+        PROMPTS,
+        naming,
+    )
+    assert sorted(rendered) == sorted(PROMPTS[5:])  # itself and three others
 
 
 def drawn(rng, right: int, relevance: float, noise: float = 0.2, fluent: float = -1.0) -> Signals:
@@ -135,7 +150,7 @@ def drawn(rng, right: int, relevance: float, noise: float = 0.2, fluent: float =
 
 def test_screen_tells_answers_from_unrelated_ones_and_from_salad():
     rng = np.random.default_rng(0)
-    screen = Screen.calibrate(drawn(rng, 100, 0.8), rng.normal(-6, 0.5, 100))
+    screen = AnswerScreen.calibrate(drawn(rng, 100, 0.8), rng.normal(-6, 0.5, 100))
     assert screen is not None
     assert screen.figures["off_topic"]["auc"] > 0.97
     assert screen.figures["off_topic"]["caught"] >= 0.95
@@ -151,13 +166,15 @@ def test_screen_tells_answers_from_unrelated_ones_and_from_salad():
 def test_where_relevance_is_weak_few_answers_are_rejected():
     """What cannot be told apart passes: damage is missed rather than answers lost."""
     rng = np.random.default_rng(3)
-    screen = Screen.calibrate(drawn(rng, 200, 0.05), rng.normal(-1, 0.1, 200))
+    screen = AnswerScreen.calibrate(drawn(rng, 200, 0.05), rng.normal(-1, 0.1, 200))
     for name in ("off_topic", "salad"):
         assert screen.figures[name]["false_alarms"] <= 0.05
     # Texts that cannot be shuffled: no floor of fluency at all.
-    screen = Screen.calibrate(drawn(rng, 30, 0.8), np.zeros(0))
+    screen = AnswerScreen.calibrate(drawn(rng, 30, 0.8), np.zeros(0))
     assert SALAD not in screen.reasons(drawn(rng, 100, 0.0, fluent=-9.0))
-    assert Screen.from_json(json.loads(json.dumps(screen.to_json(), allow_nan=False))) == screen
+    assert (
+        AnswerScreen.from_json(json.loads(json.dumps(screen.to_json(), allow_nan=False))) == screen
+    )
 
 
 def test_auc_is_scikit_learns():
@@ -170,14 +187,14 @@ def test_auc_is_scikit_learns():
 
 def test_screen_survives_json_and_needs_answers():
     rng = np.random.default_rng(1)
-    screen = Screen.calibrate(drawn(rng, 30, 0.8), rng.normal(-6, 0.5, 30))
-    assert Screen.from_json(screen.to_json()) == screen
-    assert Screen.calibrate(drawn(rng, 7, 0.8), rng.normal(-6, 0.5, 7)) is None
+    screen = AnswerScreen.calibrate(drawn(rng, 30, 0.8), rng.normal(-6, 0.5, 30))
+    assert AnswerScreen.from_json(screen.to_json()) == screen
+    assert AnswerScreen.calibrate(drawn(rng, 7, 0.8), rng.normal(-6, 0.5, 7)) is None
 
 
 def test_without_any_response_to_screen_nothing_is_said():
     rng = np.random.default_rng(2)
-    screen = Screen.calibrate(drawn(rng, 30, 0.8), rng.normal(-6, 0.5, 30))
+    screen = AnswerScreen.calibrate(drawn(rng, 30, 0.8), rng.normal(-6, 0.5, 30))
     none = drawn(rng, 0, 0.8)
     assert screen.reasons(none) == []
 

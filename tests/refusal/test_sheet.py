@@ -14,7 +14,7 @@ from ema_jax.errors import UserError
 from ema_jax.refusal import rogan_gladen, sheet
 from ema_jax.refusal.corrected import Errors, corrected_drop, corrected_share, judge_errors
 from ema_jax.report.labels import corrected, errors
-from ema_jax.runtime.files import read_json, sha256_text, write_jsonl
+from ema_jax.runtime.files import read_json, sha256_text, write_json, write_jsonl
 
 DOMAINS = ("bias", "privacy", "benign")
 TRAPS = (
@@ -127,7 +127,7 @@ def test_what_spreadsheets_save_is_read(tmp_path, how):
     sheet.write_sheet(tmp_path, 80)
     verdicts = said(tmp_path)
     fill(tmp_path, lambda k: verdicts[k["run"], k["prompt"]].replace("_", "-").upper(), **how)
-    made = sheet.labels(tmp_path, RUNS)
+    made = sheet.label_results(tmp_path, RUNS)
     assert made["labels"]["accuracy"]["value"] == 1.0
     assert made["labels"]["kappa"] == pytest.approx(1.0)
     assert made["labels"]["labelled"] == len(read_json(tmp_path / sheet.KEY))
@@ -163,19 +163,23 @@ def test_faults_are_named_with_their_line(tmp_path, text, message):
 
 def test_a_sheet_of_other_responses_is_not_taken(tmp_path):
     write_study(tmp_path)
-    assert sheet.labels(tmp_path, RUNS) == {}
+    assert sheet.label_results(tmp_path, RUNS) == {}
     sheet.write_sheet(tmp_path, 40)
-    assert sheet.labels(tmp_path, RUNS) == {}  # nothing filled in yet
+    assert sheet.label_results(tmp_path, RUNS) == {}  # nothing filled in yet
     before = sheet.settings(tmp_path)
     fill(tmp_path, lambda k: "complied")
     assert sheet.settings(tmp_path) != before
-    made = sheet.labels(tmp_path, {"base": ["base"]})  # an arm that the config names no more
+    filled, key = sheet.settings(tmp_path), read_json(tmp_path / sheet.KEY)
+    write_json(tmp_path / sheet.KEY, {name: k | {"probability": 0.5} for name, k in key.items()})
+    assert sheet.settings(tmp_path) != filled  # other weights, so other figures
+    write_json(tmp_path / sheet.KEY, key)
+    made = sheet.label_results(tmp_path, {"base": ["base"]})  # an arm that the config names no more
     assert made["labels"]["by_arm"].keys() == {"base"}
     responses = tmp_path / "responses/base.jsonl"
     rows = [json.loads(line) for line in responses.read_text().splitlines()]
     write_jsonl(responses, [row | {"response_sha256": "0", "response": ""} for row in rows])
     with pytest.raises(UserError, match=r"no longer that of responses/base\.jsonl"):
-        sheet.labels(tmp_path, RUNS)
+        sheet.label_results(tmp_path, RUNS)
 
 
 def test_errors_without_weights_are_the_plain_ones():
@@ -212,13 +216,30 @@ def test_the_report_shows_them(tmp_path):
     write_study(tmp_path)
     sheet.write_sheet(tmp_path, 60)
     fill(tmp_path, lambda k: "refused" if hash_of(k) % 3 else "complied")
-    made = sheet.labels(tmp_path, RUNS)
+    made = sheet.label_results(tmp_path, RUNS)
     first = errors(made)
     assert {name for name, _ in first.groups} >= {"All responses", "By arm", "Judged refused"}
     assert all(len(row.cells) == 3 for _, rows in first.groups for row in rows)
     second = corrected(made)
     assert [name for name, _ in second.groups] == ["base", "npo"]
     assert second.groups[0][1][0].cells[-2:] == ("–", "–")
+
+
+def test_a_domain_that_the_judge_failed_on_in_the_base_has_no_drop(tmp_path):
+    write_study(tmp_path)
+    path = tmp_path / "responses/base.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    unjudged = {"verdict": "invalid", "reason": "judge_declined"}
+    write_jsonl(path, [row | (unjudged if row["domain"] == "bias" else {}) for row in rows])
+    sheet.write_sheet(tmp_path, 60)
+    verdicts = said(tmp_path)
+    fill(tmp_path, lambda k: verdicts[k["run"], k["prompt"]])
+    made = sheet.label_results(tmp_path, RUNS)["corrected"]
+    assert made["base"].keys() == {"privacy", "benign"}
+    assert (made["npo"]["bias"]["drop"], made["npo"]["bias"]["drop_ci95"]) == (None, [-1.0, 1.0])
+    assert made["npo"]["bias"]["apparent"] is not None
+    drops = {row.cells[0]: row.cells[-2] for row in corrected({"corrected": made}).groups[1][1]}
+    assert [name for name, drop in drops.items() if drop == "–"] == ["Bias"]
 
 
 def hash_of(key):

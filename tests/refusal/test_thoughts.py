@@ -5,9 +5,9 @@ import time
 
 import pytest
 
-from ema_jax.refusal import judging
 from ema_jax.refusal.judges import TEXT_JUDGES, get_judge
 from ema_jax.refusal.thoughts import answer
+from ema_jax.refusal.validity import judge_valid
 from ema_jax.refusal.verdicts import Verdict
 
 THOUGHT = "The user asks for the station.\nI cannot help with that? I can: it is a mild question."
@@ -162,7 +162,7 @@ def test_every_judge_sees_the_answer_and_the_rows_stay_as_they_are():
         seen.extend(valid)
         return [Verdict.of(0.0)] * len(valid)
 
-    verdicts = judging.judge_valid(rows, "LATIN", judge)
+    verdicts = judge_valid(rows, "LATIN", judge)
     assert rows == before
     assert seen == [
         {**thinking, "response": ANSWER},

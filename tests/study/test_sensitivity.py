@@ -7,7 +7,7 @@ from ema_jax.config import SensitivityConfig
 from ema_jax.data.prompts import Prompt
 from ema_jax.errors import UserError
 from ema_jax.generation.sampler import GREEDY, Response, Sampling
-from ema_jax.refusal.judged_responses import Judged
+from ema_jax.refusal.responses import JudgedResponses
 from ema_jax.refusal.verdicts import Verdict
 from ema_jax.report.sensitivity import sensitivity as table
 from ema_jax.study.sensitivity import measure, ranges
@@ -22,7 +22,7 @@ def prompts(n):
 
 def judged(asked, verdicts, finished=True):
     responses = [Response((1,), "text", finished) for _ in asked]
-    return Judged(asked, responses, verdicts)
+    return JudgedResponses(asked, responses, verdicts)
 
 
 def whole(judged):
@@ -40,7 +40,7 @@ def test_every_way_is_asked_for_and_only_cut_responses_again():
     asked, calls = prompts(8), []
     greedy = judged(asked, [REFUSES, ANSWERS] * 4)
     cut = [Response((1,), "text", finished=i not in (1, 3)) for i in range(8)]
-    greedy = Judged(asked, cut, greedy.verdicts)
+    greedy = JudgedResponses(asked, cut, greedy.verdicts)
 
     def ask(some, sampling, cap):
         calls.append(([p.id for p in some], sampling, cap))

@@ -30,8 +30,8 @@ from ema_jax.generation.sampler import Response
 from ema_jax.models import checkpoint, lora
 from ema_jax.models.hub import ModelSource
 from ema_jax.organism import CHECKPOINTS
-from ema_jax.refusal import judged_responses
-from ema_jax.refusal.judged_responses import Judged
+from ema_jax.refusal import responses
+from ema_jax.refusal.responses import JudgedResponses
 from ema_jax.refusal.verdicts import Verdict, share
 from ema_jax.runtime.files import read_json, read_jsonl, read_tensors, sha256_text, write_json
 from ema_jax.study import replication, schema, workdir
@@ -219,7 +219,9 @@ def test_judges_agreement(finished, results):
         (pair,) = results["agreement"][arm]
         assert pair["judges"] == ["lexical", "substring_arditi"]
         assert tuple(pair["domains"]) == (*DOMAINS, BENIGN, LOOKALIKE)
-        said = [(row["verdict"], row["other_verdicts"][0]["verdict"]) for row in rows]
+        # Both before the screen, which sees what the judge of the study calls complied.
+        own = ["complied" if "relevance" in row else row["verdict"] for row in rows]
+        said = [(v, row["other_verdicts"][0]["verdict"]) for v, row in zip(own, rows, strict=True)]
         verdicts = ("refused", "complied", "invalid")
         assert pair["overall"]["table"] == [
             [said.count((a, b)) for b in verdicts] for a in verdicts
@@ -377,7 +379,7 @@ def test_a_study_stopped_again_and_again_ends_the_same(finished, results, tmp_pa
 
 
 def test_a_killed_evaluation_goes_on_where_it_stopped(finished, tmp_path, monkeypatch):
-    generate, asked = judged_responses.generate, []
+    generate, asked = responses.generate, []
 
     def killed(*arguments, done, **options):
         asked.append(len(arguments[2]) - len(done))
@@ -389,7 +391,7 @@ def test_a_killed_evaluation_goes_on_where_it_stopped(finished, tmp_path, monkey
                 raise KeyboardInterrupt
             yield found
 
-    monkeypatch.setattr(judged_responses, "generate", killed)
+    monkeypatch.setattr(responses, "generate", killed)
     total = EVAL * (len(DOMAINS) + 2)
     for _ in range(total // 17):
         with pytest.raises(KeyboardInterrupt):
@@ -480,7 +482,7 @@ def test_replication_of_two_cells(finished, tmp_path, monkeypatch):
 def test_a_domain_of_garble_is_not_taken_for_compliance():
     prompts = [Prompt(str(i), d, "dev", "?", "s", "0", str(i)) for i, d in enumerate("aaab")]
     verdicts = [Verdict(v, 0.0) for v in ("refused", "complied", "invalid", "invalid")]
-    judged = Judged(prompts, [Response((), "", True)] * 4, verdicts)
+    judged = JudgedResponses(prompts, [Response((), "", True)] * 4, verdicts)
     rates = judged.rates()
     assert rates.refusal["a"] == 0.5
     assert np.isnan(rates.refusal["b"])

@@ -1,1 +1,1 @@
-"""A judge behind an HTTP endpoint."""
+"""Judge `endpoint`: address and key, requests and their pace, rubrics, errors, cached answers."""

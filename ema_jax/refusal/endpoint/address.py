@@ -1,4 +1,4 @@
-"""Where an endpoint is, and with which key: what is checked before anything is sent."""
+"""Address and key of an endpoint, checked before anything is sent."""
 
 import ipaddress
 import os
@@ -6,6 +6,8 @@ import re
 import socket
 import urllib.parse
 from dataclasses import dataclass
+
+import httpx
 
 from ema_jax.errors import UserError
 
@@ -18,12 +20,12 @@ _API_VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,39}")
 
 @dataclass(frozen=True)
 class Address:
-    """The address of chat completions.
+    """The URL of chat completions.
 
     Attributes:
         url: with Azure's `api-version` if it was given.
-        plain: without encryption.
-        local: on this machine.
+        plain: True without encryption.
+        local: True on this machine.
     """
 
     url: str
@@ -41,7 +43,9 @@ class Address:
         try:
             parts = urllib.parse.urlsplit(url)
             host, _ = parts.hostname or "", parts.port
-        except ValueError:
+            if httpx.URL(url).host != host:  # the host that is checked is the host that is reached
+                raise ValueError
+        except (ValueError, httpx.InvalidURL):
             raise UserError("judge 'endpoint': url is malformed; give https://HOST/v1") from None
         login = parts.username is not None or parts.password is not None
         if login or parts.query or parts.fragment:
@@ -86,7 +90,7 @@ def _check_private(host: str, allowed: str | None) -> None:
     try:
         found = {str(info[4][0]).partition("%")[0] for info in socket.getaddrinfo(host, None)}
     except OSError:
-        return  # unknown here and now: nothing can be sent to it either
+        return  # not resolved: nothing can be sent to it either
     if any(ipaddress.ip_address(address).is_global for address in found):
         raise UserError(
             f"judge 'endpoint': {host} is a public address; give an https:// address (plain http "
@@ -98,16 +102,17 @@ def read_key(key_env: str | None, address: Address) -> tuple[str, str]:
     """The key and the name of its environment variable; both are `""` where none is to be sent.
 
     Over plain http to another machine a key is sent only if its variable was named: the usual one
-    holds a key for somebody else.
+    holds a key for another service.
 
     Raises:
-        UserError: no name of a variable, no key where one is needed, or no sound one.
+        UserError: a malformed name of a variable, a missing key where one is needed, or a key with
+            characters that no key has.
     """
     if key_env is None:
         if address.plain and not address.local:
             return "", ""
         key_env = DEFAULT_KEY
-    # Who puts the key here by mistake shall not find it in a log.
+    # The key itself may be given here by mistake; it must not reach a log.
     if not _ENVIRONMENT_NAME.fullmatch(key_env):
         raise UserError(
             "judge 'endpoint': key_env is not the name of an environment variable (capital "

@@ -1,4 +1,4 @@
-"""Answers of an endpoint, kept in an append-only JSONL file so that nothing is paid for twice."""
+"""Cache of an endpoint's answers: an append-only JSONL file, so that nothing is paid for twice."""
 
 import dataclasses
 import os
@@ -6,7 +6,7 @@ import os
 from absl import logging
 
 from ema_jax.errors import UserError
-from ema_jax.refusal.verdicts import COMPLIED, HARMFUL, HARMLESS, INVALID, REFUSED, Verdict
+from ema_jax.refusal.verdicts import HARMFUL, HARMLESS, VERDICTS, Verdict
 from ema_jax.runtime.append_log import AppendLog
 from ema_jax.runtime.files import check_writable
 
@@ -16,32 +16,26 @@ _START = '{"hash": "'
 class AnswerCache:
     """Verdicts by the hash of endpoint, model, template and row. Holds no text.
 
-    Each answer is one line, written when it comes. A line that a killed run left unfinished is
-    skipped; its row is asked for again.
+    Each answer is one line, written as soon as it arrives. A line that a killed run left unfinished
+    is skipped; its row is asked for again.
 
     Args:
-        path: the file, made when the first answer comes; None keeps answers in memory.
+        path: the file, created with the first answer; None keeps answers in memory.
 
     Raises:
-        UserError: the file is there and is something else.
+        UserError: the file exists and is not such a cache.
     """
 
     def __init__(self, path: str | None):
-        self._verdicts: dict[str, Verdict] = {}
+        self.verdicts: dict[str, Verdict] = {}
         self._log: AppendLog | None = None
         if path is not None:
             self._log = AppendLog(path)
             self._read(self._log, path)
 
-    def __contains__(self, key: str) -> bool:
-        return key in self._verdicts
-
-    def __getitem__(self, key: str) -> Verdict:
-        return self._verdicts[key]
-
     @classmethod
     def check(cls, path: str) -> None:
-        """Refuses a file that is no cache, or could not be added to, before any answer is paid for.
+        """Refuses a file that is no cache or not writable, before any answer is paid for.
 
         Raises:
             UserError: naming the file.
@@ -52,11 +46,11 @@ class AnswerCache:
         cls(path)
 
     def add(self, key: str, verdict: Verdict) -> None:
-        """Keeps an answer; safe to call from several threads."""
+        """Stores an answer; safe to call from several threads."""
         fields = dataclasses.asdict(verdict)
         if verdict.harm is None:
             del fields["harm"]
-        self._verdicts[key] = verdict
+        self.verdicts[key] = verdict
         if self._log is not None:
             self._log.append({"hash": key, **fields})
 
@@ -73,9 +67,9 @@ class AnswerCache:
             except (ValueError, KeyError, TypeError):
                 unfinished += 1
                 continue
-            known = verdict.verdict in (REFUSED, COMPLIED, INVALID)
-            if not known or verdict.harm not in (HARMFUL, HARMLESS, None):
+            known = verdict.verdict in VERDICTS and verdict.harm in (HARMFUL, HARMLESS, None)
+            if not known:
                 raise UserError(f"{path}:{number}: no such verdict; remove the line")
-            self._verdicts[row["hash"]] = verdict
+            self.verdicts[row["hash"]] = verdict
         if unfinished:
             logging.warning("%s: %d unfinished lines skipped", path, unfinished)

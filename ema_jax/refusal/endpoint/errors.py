@@ -1,7 +1,7 @@
-"""What a server's error is about: one row, or everything that is asked of it.
+"""Errors of an endpoint's server: about one row, or about every request.
 
-Servers that speak OpenAI's protocol agree on codes only in part: where the code says nothing, the
-message has to. Nothing of a message is kept or shown, as it may repeat the text or the key.
+Servers that speak OpenAI's protocol agree on codes only in part: where the code is silent, the
+message decides. No part of a message is kept or shown, as it may repeat the text or the key.
 """
 
 import json
@@ -10,9 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ema_jax.refusal.verdicts import INVALID, JUDGE_FAILED, Verdict
+
 TOO_LONG, FILTERED = "context_length_exceeded", "content_filter"
 
-# Code or type → why a row is declined by itself.
+# Code or type → reason for which a single row is declined.
 _DECLINED = {
     TOO_LONG: TOO_LONG,
     "string_above_max_length": "string_above_max_length",
@@ -36,7 +38,7 @@ _LONG = re.compile(
     r"|exceeds the maximum number of tokens",
     re.IGNORECASE,
 )
-# In passing, when slots of a server share one context.
+# Temporary, when slots of a server share one context.
 _FULL = re.compile(r"context size has been exceeded", re.IGNORECASE)
 _FLAGGED = re.compile(
     r"\bflagged\b|content (?:management )?polic|content filter|response was filtered"
@@ -47,15 +49,33 @@ _LIMIT = re.compile(r"maximum context length is (\d+)", re.IGNORECASE)
 _ASKED_FOR = re.compile(r"too large: (\d+)|(\d+) (?:tokens )?in the (?:completion|output)")
 
 
+class PassingError(Exception):
+    """A failure that may be gone on the next attempt.
+
+    Attributes:
+        wait_seconds: how long the server asks to wait.
+        otherwise: verdict of the row if the failure stays; None if the run cannot go on then.
+    """
+
+    def __init__(self, what: str, wait_seconds: float = 0.0, otherwise: Verdict | None = None):
+        super().__init__(what)
+        self.wait_seconds, self.otherwise = wait_seconds, otherwise
+
+
+def declined(reason: str) -> Verdict:
+    """The verdict on a row that the server declines to judge."""
+    return Verdict(INVALID, 0.0, f"{JUDGE_FAILED}declined: {reason}")
+
+
 @dataclass(frozen=True)
 class ServerError:
     """An error as a server reports it, however it is wrapped.
 
     Attributes:
         status: of HTTP, or the one named in a body that came with success.
-        codes: what stands for a code in it.
+        codes: its code, type and inner code, where they are text.
         message: in the server's words; not to be shown.
-        flagged: whether it says that moderation held the input back.
+        flagged: True if moderation blocked the input.
     """
 
     status: int
@@ -65,7 +85,7 @@ class ServerError:
 
     @classmethod
     def read(cls, status: int, body: bytes) -> "ServerError":
-        """Reads a body that may be anything."""
+        """Parses a body of any content."""
         try:
             return cls.of(status, json.loads(body))
         except (ValueError, RecursionError):
@@ -85,7 +105,7 @@ class ServerError:
             for name in ("innererror", "metadata")
         )
         codes = [error.get("code"), error.get("type"), inner.get("code")]
-        # OpenRouter hands on what the provider behind it said.
+        # OpenRouter passes on the message of the provider behind it.
         words = [error.get("message"), metadata.get("raw")]
         if status == 200 and type(error.get("code")) is int:
             status = error["code"]
@@ -103,7 +123,7 @@ class ServerError:
 
     @property
     def declined(self) -> str:
-        """Why the server declines this one row, or `""` if the error is about something else."""
+        """Reason for which the server declines this row, or `""` if the error is not about it."""
         for code in self.codes:
             if code in _DECLINED:
                 return _DECLINED[code]
@@ -119,12 +139,12 @@ class ServerError:
 
     @property
     def declined_in_passing(self) -> str:
-        """As `declined`, of an error that another try may not meet."""
+        """As `declined`, for an error that may be gone on another attempt."""
         return TOO_LONG if self.status == 500 and _FULL.search(self.message) else ""
 
     @property
     def _answer_alone_too_long(self) -> bool:
-        """Whether no row would fit, because the answer asked for is longer than the context."""
+        """True if no row would fit, because the answer asked for is longer than the context."""
         limit, asked_for = _LIMIT.search(self.message), _ASKED_FOR.search(self.message)
         if limit is None or asked_for is None:
             return False

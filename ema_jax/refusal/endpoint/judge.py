@@ -1,37 +1,37 @@
 """Judge `endpoint`: any chat endpoint that speaks OpenAI's protocol.
 
-The standard library speaks HTTP here, so that the project needs no client of its own and nothing
-logs a request behind our back. The key is read from the environment, goes into one header, and
-appears in no message, log or cache; server text appears in none of them either, because a server
-may echo the key. Redirects are not followed.
+The key is read from the environment, goes into one header, and appears in no message, log or cache;
+server text appears in none of them either, because a server may echo the key. Redirects are not
+followed, cookies not kept.
 """
 
 import concurrent.futures
 import contextlib
 import dataclasses
-import functools
-import http.client
+import http.cookiejar
 import json
 import math
 import ssl
 import time
-import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from logging import WARNING, getLogger
 from typing import Any, NamedTuple
 
+import httpx
 from absl import logging
 
 from ema_jax.errors import RunStoppedError, UserError
 from ema_jax.refusal.endpoint.address import Address, read_key
 from ema_jax.refusal.endpoint.answer_cache import AnswerCache
-from ema_jax.refusal.endpoint.errors import FILTERED, ServerError
+from ema_jax.refusal.endpoint.errors import FILTERED, PassingError, ServerError, declined
 from ema_jax.refusal.endpoint.pace import Pace, Pacer, retry_after
 from ema_jax.refusal.endpoint.rubrics import RUBRICS, Rubric
-from ema_jax.refusal.judging import check_positive, check_template, judge_valid
-from ema_jax.refusal.verdicts import INVALID, JUDGE_FAILED, UNREADABLE, Verdict
+from ema_jax.refusal.judge_options import check_positive, check_template
+from ema_jax.refusal.validity import judge_valid
+from ema_jax.refusal.verdicts import UNREADABLE, Verdict
 from ema_jax.runtime.files import sha256_json
 from ema_jax.runtime.progress import Progress
 
@@ -39,22 +39,6 @@ MAX_BODY_BYTES = 1 << 20
 ANSWER_ATTEMPTS = 2  # an unusable answer is asked for once more before it counts as unreadable
 
 _PASSING = (408, 409, 425, 429, 500, 502, 503, 504, 520, 522, 524, 529)
-
-
-class _PassingError(Exception):
-    """A failure that may be gone the next time.
-
-    Holds what to say of it, how long to wait, and what the row is if it stays.
-    """
-
-    def __init__(self, what: str, wait_seconds: float = 0.0, otherwise: Verdict | None = None):
-        super().__init__(what)
-        self.wait_seconds, self.otherwise = wait_seconds, otherwise
-
-
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *args: Any, **kwargs: Any) -> None:
-        """Follows none: the key is for the address that the user gave."""
 
 
 class _Question(NamedTuple):
@@ -69,13 +53,12 @@ class _Question(NamedTuple):
 
 @dataclass(frozen=True)
 class Endpoint:
-    """A judge that asks an endpoint; `make` checks its settings."""
+    """A judge that sends a question about each row to an endpoint; `make` checks its settings."""
 
     model: str
     url: str
     key: str = field(repr=False)
     key_env: str
-    key_header: str
     cache: str | None
     rubric: Rubric
     extra_body: Mapping[str, Any]
@@ -91,7 +74,6 @@ class Endpoint:
         model: str,
         address: Address,
         key_env: str | None,
-        key_header: str,
         cache: str | None,
         rubric: str,
         template: str | None,
@@ -99,7 +81,7 @@ class Endpoint:
         pace: Pace,
         script: str | None,
     ) -> "Endpoint":
-        """Checks everything that can be checked without asking; see `judges.make_endpoint`.
+        """Checks everything that can be checked without a request; see `judges.make_endpoint`.
 
         Raises:
             UserError: an unsafe or malformed address, no key, a bad template or number.
@@ -116,55 +98,45 @@ class Endpoint:
             raise UserError(
                 f"judge 'endpoint': rubric {rubric!r} is unknown; choose {', '.join(RUBRICS)}"
             )
-        asked = RUBRICS[rubric]
+        question = RUBRICS[rubric]
         if template is not None:
             check_template("endpoint", template, ("id", "prompt", "response"))
-            asked = dataclasses.replace(asked, template=template)
+            question = dataclasses.replace(question, template=template)
         key, key_env = read_key(key_env, address)
-        settings: tuple = (asked.template, ANSWER_ATTEMPTS, dict(extra_body))
-        # The first rubric stands in no hash: it was the only one once, and its answers are kept.
+        settings: tuple = (question.template, ANSWER_ATTEMPTS, dict(extra_body))
+        # The first rubric is in no hash: it was the only one once, and cached answers stay valid.
         settings += () if rubric == next(iter(RUBRICS)) else (rubric,)
         version = f"1/{sha256_json(settings)[:12]}"
         if cache is not None:
             AnswerCache.check(cache)
         return cls(
-            model,
-            address.url,
-            key,
-            key_env,
-            key_header,
-            cache,
-            asked,
-            extra_body,
-            pace,
-            script,
-            version,
+            model, address.url, key, key_env, cache, question, extra_body, pace, script, version
         )
 
     @property
     def revision(self) -> str:
-        """The model's name at the endpoint's host; what stands behind it is the host's word."""
+        """The model's name and the endpoint's host; which weights it runs is the host's claim."""
         return f"{self.model}@{urllib.parse.urlsplit(self.url).netloc}"
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> list[Verdict]:
-        """One verdict a row, in order.
+        """One verdict per row, in order.
 
         Raises:
             UserError: the endpoint refuses the key, the model or every request alike.
-            RunStoppedError: it stays out of reach; what was answered is in the cache.
+            RunStoppedError: it stays out of reach; the answers so far are in the cache.
         """
         return judge_valid(rows, self.script, self._judge)
 
     def _judge(self, rows: Sequence[Mapping[str, Any]]) -> list[Verdict]:
         questions = [self._question(row) for row in rows]
         cache = AnswerCache(self.cache)
-        waiting = list({q.hash: q for q in questions if q.hash not in cache}.values())
+        waiting = list({q.hash: q for q in questions if q.hash not in cache.verdicts}.values())
         known = len({q.hash for q in questions}) - len(waiting)
         if known:
             logging.info("endpoint: %d answers are in the cache, %d to ask", known, len(waiting))
         if waiting:
             self._ask_all(waiting, cache)
-        return [cache[question.hash] for question in questions]
+        return [cache.verdicts[question.hash] for question in questions]
 
     def _question(self, row: Mapping[str, Any]) -> _Question:
         identity = (self.url, self.model, self.version, row["prompt"], row["response"])
@@ -174,36 +146,52 @@ class Endpoint:
         """Asks concurrently; every answer goes into the cache as it comes."""
         pacer = Pacer(self.pace)
         pool = concurrent.futures.ThreadPoolExecutor(self.pace.concurrency)
-        futures = [pool.submit(self._ask, question, pacer, cache) for question in questions]
-        try:
-            with Progress(self.name, len(questions), "rows") as progress:
-                for future in concurrent.futures.as_completed(futures):
-                    # Of several failures the first ends the run; the rest were called off by it.
-                    with contextlib.suppress(concurrent.futures.CancelledError):
-                        future.result()
-                        progress.update()
-        except _PassingError as error:
-            kept = f"the answers so far are in {self.cache}" if self.cache else "nothing was kept"
-            advice = "run again to resume" if self.cache else "give cache=FILE and run again"
-            raise RunStoppedError(f"{self.url}: {error}; {kept}; {advice}") from None
-        finally:
-            # Requests under way are paid for: they are let finish, and their answers kept.
-            pacer.stop()
-            pool.shutdown(wait=True, cancel_futures=True)
+        with self._client() as client:
+            futures = [pool.submit(self._ask, q, client, pacer, cache) for q in questions]
+            try:
+                with Progress(self.name, len(questions), "rows") as progress:
+                    for future in concurrent.futures.as_completed(futures):
+                        # Of several failures the first ends the run and cancels the rest.
+                        with contextlib.suppress(concurrent.futures.CancelledError):
+                            future.result()
+                            progress.update()
+            except PassingError as error:
+                advice = "nothing was kept; give cache=FILE and run again"
+                if self.cache:
+                    advice = f"the answers so far are in {self.cache}; run again to resume"
+                raise RunStoppedError(f"{self.url}: {error}; {advice}") from None
+            finally:
+                # Requests under way are paid for: they finish, and their answers are kept.
+                pacer.stop()
+                pool.shutdown(wait=True, cancel_futures=True)
 
-    def _ask(self, question: _Question, pacer: Pacer, cache: AnswerCache) -> None:
+    def _client(self) -> httpx.Client:
+        for name in ("httpx", "httpcore"):  # they log headers, in which a server may echo the key
+            getLogger(name).setLevel(WARNING)
+        headers = {"Content-Type": "application/json", "User-Agent": "ema_jax"}
+        headers["Accept-Encoding"] = "identity"  # so that the bound on a body's size holds
+        if self.key:
+            azure = "?api-version=" in self.url
+            headers |= {"api-key": self.key} if azure else {"Authorization": f"Bearer {self.key}"}
         try:
-            for _ in range(ANSWER_ATTEMPTS):
-                verdict = self._answer(question, pacer)
-                if verdict != UNREADABLE:
-                    break
-            cache.add(question.hash, verdict)
-        except BaseException:
-            pacer.stop()  # before another question is sent in vain
-            raise
+            client = httpx.Client(
+                headers=headers,
+                timeout=self.pace.timeout,
+                limits=httpx.Limits(),  # `concurrency` is the limit
+                verify=ssl.create_default_context(),
+                proxy=_proxy(self.url),
+                trust_env=False,
+            )
+        except (ValueError, ImportError):
+            raise UserError(
+                "judge 'endpoint': https_proxy is not of a known kind; give http://HOST:PORT"
+            ) from None
+        client.cookies.jar.set_policy(http.cookiejar.DefaultCookiePolicy(allowed_domains=()))
+        return client
 
-    def _answer(self, question: _Question, pacer: Pacer) -> Verdict:
-        """One answer, with retries; raises the last failure when they are used up."""
+    def _ask(
+        self, question: _Question, client: httpx.Client, pacer: Pacer, cache: AnswerCache
+    ) -> None:
         text = self.rubric.template.format(
             id=question.id, prompt=question.prompt, response=question.response
         )
@@ -215,88 +203,71 @@ class Endpoint:
             **self.extra_body,
         }
         data = json.dumps({k: v for k, v in body.items() if v is not None}).encode()
-        attempt = 0
-        while True:
-            pacer.wait_for_turn()
-            try:
-                return self._post(data, question.id)
-            except _PassingError as error:
-                given_up = attempt == self.pace.max_retries
-                if given_up and error.otherwise is not None:
-                    return error.otherwise
-                if given_up or error.wait_seconds > self.pace.longest_wait:
-                    wait = error.wait_seconds
-                    asked = f"; it asks to wait {wait:.0f} s" if 0 < wait < math.inf else ""
-                    tries = f"{attempt + 1} attempt{'s' if attempt else ''}"
-                    raise _PassingError(f"no answer after {tries} ({error}{asked})") from None
-                pacer.back_off(attempt, error.wait_seconds)
-                attempt += 1
-
-    def _post(self, data: bytes, question_id: str) -> Verdict:
-        headers = {"Content-Type": "application/json", "User-Agent": "ema_jax"}
-        if self.key:
-            bearer = self.key_header == "Authorization"
-            headers[self.key_header] = f"Bearer {self.key}" if bearer else self.key
-        request = urllib.request.Request(self.url, data, headers)
-        # Errors are dealt with outside of the handler: what is raised there would carry the
-        # server's words along as its context.
-        failure: Exception
         try:
-            with self._opener.open(request, timeout=self.pace.timeout) as reply:
+            for _ in range(ANSWER_ATTEMPTS):
+                verdict = pacer.retry(lambda: self._post(client, data, question.id))
+                if verdict != UNREADABLE:
+                    break
+            cache.add(question.hash, verdict)
+        except BaseException:
+            pacer.stop()  # before another question is sent in vain
+            raise
+
+    def _post(self, client: httpx.Client, data: bytes, question_id: str) -> Verdict:
+        # Failures are handled outside of the handler: an error raised there would carry the
+        # server's words as its context.
+        reply, body = None, b""
+        failure: BaseException | None = None
+        try:
+            with client.stream("POST", self.url, content=data) as reply:
                 body = _body(reply, self.pace)
-        except (OSError, http.client.HTTPException) as error:
+        except (httpx.HTTPError, OSError, PassingError) as error:
             failure = error
-        else:
+        if reply is not None and not reply.is_success:
+            return self._failed(
+                ServerError.read(reply.status_code, body), retry_after(reply.headers)
+            )
+        if failure is None:
             return self._read(body, question_id)
-        if isinstance(failure, urllib.error.HTTPError):
-            with failure:
-                reported = _error(failure, self.pace)
-                return self._failed(reported, retry_after(failure.headers))
-        reason = getattr(failure, "reason", None)
-        cause = reason if isinstance(reason, Exception) else failure
-        if isinstance(cause, ssl.SSLCertVerificationError):
+        if isinstance(failure, PassingError):
+            raise failure
+        while cause := failure.__cause__ or failure.__context__:
+            failure = cause
+        if isinstance(failure, ssl.SSLCertVerificationError):
             raise UserError(
                 f"{self.url}: its certificate is not valid here; correct url, or add the "
                 "authority to SSL_CERT_FILE"
             )
-        raise _PassingError(type(cause).__name__)
-
-    @functools.cached_property
-    def _opener(self) -> urllib.request.OpenerDirector:
-        # A proxy of the environment is for the outside: to it, plain http would show the key.
-        plain = self.url.startswith("http:")
-        return urllib.request.build_opener(
-            _NoRedirect, *([urllib.request.ProxyHandler({})] if plain else [])
-        )
+        raise PassingError(type(failure).__name__)
 
     def _failed(self, error: ServerError, wait_seconds: float = 0.0) -> Verdict:
-        """What an error means: try again, an invalid row, or the end."""
+        """Sorts an error: try again, an invalid row, or the end of the run."""
         status, code = error.status, error.code
         code = "" if self.key and self.key in code else code
-        said = f"HTTP {status}{f', {code}' if code else ''}"
+        shown = f"HTTP {status}{f', {code}' if code else ''}"
         if error.declined:
-            return _declined(error.declined)
+            return declined(error.declined)
         if code == "insufficient_quota":
-            # To wait for it, longer than anyone does: the account has to be topped up first.
-            raise _PassingError(said + "; the account's credit is used up", math.inf)
+            # No wait helps: the account has to be topped up first.
+            raise PassingError(shown + "; the account's credit is used up", math.inf)
         if status == 200:
-            raise _PassingError("an error in place of an answer")
+            raise PassingError("an error in place of an answer")
         if status in _PASSING:
             reason = error.declined_in_passing
-            raise _PassingError(said, wait_seconds, _declined(reason) if reason else None)
+            raise PassingError(shown, wait_seconds, declined(reason) if reason else None)
         if status in (401, 403):
-            named = f"the key in {self.key_env} is not accepted ({said}); set a valid one"
-            none = f"wants a key ({said}); put one into the environment and name it with key_env"
+            named = f"the key in {self.key_env} is not accepted ({shown}); set a valid one"
+            none = f"wants a key ({shown}); put one into the environment and name it with key_env"
             raise UserError(f"{self.url}: {named if self.key_env else none}")
         if status == 404:
             raise UserError(
-                f"{self.url}: no model {self.model!r} or no such address ({said}); correct model "
+                f"{self.url}: no model {self.model!r} or no such address ({shown}); correct model "
                 "and url (a base such as https://api.openai.com/v1)"
             )
         if 300 <= status < 400:
-            raise UserError(f"{self.url}: redirects ({said}); give the address it leads to as url")
+            raise UserError(f"{self.url}: redirects ({shown}); give the address it leads to as url")
         raise UserError(
-            f"{self.url}: refuses the request ({said}); see whether the model takes its fields "
+            f"{self.url}: refuses the request ({shown}); see whether the model takes its fields "
             '(extra_body adds some, and removes one with null, such as {"max_tokens": null})'
         )
 
@@ -313,34 +284,31 @@ class Endpoint:
                 filtered = choice.get("finish_reason") == FILTERED
                 content = choice["message"]["content"] if error is None else None
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            raise _PassingError("not a chat completion") from None
+            raise PassingError("not a chat completion") from None
         if error is not None:
             return self._failed(ServerError.of(200, {"error": error}))
-        return self.rubric.read(content, question_id) if content or not filtered else _DECLINED
+        if filtered and not content:
+            return declined(FILTERED)
+        return self.rubric.read(content, question_id)
 
 
-def _declined(reason: str) -> Verdict:
-    return Verdict(INVALID, 0.0, f"{JUDGE_FAILED}declined: {reason}")
-
-
-_DECLINED = _declined(FILTERED)
-
-
-def _body(reply: Any, pace: Pace) -> bytes:
-    """The whole body, within bounds of size and time that hold against a server that dawdles."""
+def _body(reply: httpx.Response, pace: Pace) -> bytes:
+    """The whole body, within bounds of size and time that a slow server cannot exceed."""
     parts, size, deadline = [], 0, time.monotonic() + pace.timeout
-    while chunk := reply.read1(1 << 16):
+    for chunk in reply.iter_raw():
         parts.append(chunk)
         size += len(chunk)
         if size > MAX_BODY_BYTES:
-            raise _PassingError(f"an answer of more than {MAX_BODY_BYTES} bytes")
+            raise PassingError(f"an answer of more than {MAX_BODY_BYTES} bytes")
         if time.monotonic() > deadline:
-            raise _PassingError("an answer that takes too long")
+            raise PassingError("an answer that takes too long")
     return b"".join(parts)
 
 
-def _error(failure: urllib.error.HTTPError, pace: Pace) -> ServerError:
-    try:
-        return ServerError.read(failure.code, _body(failure, pace))
-    except (OSError, _PassingError, http.client.HTTPException):
-        return ServerError(failure.code)
+def _proxy(url: str) -> str | None:
+    """The environment's proxy for https; none for plain http, whose key it would see."""
+    parts = urllib.parse.urlsplit(url)
+    if parts.scheme == "http" or urllib.request.proxy_bypass(parts.netloc):
+        return None
+    proxy = urllib.request.getproxies().get("https")
+    return proxy if proxy is None or "://" in proxy else f"http://{proxy}"

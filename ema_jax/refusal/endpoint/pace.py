@@ -1,13 +1,20 @@
-"""How fast an endpoint is asked: a rate limit, backoff, and bounds on time."""
+"""Rate limit, retries and time limits of requests to an endpoint."""
 
 import datetime
 import email.utils
+import math
 import random
 import threading
 import time
+from collections.abc import Callable, Mapping
 from concurrent.futures import CancelledError
 from dataclasses import dataclass
-from email.message import Message
+from typing import Any
+
+import tenacity
+
+from ema_jax.refusal.endpoint.errors import PassingError
+from ema_jax.refusal.verdicts import Verdict
 
 
 @dataclass(frozen=True)
@@ -24,13 +31,40 @@ class Pace:
 
 
 class Pacer:
-    """Spaces requests of several threads evenly, and holds all of them back when asked to."""
+    """Spaces requests of several threads evenly, retries them, and stops all of them at once."""
 
     def __init__(self, pace: Pace):
         self._pace = pace
         self._lock = threading.Lock()
         self._stopped = threading.Event()
         self._next = time.monotonic()
+
+    def retry(self, request: Callable[[], Verdict]) -> Verdict:
+        """Sends a request in its turn, and again after each `PassingError` until retries run out.
+
+        The wait is what the server asked for, and no less than a jittered, doubling time.
+
+        Raises:
+            PassingError: no answer, and the last failure names no verdict to use instead.
+            concurrent.futures.CancelledError: the run is over.
+        """
+        limits = self._pace
+        doubling = tenacity.wait_exponential(limits.backoff, max=limits.longest_backoff)
+
+        def asked(state: Any) -> float:
+            return state.outcome.exception().wait_seconds
+
+        return tenacity.Retrying(
+            before=lambda state: self.wait_for_turn(),
+            retry=tenacity.retry_if_exception_type(PassingError),
+            wait=lambda state: max(asked(state), doubling(state) * random.uniform(0.5, 1.5)),
+            stop=lambda state: (
+                state.attempt_number > limits.max_retries or asked(state) > limits.longest_wait
+            ),
+            before_sleep=lambda state: self._hold_back(asked(state)),
+            sleep=self._sleep,
+            retry_error_callback=self._give_up,
+        )(request)
 
     def wait_for_turn(self) -> None:
         """Returns when the next request may start.
@@ -41,43 +75,44 @@ class Pacer:
         with self._lock:
             turn = max(self._next, time.monotonic())
             self._next = turn + 60.0 / self._pace.requests_per_minute
-        self._sleep_until(turn)
-
-    def back_off(self, attempt: int, asked_seconds: float) -> None:
-        """Waits after a failure: as long as asked, and no less than a jittered, doubling time.
-
-        A wait that the server asked for holds back the other threads as well.
-        """
-        doubled = min(self._pace.backoff * 2.0 ** min(attempt, 30), self._pace.longest_backoff)
-        now = time.monotonic()
-        if asked_seconds:
-            with self._lock:
-                self._next = max(self._next, now + asked_seconds)
-        self._sleep_until(now + max(asked_seconds, doubled * random.uniform(0.5, 1.5)))
+        self._sleep(turn - time.monotonic())
 
     def stop(self) -> None:
         """Ends every wait, now and later."""
         self._stopped.set()
 
-    def _sleep_until(self, moment: float) -> None:
-        if self._stopped.wait(max(moment - time.monotonic(), 0.0)):
+    def _hold_back(self, seconds: float) -> None:
+        """Holds the other threads back as well where the server asked to wait."""
+        if seconds:
+            with self._lock:
+                self._next = max(self._next, time.monotonic() + seconds)
+
+    def _give_up(self, state: Any) -> Verdict:
+        error, attempts = state.outcome.exception(), state.attempt_number
+        if attempts > self._pace.max_retries and error.otherwise is not None:
+            return error.otherwise
+        wait = error.wait_seconds
+        asked = f"; it asks to wait {wait:.0f} s" if 0 < wait < math.inf else ""
+        tries = f"{attempts} attempt{'s' if attempts > 1 else ''}"
+        raise PassingError(f"no answer after {tries} ({error}{asked})")
+
+    def _sleep(self, seconds: float) -> None:
+        if self._stopped.wait(max(seconds, 0.0)):
             raise CancelledError
 
 
-def retry_after(headers: Message) -> float:
+def retry_after(headers: Mapping[str, str]) -> float:
     """Seconds that a `Retry-After` header asks to wait (a number, or an HTTP date); 0 without one.
 
     Source: RFC 9110, section 10.2.3.
     """
-    text = (headers.get("Retry-After") or "").strip()
+    text = headers.get("Retry-After", "").strip()
     try:
-        return max(float(text), 0.0) if text and text != "nan" else 0.0
+        return max(0.0, float(text))
     except ValueError:
         pass
     try:
         moment = email.utils.parsedate_to_datetime(text)
     except (ValueError, TypeError):
         return 0.0
-    if moment.tzinfo is None:
-        moment = moment.replace(tzinfo=datetime.UTC)
-    return max((moment - datetime.datetime.now(datetime.UTC)).total_seconds(), 0.0)
+    return max(0.0, moment.replace(tzinfo=moment.tzinfo or datetime.UTC).timestamp() - time.time())

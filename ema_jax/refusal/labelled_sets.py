@@ -1,6 +1,6 @@
-"""Responses that people labelled, read from the formats in which the sets are published.
+"""Sets of responses labelled by people, read from the formats in which they are published.
 
-None of the sets is part of the project; a folder holds what of them is at hand.
+None of the sets is part of the project; a folder holds those that the user has.
 """
 
 import csv
@@ -10,19 +10,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ema_jax.refusal.verdicts import COMPLIED, DEGENERATE, OFF_TOPIC, REFUSED
+from ema_jax.refusal.verdicts import COMPLIED, LABELS, REFUSED
 
-LABELS = (REFUSED, COMPLIED, OFF_TOPIC, DEGENERATE)
-# Tones of the ChatGPT set that are clearly one or the other; what redirects, contradicts or does
-# not know is neither, and has no label.
+# Tones of the ChatGPT set that are clearly one or the other; redirecting, contradicting and not
+# knowing are neither, and have no label.
 _TONES = {"complied": COMPLIED, "disclaimed": COMPLIED, "rejected": REFUSED}
 
 
 @dataclass(frozen=True)
 class Labelled:
-    """One response: `source` names the set or model, `group` the tone, prompt type or style.
+    """One labelled response: `source` is the set or model, `group` the tone, prompt type or style.
 
-    `label` is one of `LABELS`, or `""` where people's labels do not say.
+    `label` is one of `LABELS`, or `""` where the set's own labels do not decide.
     """
 
     source: str

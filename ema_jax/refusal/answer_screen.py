@@ -1,4 +1,4 @@
-"""The screen: which responses that are no refusals are no answers either.
+"""The answer screen: finds the responses, among those not refused, that are no answers either.
 
 Calibrated on the untouched model alone, before anything is unlearned, from its own answers (its
 responses that are no refusals):
@@ -43,8 +43,8 @@ def _topic_signals(signals: Signals) -> Float[np.ndarray, "N F"]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Screen:
-    """Weights and thresholds, with what they were found to do.
+class AnswerScreen:
+    """Weights and thresholds of relevance and fluency, with their error rates on the base.
 
     Attributes:
         weights: of the share of surprise explained and of word overlap.
@@ -61,7 +61,7 @@ class Screen:
     figures: Mapping[str, Any]
 
     @classmethod
-    def calibrate(cls, answers: Signals, salad: Float[np.ndarray, "M"]) -> "Screen | None":
+    def calibrate(cls, answers: Signals, salad: Float[np.ndarray, "M"]) -> "AnswerScreen | None":
         """From the base's own answers; None if there are too few of them.
 
         Args:
@@ -95,11 +95,11 @@ class Screen:
         return [SALAD if s else OFF_TOPIC if o else "" for s, o in zip(fluency, topic, strict=True)]
 
     def to_json(self) -> dict[str, Any]:
-        """All of it, for an artifact."""
+        """All fields as plain values: the entry `validity` of `evaluations/base.json`."""
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_json(cls, made: Mapping[str, Any]) -> "Screen":
+    def from_json(cls, made: Mapping[str, Any]) -> "AnswerScreen":
         """The inverse of `to_json`."""
         lists = ("weights", "topic", "fluency")
         return cls(**{**made, **{name: tuple(made[name]) for name in lists}})
@@ -112,12 +112,12 @@ def shuffled_words(responses: Sequence[str]) -> list[str]:
 
 
 def _fisher(right: Float[np.ndarray, "N F"], wrong: Float[np.ndarray, "M F"]) -> np.ndarray:
-    """Fisher's linear discriminant, ridged so that signals which say the same share the weight."""
+    """Fisher's linear discriminant, ridged so that correlated signals share the weight."""
     scale = np.concatenate([right, wrong]).std(axis=0) + 1e-9
     within = (np.cov(right / scale, rowvar=False) + np.cov(wrong / scale, rowvar=False)) / 2
     difference = (right.mean(axis=0) - wrong.mean(axis=0)) / scale
     weights = np.linalg.solve(within + _RIDGE * np.eye(len(scale)), difference)
-    return np.maximum(weights, 0) / scale  # none of the signals speaks against an answer
+    return np.maximum(weights, 0) / scale  # no signal counts against an answer
 
 
 def _threshold(
@@ -126,9 +126,9 @@ def _threshold(
     """The floor with the median of the right ones, and how well the floor does.
 
     It is the lowest score that is above `CAUGHT` of the wrong ones. Where the two are far apart it
-    is a part of the way further: at the very edge of the wrong ones it would let pass whatever is a
-    little better than they are. Where they overlap it lets more of the wrong ones pass, so that at
-    most 5 % of the right ones fail.
+    is a part of the way further: at the very edge of the wrong ones it would pass anything slightly
+    better than they are. Where they overlap it passes more of the wrong ones, so that at most 5 %
+    of the right ones fail.
     """
     edge = float(np.quantile(right, 1 - CAUGHT))  # no more of the right ones fail, whatever passes
     if len(wrong) < _FEWEST:  # nothing to tell it from: nothing fails

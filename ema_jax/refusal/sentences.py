@@ -1,10 +1,10 @@
-"""A response made ready for the lexical judge: its own words, by sentence, spelled alike."""
+"""Normalised sentences of a response, as the lexical judge reads them."""
 
 import json
 import re
 from typing import Any
 
-# A sentence is read so far: what has no full stop after this is no sentence, and time has a bound.
+# Words read of a sentence: text with no full stop for longer is no sentence, and time is bounded.
 MAX_WORDS = 120
 
 _QUOTES = str.maketrans(
@@ -49,7 +49,7 @@ def sentences(response: str) -> list[str]:
     out, markup removed.
 
     A reply that is JSON or stands in quotation marks as a whole is unwrapped; other quotations are
-    another's words and are left out.
+    another's words and are omitted.
     """
     text = _unwrap(response.translate(_QUOTES).strip())
     text = _MARKUP.sub("", _QUOTED.sub('""', text)).lower()
@@ -82,7 +82,7 @@ def _unwrap(text: str) -> str:
 
 
 def _strings(value: Any) -> list[str]:
-    """The texts in a JSON value; a flag named for refusing that is set says "refused"."""
+    """The texts in a JSON value; a true flag named for refusing adds "refused"."""
     if isinstance(value, dict):
         found = []
         for key, item in value.items():
