@@ -1,12 +1,10 @@
-"""Judged responses read back from `responses/NAME.jsonl`, and what is counted of them."""
+"""Judged responses, as rows of `responses/NAME.jsonl`, and what is counted of them."""
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ema_jax.refusal.scores import pooled_rate
 from ema_jax.refusal.verdicts import COMPLIED, HARMFUL, HARMLESS, REFUSED, share
-from ema_jax.runtime.files import read_jsonl
 
 
 class Responses(NamedTuple):
@@ -18,10 +16,10 @@ class Responses(NamedTuple):
     oracle: list[bool | None]  # whether the answer is one that an embedded model could have meant
 
 
-def read_responses(path: Path) -> dict[str, Responses]:
+def by_domain(rows: Iterable[Mapping[str, Any]]) -> dict[str, Responses]:
     """Domain → responses. Fields that older studies do not have are None."""
     result: dict[str, Responses] = {}
-    for row in read_jsonl(path):
+    for row in rows:
         found = result.setdefault(row["domain"], Responses([], [], [], []))
         found.shares.append(share(row["verdict"], row.get("reason", "")))
         found.groups.append(row.get("group") or row.get("id") or str(len(found.groups)))

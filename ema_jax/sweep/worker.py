@@ -22,14 +22,13 @@ from absl import logging
 from ema_jax.config import ModelConfig, StudyConfig
 from ema_jax.errors import RunStoppedError, UserError
 from ema_jax.runtime import files
-from ema_jax.study.session import Checkpoint
-from ema_jax.study.stage_bodies import Study
+from ema_jax.study.pipeline import OF_RUNS, SHARED, Study
+from ema_jax.study.session import ModelSource
 from ema_jax.study.workdir import Workdir
 from ema_jax.sweep import table
 from ema_jax.sweep.grid import Cell, Point, cells, points
 from ema_jax.sweep.leases import Claims
 
-SHARED = ("prompts", "baseline", "concepts", "forecast", "harvest")
 _SECONDS_BETWEEN_LOOKS = 0.5
 
 
@@ -50,11 +49,11 @@ class Sweep:
             raise UserError(f"{self.folder}: holds a study or a replication; choose another")
         self.points = points(config)
         self.cells = cells(self.points)
-        self._found: dict[ModelConfig, Checkpoint | None] = {}
+        self._found: dict[ModelConfig, ModelSource | None] = {}
         for point in self.points:
             model = point.config.model
             if model not in self._found:
-                self._found[model] = Checkpoint.find(model, download=download)
+                self._found[model] = ModelSource.find(model, download=download)
         for point in self.points:
             if self._found[point.config.model] is not None:
                 study = self._study(point.config, self._place(point))
@@ -156,7 +155,7 @@ class Sweep:
         self._adopt(cell.point)
         arms = {cell.arm: cell.point.config.arms[cell.arm]}
         config = dataclasses.replace(cell.point.config, arms=arms, seeds=(cell.seed,))
-        self._study(config, self._place(cell.point, ("unlearn", "evaluate"))).run()
+        self._study(config, self._place(cell.point, OF_RUNS)).run()
 
     def _analyse(self, point: Point) -> None:
         """The point's `results.json`, over the arms of which every seed went through."""
@@ -176,7 +175,7 @@ class Sweep:
             assert manifest is not None, stage
             for name in manifest["outputs"]:
                 _link(source / name, target / name)
-            _link(source / f"stages/{stage}.json", target / f"stages/{stage}.json")
+            _link(source.manifest_path(stage), target.manifest_path(stage))
 
     def _place(self, point: Point, only: Sequence[str] | None = None) -> Workdir:
         return Workdir(self.folder / "points" / point.name, only)
