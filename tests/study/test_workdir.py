@@ -4,13 +4,13 @@ import dataclasses
 from pathlib import Path
 
 import pytest
-from finished_study import Sketch, contents, sketch
+from finished_study import contents, sketch
 
 from ema_jax import config as ema
 from ema_jax.errors import UserError
 from ema_jax.runtime.files import read_json
-from ema_jax.study.stage_bodies import STAGES
-from ema_jax.study.workdir import Workdir
+from ema_jax.study.pipeline import NAMES, OF_RUNS, SHARED
+from ema_jax.study.workdir import StageContext, Workdir
 
 
 class Work:
@@ -19,7 +19,7 @@ class Work:
     def __init__(self, workdir: Workdir, name: str, text: str = "x"):
         self.path, self.text, self.runs = workdir / name, text, 0
 
-    def __call__(self) -> list[Path]:
+    def __call__(self, context: StageContext) -> list[Path]:
         self.runs += 1
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text(self.text)
@@ -71,7 +71,7 @@ def test_what_reads_a_changed_output_is_made_again(workdir):
 
 
 def test_a_folder_counts_with_all_that_is_in_it(workdir):
-    def work() -> list[Path]:
+    def work(context) -> list[Path]:
         for name in ("one", "deep/two"):
             path = workdir / "out" / name
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -88,7 +88,7 @@ def test_a_folder_counts_with_all_that_is_in_it(workdir):
 
 
 def test_a_stage_that_raises_leaves_no_manifest(workdir):
-    def broken() -> list[Path]:
+    def broken(context) -> list[Path]:
         (workdir / "half.txt").write_text("half")
         raise RuntimeError("no")
 
@@ -128,37 +128,28 @@ def test_other_settings_are_another_study(workdir):
 # How the study's stages hang together, with stand-ins that write a file each and run no model.
 
 
-RUNS = [f"{stage}/{arm}/seed_0" for arm in ("npo", "npo_retain") for stage in STAGES[5:7]]
+RUNS = [f"{stage}/{arm}/seed_0" for arm in ("npo", "npo_retain") for stage in OF_RUNS]
 
 
 def test_all_stages_run_once_in_their_order(tmp_path):
-    assert sketch(tmp_path) == [*STAGES[:5], *RUNS, "analyse", "report"]
+    assert sketch(tmp_path) == [*SHARED, *RUNS, "analyse", "report"]
     before = contents(tmp_path)
     assert sketch(tmp_path) == []
     assert contents(tmp_path) == before
 
 
-@pytest.mark.parametrize("killed", [*STAGES[:5], *RUNS, "analyse", "report"])
-def test_a_killed_study_goes_on_where_it_stopped(tmp_path, monkeypatch, killed):
-    note = Sketch._note
-
-    def dies(self, name):
-        if name == killed:
-            raise KeyboardInterrupt
-        return note(self, name)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Sketch, "_note", dies)
-        with pytest.raises(KeyboardInterrupt):
-            sketch(tmp_path)
-    order = [*STAGES[:5], *RUNS, "analyse", "report"]
+@pytest.mark.parametrize("killed", [*SHARED, *RUNS, "analyse", "report"])
+def test_a_killed_study_resumes_where_it_stopped(tmp_path, killed):
+    with pytest.raises(KeyboardInterrupt):
+        sketch(tmp_path, killed=killed)
+    order = [*SHARED, *RUNS, "analyse", "report"]
     assert sketch(tmp_path) == order[order.index(killed) :]
 
 
 def test_more_seeds_and_arms_are_added_and_the_figures_follow(tmp_path):
     sketch(tmp_path)
     assert sketch(tmp_path, seeds=(0, 1)) == [
-        f"{stage}/{arm}/seed_1" for arm in ("npo", "npo_retain") for stage in STAGES[5:7]
+        f"{stage}/{arm}/seed_1" for arm in ("npo", "npo_retain") for stage in OF_RUNS
     ] + ["analyse", "report"]
     more = {"npo": {}, "npo_retain": {"retain_weight": 5.0}, "gentle": {"learning_rate": 1e-5}}
     assert sketch(tmp_path, arms=more, seeds=(0, 1))[-2:] == ["analyse", "report"]
@@ -224,7 +215,7 @@ def test_single_stages(tmp_path):
     with pytest.raises(UserError, match="stage baseline needs the stage prompts"):
         sketch(tmp_path, only=["baseline"])
     assert not any(tmp_path.iterdir())
-    assert sketch(tmp_path, only=["prompts", "baseline", "concepts"]) == list(STAGES[:3])
+    assert sketch(tmp_path, only=["prompts", "baseline", "concepts"]) == list(NAMES[:3])
     assert sketch(tmp_path, only=["harvest", "unlearn"]) == ["harvest", *RUNS[::2]]
     with pytest.raises(UserError, match="stage analyse needs the stage"):
         sketch(tmp_path, only=["analyse", "report"])
