@@ -1,7 +1,7 @@
 """Every file of a study's folder but the manifests: its path, its one reader and its one writer."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -11,7 +11,7 @@ from jaxtyping import Float
 from ema_jax.concepts import vectors
 from ema_jax.concepts.vectors import Activations, Concepts
 from ema_jax.config import StudyConfig
-from ema_jax.data.prompts import Prompt, read_prompts, write_prompts
+from ema_jax.data.prompts import read_prompts, write_prompts
 from ema_jax.runtime import files
 from ema_jax.unlearning.harvest import Harvested
 
@@ -79,121 +79,92 @@ class Artifact(Generic[R, W]):
 
 
 Json = Artifact[Any, Any]
-JsonLines = Artifact[list[Row], Sequence[Row]]
+JsonLines = Artifact[list[Row], Iterable[Row]]
 
 
 class Artifacts:
-    """The files of one study's folder. `run` stands for `base` or `Run.name`."""
+    """The files of one study's folder. `run` stands for `base` or `Run.name`.
+
+    Attributes:
+        root: the folder.
+        prompts: `prompts/SPLIT.jsonl`, split → prompts.
+        benign_answers: the base's, for the utility figures.
+        forget_set: refusals of the target.
+        retain_set: refusals of the other domains, answers of the contrast.
+        activations: the base's pooled residual streams, tensors `POOLING/DOMAIN`.
+        layer_sweep: interventions on the base at every layer; null without any.
+        forecast: of the drops, from the base alone.
+        results: `results.json`.
+        all_metrics: those of all runs.
+        report: the folder of the page, `report/index.html`.
+        figures: the folder of its figures.
+    """
 
     def __init__(self, root: str | Path):
-        self.root = Path(root)
-
-    @property
-    def prompts(self) -> Artifact[dict[str, list[Prompt]], Sequence[Prompt]]:
-        """`prompts/SPLIT.jsonl`: split → prompts."""
-        return Artifact(self.root / "prompts", read_prompts, write_prompts)
+        self.root = root = Path(root)
+        harvested = _read_harvested, _write_harvested
+        self.prompts = Artifact(root / "prompts", read_prompts, write_prompts)
+        self.benign_answers = Artifact(root / "harvest/benign_answers.jsonl", *harvested)
+        self.forget_set = Artifact(
+            root / "harvest/forget.jsonl", _read_forget_set, _write_forget_set
+        )
+        self.retain_set = Artifact(root / "harvest/retain.jsonl", *harvested)
+        self.activations = Artifact(
+            root / "concepts/base.activations.safetensors", _read_activations, _write_activations
+        )
+        self.layer_sweep = self._json("concepts/sweep.json")
+        self.forecast = self._json("forecast.json")
+        self.results = self._json("results.json")
+        self.all_metrics = self._json_lines("metrics.jsonl")
+        self.report, self.figures = root / "report", root / "figures"
 
     def responses(self, run: str) -> JsonLines:
-        """`responses/RUN.jsonl`: a row for each evaluation prompt (`Judged.rows`)."""
+        """Verdicts on the responses to the evaluation prompts (`Judged.rows`)."""
         return self._json_lines(f"responses/{run}.jsonl")
 
     def evaluation(self, run: str) -> Json:
-        """`evaluations/RUN.json`: utility, and for arms drift and patching of concepts."""
+        """Utility; of the base also its screen, of arms drift and patching of concepts."""
         return self._json(f"evaluations/{run}.json")
 
-    @property
-    def benign_answers(self) -> Artifact[list[Harvested], Sequence[Harvested]]:
-        """`harvest/benign_answers.jsonl`: the base's, for the utility figures."""
-        return self._harvested("benign_answers")
-
-    @property
-    def retain_set(self) -> Artifact[list[Harvested], Sequence[Harvested]]:
-        """`harvest/retain.jsonl`."""
-        return self._harvested("retain")
-
-    @property
-    def forget_set(self) -> Artifact[ForgetSet, ForgetSet]:
-        """`harvest/forget.jsonl`."""
-        return Artifact(self.root / "harvest/forget.jsonl", _read_forget_set, _write_forget_set)
-
-    @property
-    def activations(self) -> Artifact[Pooled, Pooled]:
-        """`concepts/base.activations.safetensors`: tensors `POOLING/DOMAIN`."""
-        path = self.root / "concepts/base.activations.safetensors"
-        return Artifact(path, _read_activations, _write_activations)
-
     def concepts(self, run: str, pooling: str | None = None) -> Artifact[Concepts, ConceptInputs]:
-        """`concepts/RUN.safetensors` of the main pooling, `RUN.POOLING.safetensors` of others."""
+        """Means and vectors of every domain; `pooling` names one other than the main one."""
         name = run if pooling is None else f"{run}.{pooling}"
         path = self.root / f"concepts/{name}.safetensors"
         return Artifact(path, vectors.load_concepts, _write_concepts)
 
-    @property
-    def layer_sweep(self) -> Json:
-        """`concepts/sweep.json`: interventions on the base at every layer; null without any."""
-        return self._json("concepts/sweep.json")
-
-    @property
-    def forecast(self) -> Json:
-        """`forecast.json`: from the base alone."""
-        return self._json("forecast.json")
-
     def weights(self, run: Run, *, adapters: bool) -> Path:
-        """What training leaves: `adapters/ARM/seed_K`, or a whole checkpoint."""
+        """The folder of a trained model: PEFT adapters, or a whole checkpoint."""
         return self.root / f"{'adapters' if adapters else 'checkpoints'}/{run.folder}"
 
     def training_state(self, run: Run) -> Path:
-        """`checkpoints/ARM.seed_K`: from which a killed run resumes."""
+        """The folder from which a killed run resumes."""
         return self.root / f"checkpoints/{run.name}"
 
     def trajectory(self, run: Run) -> Json:
-        """`trajectories/ARM.seed_K.json`: dev rates during training, and why it stopped."""
+        """Dev rates during training, and why it stopped."""
         return self._json(f"trajectories/{run.name}.json")
 
     def metrics(self, run: Run) -> JsonLines:
-        """`metrics/ARM.seed_K.jsonl`: a row a step; training itself appends them."""
+        """A row a step; training itself appends them (`MetricsWriter`)."""
         return self._json_lines(f"metrics/{run.name}.jsonl")
 
     def failure(self, run: Run) -> Json:
-        """`failures/ARM.seed_K.json`: the batch whose loss was not finite."""
+        """The batch whose loss was not finite."""
         return self._json(f"failures/{run.name}.json")
 
     def profile(self, run: Run) -> Path:
-        """`profile/ARM.seed_K`: a trace of some steps."""
+        """The folder of a trace of some steps."""
         return self.root / f"profile/{run.name}"
 
     def export(self, run: Run) -> Path:
-        """`export/ARM/seed_K`: the merged model as a Hugging Face checkpoint."""
+        """The folder of the merged model, a Hugging Face checkpoint."""
         return self.root / f"export/{run.folder}"
-
-    @property
-    def results(self) -> Json:
-        """`results.json`."""
-        return self._json("results.json")
-
-    @property
-    def all_metrics(self) -> JsonLines:
-        """`metrics.jsonl`: those of all runs."""
-        return self._json_lines("metrics.jsonl")
-
-    @property
-    def report(self) -> Path:
-        """The folder of `report/index.html`."""
-        return self.root / "report"
-
-    @property
-    def figures(self) -> Path:
-        """The folder of the report's figures."""
-        return self.root / "figures"
 
     def _json(self, name: str) -> Json:
         return Artifact(self.root / name, files.read_json, files.write_json)
 
     def _json_lines(self, name: str) -> JsonLines:
         return Artifact(self.root / name, files.read_jsonl, files.write_jsonl)
-
-    def _harvested(self, name: str) -> Artifact[list[Harvested], Sequence[Harvested]]:
-        return Artifact(self.root / f"harvest/{name}.jsonl", _read_harvested, _write_harvested)
 
 
 def _read_harvested(path: Path) -> list[Harvested]:

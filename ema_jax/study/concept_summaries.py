@@ -1,4 +1,4 @@
-"""What a study says about concepts: from activations and models to plain figures.
+"""A study's figures about concepts, from activations and models.
 
 The step between `concepts`, which knows arrays, and the stages, which know files. Everything
 returned is ready for JSON; undefined figures are None.
@@ -59,7 +59,7 @@ def plain(x: Any) -> Any:
 
 
 def openers(judged: Judged) -> list[int]:
-    """First tokens that open refusals rather than answers, as this model says them.
+    """First tokens that open refusals rather than answers, in this model's own words.
 
     Of all tokens that open at least one refusal in a hundred, those that open more refusals than
     answers.
@@ -73,7 +73,7 @@ def openers(judged: Judged) -> list[int]:
     return sorted(t for t, n in refusals.items() if n >= enough and n > counts[COMPLIED][t])
 
 
-def foretell(
+def forecast_summary(
     activations: Activations,
     lexical: Activations | None,
     target: str,
@@ -81,7 +81,7 @@ def foretell(
     settings: ConceptConfig,
     categories: Mapping[str, Sequence[str]],
 ) -> dict[str, Any]:
-    """From the base's activations alone: entanglement, and whom unlearning will hit.
+    """From the base's activations alone: entanglement, and which domains unlearning will hit.
 
     Args:
         activations: `{domain: [prompts, L+1, d]}` with the contrast set.
@@ -120,7 +120,7 @@ def foretell(
     }
 
 
-def swept(
+def layer_sweep(
     model: Decoder,
     vectors: LayerVectors,
     prompts: Prompts,
@@ -130,16 +130,16 @@ def swept(
     batch_size: int,
     mesh: Mesh,
 ) -> dict[str, Any]:
-    """What adding or ablating each concept at one layer does to refusal, on every domain's prompts.
+    """Effect on refusal of adding or ablating each concept at one layer, by domain of the prompts.
 
     Args:
         model: the untouched one.
         vectors: `{domain: [L+1, d]}`; a random direction of their mean length is added.
         prompts: token ids by domain, the contrast set among them.
         refusing: ids of tokens that open a refusal.
-        strengths: multiples of the vectors to add, beside ablation.
+        strengths: multiples of the vectors to add, besides ablation.
         batch_size: sequences at once.
-        mesh: what the model lies on.
+        mesh: the model's devices.
 
     Returns:
         Mean refusal log-odds in nats: `clean` by domain, and its `change` by strength, direction
@@ -175,7 +175,7 @@ def swept(
 
 
 def most_refusing_layer(found: Mapping[str, Any], domain: str) -> int:
-    """Where ablating a domain's own direction takes most refusal from its own prompts.
+    """The layer at which ablating a domain's direction removes most refusal of its own prompts.
 
     Of the first four fifths of the layers, as in Arditi et al. (2024): the last directions are next
     to the logits, and ablating them edits the first token and not the concept.
@@ -189,7 +189,7 @@ def without_concept(model: Decoder, vector: Float[np.ndarray, "L1 D"], layer: in
     return intervene(model, ablation(np.tile(vector[layer], (len(vector), 1))))
 
 
-def patched(
+def patching(
     base: Decoder,
     unlearned: Decoder,
     prompts: Prompts,

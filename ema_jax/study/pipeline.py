@@ -33,8 +33,7 @@ class Stage:
 
     Attributes:
         name: as in `--stage`; the instances of a stage of runs are `NAME/ARM/seed_K`.
-        needs: stages that it reads from. Of a stage of runs, a run needs its own instance and
-            a stage of the study all of them.
+        needs: stages that it reads from.
         settings: everything of the config that it depends on, as JSON.
         run: does the work and returns the files that it wrote; see `stage_bodies`.
         of_runs: whether there is one instance for each arm and seed, not one for the study.
@@ -131,10 +130,6 @@ def _analyse(study: "Study") -> Settings:
     return {"version": results.VERSION, **sheet.settings(study.artifacts.root)}
 
 
-def _report(study: "Study") -> Settings:
-    return {}
-
-
 STAGES = (
     Stage("prompts", (), _prompts, stage_bodies.make_prompts),
     Stage("baseline", ("prompts",), _measuring, stage_bodies.measure_base),
@@ -163,26 +158,19 @@ STAGES = (
         stage_bodies.analyse,
         repeatable=True,
     ),
-    Stage("report", ("analyse",), _report, stage_bodies.report, repeatable=True),
+    Stage("report", ("analyse",), lambda study: {}, stage_bodies.report, repeatable=True),
 )
 
 NAMES = tuple(stage.name for stage in STAGES)
 SHARED = tuple(stage.name for stage in itertools.takewhile(lambda s: not s.of_runs, STAGES))
 """Stages that come before the arms, and do not depend on them."""
 OF_RUNS = tuple(stage.name for stage in STAGES if stage.of_runs)
-FIGURES = tuple(name for name in NAMES if name not in (*SHARED, *OF_RUNS))
+AFTER_RUNS = tuple(name for name in NAMES if name not in (*SHARED, *OF_RUNS))
 """Stages that compute from what was measured, and ask no model."""
 
 
 class Study:
-    """One study in its folder.
-
-    Args:
-        config: its config.
-        workdir: its folder.
-        source: the model under study.
-        stages: its stages, in order.
-    """
+    """One study in its folder, of a config and a model."""
 
     def __init__(
         self,
@@ -206,15 +194,15 @@ class Study:
     def settings(self) -> dict[str, Settings]:
         """Instance → settings that tell this study from another."""
         return {
-            each.name: each.stage.settings(self, *each.arguments)
-            for each in self.instances()
-            if not each.stage.repeatable
+            instance.name: instance.stage.settings(self, *instance.arguments)
+            for instance in self.instances()
+            if not instance.stage.repeatable
         }
 
     def plan(self) -> Iterator[tuple[str, bool]]:
         """Every instance in order, and whether it was finished here."""
-        for each in self.instances():
-            yield each.name, self.workdir.manifest(each.name) is not None
+        for instance in self.instances():
+            yield instance.name, self.workdir.manifest(instance.name) is not None
 
     def check(self, shape: Mapping[str, int]) -> None:
         """Refuses arms that the model, or a mesh of this shape, cannot train."""
@@ -226,29 +214,27 @@ class Study:
         """Runs what is wanted and not yet done, in order."""
         self.workdir.check(self.settings())
         self.check(self.session.mesh.shape)  # now, not after the prompts are made
-        for each in self.instances():
+        for instance in self.instances():
             # What the first rules judged is complete: only its figures may be made again.
-            closed = self.judged_by_first_rules and each.stage.name not in FIGURES
-            if not closed and self.workdir.wanted(each.name):
-                settings = each.stage.settings(self, *each.arguments)
-                work = functools.partial(self._work, each)
-                self.workdir.run(each.name, settings, self._needs(each), work)
+            closed = self.judged_by_first_rules and instance.stage.name not in AFTER_RUNS
+            if not closed and self.workdir.wanted(instance.name):
+                settings = instance.stage.settings(self, *instance.arguments)
+                work = functools.partial(self._work, instance)
+                self.workdir.run(instance.name, settings, self._needs(instance), work)
 
-    def _work(self, each: Instance, context: StageContext) -> Iterable[Path]:
-        return each.stage.run(self.session, self.artifacts, context, *each.arguments)
+    def _work(self, instance: Instance, context: StageContext) -> Iterable[Path]:
+        return instance.stage.run(self.session, self.artifacts, context, *instance.arguments)
 
-    def _needs(self, each: Instance) -> Iterator[str]:
+    def _needs(self, instance: Instance) -> Iterator[str]:
         """The instances that one reads from."""
-        of_runs = {stage.name for stage in self._stages if stage.of_runs}
-        needs = each.stage.needs
-        if each.run is not None and self.config.arm(each.run.arm).trainable == "ablation":
-            needs += each.stage.ablation_needs
-        for name in needs:
-            if name not in of_runs:
-                yield name
-            else:
-                own = self.runs if each.run is None else [each.run]
-                yield from (f"{name}/{run.folder}" for run in own)
+        stage, run = instance
+        needs = stage.needs
+        if run is not None and self.config.arm(run.arm).trainable == "ablation":
+            needs += stage.ablation_needs
+        for each in self.instances():
+            # Of a stage of runs a run needs its own instance, a stage of the study all of them.
+            if each.stage.name in needs and (run is None or each.run in (None, run)):
+                yield each.name
 
     @functools.cached_property
     def judged_by_first_rules(self) -> bool:

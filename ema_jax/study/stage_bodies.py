@@ -101,7 +101,7 @@ def _sweep_layers(
     if not (config.concepts.sweep_prompts and refusing):
         return None
     directions = concept_vectors(activations)
-    found = concept_summaries.swept(
+    found = concept_summaries.layer_sweep(
         base,
         directions,
         _tokens(prompts, session.chat),
@@ -130,7 +130,7 @@ def make_forecast(session: ModelSession, artifacts: Artifacts, context: StageCon
     categories: dict[str, list[str]] = {}
     for prompt in artifacts.prompts.read()["concept"]:
         categories.setdefault(prompt.domain, []).append(prompt.category)
-    made = concept_summaries.foretell(
+    made = concept_summaries.forecast_summary(
         pooled[config.concepts.poolings[0]],
         pooled.get("prompt_mean"),
         config.target,
@@ -248,7 +248,7 @@ def evaluate(
     }
     refusing = _refusal_openers(artifacts)
     if config.concepts.sweep_prompts and refusing:
-        found["patching"] = concept_summaries.patched(
+        found["patching"] = concept_summaries.patching(
             session.base,
             model,
             _tokens(_sweep_prompts(config, prompts["dev"]), session.chat),
@@ -283,7 +283,7 @@ def _export(session: ModelSession, artifacts: Artifacts, run: Run, model: Decode
 def analyse(session: ModelSession, artifacts: Artifacts, context: StageContext) -> list[Path]:
     """All figures of the study, from its artifacts alone."""
     written = artifacts.results.write(results(artifacts, session.config, session.describe()))
-    rows = [row for run in runs_of(session.config) for row in artifacts.metrics(run).read()]
+    rows = (row for run in runs_of(session.config) for row in artifacts.metrics(run).read())
     return [written, artifacts.all_metrics.write(rows)]
 
 
@@ -366,7 +366,7 @@ def _write_responses(session: ModelSession, artifacts: Artifacts, run: str, judg
         keep_text=session.config.keep_text,
         oracle=session.oracle,
     )
-    return artifacts.responses(run).write([*rows])
+    return artifacts.responses(run).write(rows)
 
 
 def _write_concepts(
