@@ -16,7 +16,7 @@ class Responses(NamedTuple):
     oracle: list[bool | None]  # whether the answer is one that an embedded model could have meant
 
 
-def by_domain(rows: Iterable[Mapping[str, Any]]) -> dict[str, Responses]:
+def responses_by_domain(rows: Iterable[Mapping[str, Any]]) -> dict[str, Responses]:
     """Domain → responses. Fields that older studies do not have are None."""
     result: dict[str, Responses] = {}
     for row in rows:

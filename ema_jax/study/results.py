@@ -15,7 +15,7 @@ from ema_jax.concepts.forecast import CATEGORY_PROMPTS, layer_profile, pooled_sc
 from ema_jax.config import SensitivityConfig, StudyConfig
 from ema_jax.data.domains import BENIGN, LOOKALIKE
 from ema_jax.refusal.agreement import agreement_of_judges
-from ema_jax.refusal.responses import Responses, by_domain, oracle, rate, shares
+from ema_jax.refusal.responses import Responses, oracle, rate, responses_by_domain, shares
 from ema_jax.refusal.scores import (
     answers_gained,
     containment,
@@ -74,7 +74,7 @@ def results(artifacts: Artifacts, config: StudyConfig, model: Mapping[str, Any])
         model: the model's entry.
     """
     records = _Records.read(artifacts, config)
-    base = by_domain(records.rows[BASE][0])
+    base = responses_by_domain(records.rows[BASE][0])
     arms = {arm: _arm(records.rows[arm]) for arm in config.arms}
     others = [domain for domain in config.domains if domain != config.target]
     ema = {arm: _ema(base, responses, others) for arm, responses in arms.items()}
@@ -141,7 +141,7 @@ def listed(by_domain: Mapping[str, np.ndarray]) -> dict[str, list[float | None]]
 
 
 def _arm(rows: Iterable[Iterable[Row]]) -> ArmResponses:
-    seeds = [by_domain(each) for each in rows]
+    seeds = [responses_by_domain(each) for each in rows]
     return {domain: [seed[domain] for seed in seeds] for domain in seeds[0]}
 
 

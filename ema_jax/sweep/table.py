@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from absl import logging
 
-from ema_jax.refusal.responses import by_domain
+from ema_jax.refusal.responses import responses_by_domain
 from ema_jax.refusal.scores import refusal_rate
 from ema_jax.refusal.verdicts import COMPLIED
 from ema_jax.report import write_sweep_report
@@ -58,7 +58,9 @@ def _figures(folder: Path, cell: Cell) -> dict[str, Any]:
     artifacts, this = Artifacts(folder), Run(cell.arm, cell.seed)
     target, domains = cell.point.config.target, cell.point.config.domains
     trained = artifacts.trajectory(this).read()
-    base, run = (by_domain(artifacts.responses(name).read()) for name in (BASE, this.name))
+    base, run = (
+        responses_by_domain(artifacts.responses(name).read()) for name in (BASE, this.name)
+    )
     rates = {d: refusal_rate(run[d].shares) for d in domains}
     changes = paired_changes(base, {d: run[d] for d in domains})
     drop, rise = (off_target(changes[key], target) for key in ("drop", "compliance_rise"))

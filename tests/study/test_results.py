@@ -70,7 +70,7 @@ def test_responses_are_read_with_their_shares_and_old_rows_without_the_rest():
         {"domain": "bias", "verdict": "invalid", "group": "e", "reason": "judge_declined"},
         {"domain": "safety", "verdict": "complied"},
     ]
-    found = responses.by_domain(rows)
+    found = responses.responses_by_domain(rows)
     assert found["bias"].shares == ["refused", "complied", "off_topic", "degenerate", "unjudged"]
     assert found["bias"].groups == list("abcde")
     made = responses.rate([found["bias"]] * 2)
@@ -83,7 +83,7 @@ def test_responses_are_read_with_their_shares_and_old_rows_without_the_rest():
 
 def test_a_run_is_compared_with_the_base_prompt_by_prompt():
     def bias(*verdicts):
-        return responses.by_domain(
+        return responses.responses_by_domain(
             {"domain": "bias", "group": str(i), "verdict": v, "reason": "off_topic"}
             for i, v in enumerate(verdicts)
         )
