@@ -197,15 +197,15 @@ def unlearn(
     config, target = session.config.arm(run.arm), session.config.target
     dev, screen = artifacts.prompts.read()["dev"], _screen(artifacts)
 
-    def evaluate(model: Decoder) -> Evaluation:
+    def dev_rates(model: Decoder) -> Evaluation:
         return session.rates(model, dev, screen)
 
     if config.trainable == "ablation":  # no training: the base's refusal direction is projected out
         directions = artifacts.concepts(BASE).read().vectors[target]
-        trained = ablate(session.base, directions, config, target=target, evaluate=evaluate)
+        trained = ablate(session.base, directions, config, target=target, evaluate=dev_rates)
         artifacts.metrics(run).write([])
     else:
-        trained = train_arm(session, artifacts, context, run, evaluate)
+        trained = train_arm(session, artifacts, context, run, dev_rates)
     weights, source = _weights(session, artifacts, run), session.source
     if config.trainable == "lora":
         lora.save_peft(trained.model, weights, config.lora, source.given)
