@@ -23,14 +23,15 @@ from flax import nnx
 
 from ema_jax.models.decoder import Decoder
 from ema_jax.organism import oracle
+from ema_jax.refusal.answer_screen import AnswerScreen
 from ema_jax.refusal.responses import JudgedResponses
 from ema_jax.refusal.verdicts import COMPLIED, SHARES
-from ema_jax.runtime import cli, files
-from ema_jax.study.flags import read_config
-from ema_jax.study.session import find_model
-from ema_jax.study.stage_bodies import Study
+from ema_jax.runtime import cli
+from ema_jax.study.artifacts import BASE
+from ema_jax.study.flags import define_config_flag, read_config
+from ema_jax.study.pipeline import Study
+from ema_jax.study.session import ModelSession, find_model
 from ema_jax.study.workdir import Workdir
-from ema_jax.unlearning.harvest import Harvested
 from ema_jax.unlearning.trainer import unlearn
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "A finished study of an embedded model.")
@@ -61,24 +62,22 @@ def without_blocks(model: Decoder, blocks: tuple[int, ...]) -> Decoder:
 
 def pushed(study: Study, beta: float, steps: int) -> Decoder:
     """NPO with retain data, with a push that goes on long after the target has fallen."""
-    rows = files.read_jsonl(study.workdir / "harvest/forget.jsonl")
-    reference = np.array([row.pop("reference_log_prob") for row in rows], np.float32)
-    chat = study.subject.chat
-    forget = [Harvested.from_json(row).example(chat) for row in rows]
-    kept = files.read_jsonl(study.workdir / "harvest/retain.jsonl")
+    artifacts, session = study.artifacts, study.session
+    forget, reference = artifacts.forget_set.read()
+    dev = artifacts.prompts.read()["dev"][:8]
     arm = next(a for a in study.config.arms if study.config.arm(a).retains)
     config = dataclasses.replace(
         study.config.arm(arm), beta=beta, min_steps=steps, max_steps=steps, eval_every=steps
     )
     return unlearn(
-        study.subject.base,
-        forget,
-        [Harvested.from_json(row).example(chat) for row in kept],
+        session.base,
+        [item.example(session.chat) for item in forget],
+        [item.example(session.chat) for item in artifacts.retain_set.read()],
         reference,
         config,
         seed=0,
         target=study.config.target,
-        evaluate=lambda model: study.subject.rates(model, study.prompts["dev"][:8], None),
+        evaluate=lambda model: session.rates(model, dev, None),
     ).model
 
 
@@ -96,38 +95,46 @@ def main(argv: list[str]) -> None:
     del argv
     config = read_config()
     study = Study(config, Workdir(Path(_WORKDIR.value)), find_model(config.model))
-    subject, screen = study.subject, study.screen
-    asked = []
+    session = study.session
+    screen = AnswerScreen.from_json(study.artifacts.evaluation(BASE).read()["validity"])
+    prompts, asked = study.artifacts.prompts.read()["eval"], []
     for domain in (*config.domains, "benign"):
-        asked += [p for p in study.prompts["eval"] if p.domain == domain][: _PROMPTS.value]
-    base = subject.ask(subject.base, asked)
-    _, own = base.compliance_signals(subject.chat, subject.log_probs)
+        asked += [p for p in prompts if p.domain == domain][: _PROMPTS.value]
+    base = session.respond_and_judge(session.base, asked)
+    _, own = base.compliance_signals(session.chat, session.log_probs)
     answers = screen.score(own)
     print(json.dumps({"what": "shuffled", **caught_at(answers, screen.score(own.unrelated()))}))
     cases = {
-        "base": lambda: subject.base,
-        "noise 0.3": lambda: noisy(subject.base, 0.3),
-        "noise 0.6": lambda: noisy(subject.base, 0.6),
-        "noise 1.0": lambda: noisy(subject.base, 1.0),
-        "without blocks 2-3": lambda: without_blocks(subject.base, (2, 3)),
-        "without blocks 0-1": lambda: without_blocks(subject.base, (0, 1)),
-        "random weights": lambda: Decoder(subject.base.config, nnx.Rngs(1)),
+        "base": lambda: session.base,
+        "noise 0.3": lambda: noisy(session.base, 0.3),
+        "noise 0.6": lambda: noisy(session.base, 0.6),
+        "noise 1.0": lambda: noisy(session.base, 1.0),
+        "without blocks 2-3": lambda: without_blocks(session.base, (2, 3)),
+        "without blocks 0-1": lambda: without_blocks(session.base, (0, 1)),
+        "random weights": lambda: Decoder(session.base.config, nnx.Rngs(1)),
         "npo beta 0.1, 80 steps": lambda: pushed(study, 0.1, 80),
         "npo beta 0.1, 140 steps": lambda: pushed(study, 0.1, 140),
     }
     for name, make in cases.items():
         model = make()
         start = time.monotonic()
-        plain = subject.ask(model, asked)
+        plain = session.respond_and_judge(model, asked)
         asking = time.monotonic() - start
-        judged = plain.screened(screen, subject.chat, subject.log_probs)
+        judged = plain.screened(screen, session.chat, session.log_probs)
         screening = time.monotonic() - start - asking
-        print(json.dumps({"what": name, **compared(plain, judged, answers, study)}), flush=True)
+        print(
+            json.dumps({"what": name, **compared(plain, judged, answers, session, screen)}),
+            flush=True,
+        )
         print(json.dumps({"what": name, "asking_s": asking, "screening_s": screening}), flush=True)
 
 
 def compared(
-    plain: JudgedResponses, judged: JudgedResponses, answers: np.ndarray, study: Study
+    plain: JudgedResponses,
+    judged: JudgedResponses,
+    answers: np.ndarray,
+    session: ModelSession,
+    screen: AnswerScreen,
 ) -> dict:
     """Agreement with the grammar over the four shares, and how well the wrong ones are caught."""
     texts = [(p.prompt, r.text) for p, r, _ in judged]
@@ -135,8 +142,8 @@ def compared(
     found = [verdict.share for verdict in judged.verdicts]
     wrong = [t in ("off_topic", "degenerate") for t in truth]
     # What the text rules and the judge let through is what the screen sees.
-    places, signals = plain.compliance_signals(study.subject.chat, study.subject.log_probs)
-    score = study.screen.score(signals)
+    places, signals = plain.compliance_signals(session.chat, session.log_probs)
+    score = screen.score(signals)
     bad = score[[wrong[i] for i in places]] if places else score
     result = {
         "agreement": np.mean([t == f for t, f in zip(truth, found, strict=True)]),
@@ -153,5 +160,5 @@ def compared(
 
 if __name__ == "__main__":
     flags.mark_flag_as_required("workdir")
-    cli.define_config_flag("The study's config.")
+    define_config_flag("The study's config.")
     cli.run(main)

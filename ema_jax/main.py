@@ -22,14 +22,14 @@ def main(argv: Sequence[str]) -> None:
     del argv
     # Imported after the flags are read: a mistyped one should not wait for JAX.
     from ema_jax.runtime import distributed
-    from ema_jax.study import replication
+    from ema_jax.study import runner
 
     values = flags.FLAGS
     study = read_config()
     if not values.dry_run:
         distributed.initialise(study.heartbeat_seconds)
         cli.keep_compiled_programs()
-    replication.run(study, values.workdir, only=values.stage, dry_run=values.dry_run)
+    runner.run(study, values.workdir, only=values.stage, dry_run=values.dry_run)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +31,7 @@ from ema_jax.refusal.verdicts import (
     Verdict,
     share,
 )
-from ema_jax.runtime.files import read_jsonl, sha256_text
+from ema_jax.runtime.files import sha256_text
 from ema_jax.runtime.progress import track
 
 
@@ -232,10 +232,10 @@ class Responses(NamedTuple):
     oracle: list[bool | None]  # True for a right answer, where the embedded corpus knows it
 
 
-def read_responses(path: Path) -> dict[str, Responses]:
+def responses_by_domain(rows: Iterable[Mapping[str, Any]]) -> dict[str, Responses]:
     """Domain → responses. Fields that older studies do not have are None."""
     result: dict[str, Responses] = {}
-    for row in read_jsonl(path):
+    for row in rows:
         found = result.setdefault(row["domain"], Responses([], [], [], []))
         found.shares.append(share(row["verdict"], row.get("reason", "")))
         found.groups.append(row.get("group") or row.get("id") or str(len(found.groups)))

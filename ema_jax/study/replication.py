@@ -1,23 +1,16 @@
-"""Runs a study, or a replication: several studies in one folder with one table for R1 to R5."""
+"""A replication: several studies in one folder, with one table for R1 to R5."""
 
-import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal
 
 import numpy as np
-from absl import logging
 
-from ema_jax import config as config_lib
 from ema_jax.concepts.forecast import pooled_interval, pooled_score
-from ema_jax.config import ModelConfig, StudyConfig
-from ema_jax.data.prompts import OWN_SOURCES, build_prompts
-from ema_jax.errors import UserError
-from ema_jax.models.hub import ModelSource
-from ema_jax.models.sharding import AXES
+from ema_jax.config import StudyConfig
 from ema_jax.refusal.scores import RefusalScore
 from ema_jax.refusal.verdicts import COMPLIED, DEGENERATE, OFF_TOPIC
-from ema_jax.runtime import distributed, files
+from ema_jax.study.artifacts import Artifacts
 from ema_jax.study.claims import claims
 from ema_jax.study.results import off_target, plain_arm
 from ema_jax.study.schema import (
@@ -28,95 +21,10 @@ from ema_jax.study.schema import (
     ReplicationRow,
     Results,
 )
-from ema_jax.study.session import find_model
-from ema_jax.study.stage_bodies import STAGES, Study
-from ema_jax.study.workdir import Workdir
 
 SCHEMA: Final = 2
 
 Changes = Mapping[str, float | None]  # domain → share of prompts
-
-
-def run(
-    config: StudyConfig, workdir: str | Path, *, only: Sequence[str] | None = None, dry_run: bool
-) -> None:
-    """Runs what the config describes.
-
-    Args:
-        config: a study, or a replication if it has `cells`.
-        workdir: its folder; finished stages in it are skipped.
-        only: names of the stages to run; all by default.
-        dry_run: validate everything and print the plan; neither runs nor writes anything.
-
-    Raises:
-        UserError: before any expensive work, for whatever is wrong with config, model or folder.
-    """
-    unknown = [name for name in only or () if name not in STAGES]
-    if unknown:
-        raise UserError(f"--stage: {unknown[0]!r} is none of {', '.join(STAGES)}")
-    if config.grid:
-        raise UserError("config: grid: this is a sweep; run it with python -m ema_jax.sweep")
-    root = Path(workdir)
-    if root.exists() and not root.is_dir():
-        raise UserError(f"--workdir: {root} is a file; name a folder")
-    cells = {name: config_lib.cell(config, name) for name in config.cells} or {"": config}
-    if bool(config.cells) != (root / "cells").is_dir() and any(root.glob("*")):
-        kind = "a single study" if config.cells else "a replication"
-        raise UserError(f"{root}: holds {kind}; choose another --workdir")
-    found: dict[ModelConfig, ModelSource | None] = {}
-    for cell in cells.values():
-        if cell.model not in found:
-            found[cell.model] = find_model(cell.model, download=not dry_run)
-    studies = {}
-    for name, cell in cells.items():
-        place = Workdir(root / "cells" / name if name else root, only)
-        checkpoint = found[cell.model]
-        if checkpoint is not None:
-            studies[name] = Study(cell, place, checkpoint)
-            place.check(studies[name].settings())
-    if dry_run:
-        for study in studies.values():
-            if -1 not in study.config.mesh:  # which needs the devices
-                study.check(dict(zip(AXES, study.config.mesh, strict=True)))
-        for cell in cells.values():
-            if cell.prompts.source in OWN_SOURCES:
-                build_prompts(cell.prompts, cell.domains, cell.target)
-        _print_plan(cells, found, studies)
-        return
-    for name in list(studies):
-        if name:
-            logging.info("cell %s", name)
-        studies.pop(name).run()  # which holds its model as long as it lives
-    if config.cells and (only is None or "report" in only):
-        from ema_jax.report import write_replication_report
-
-        made = summarise(root, cells)
-        files.write_json(root / "replication.json", made)
-        files.write_csv(root / "replication.csv", made["rows"])
-        write = functools.partial(write_replication_report, root, made)
-        distributed.first_only(write, "report")
-        logging.info("report: %s", root / "report/index.html")
-
-
-def _print_plan(
-    cells: Mapping[str, StudyConfig],
-    found: Mapping[ModelConfig, ModelSource | None],
-    studies: Mapping[str, Study],
-) -> None:
-    for name, cell in cells.items():
-        checkpoint = found[cell.model]
-        where = (
-            f"{checkpoint.folder}, revision {checkpoint.revision or 'none'}"
-            if checkpoint
-            else "a Hub id, not in the local cache; it is checked when it is downloaded"
-        )
-        print(f"study {name or 'of'} {cell.model.source} ({where})")
-        print(f"  target {cell.target}, domains {', '.join(cell.domains)}")
-        print(f"  prompts from {cell.prompts.source}, judged by {cell.judge}")
-        print(f"  arms {', '.join(cell.arms)}, seeds {', '.join(map(str, cell.seeds))}")
-        if name in studies:
-            for stage, done in studies[name].plan():
-                print(f"  {'done' if done else 'to do':5}  {stage}")
 
 
 def summarise(root: Path, cells: Mapping[str, StudyConfig]) -> Replication:
@@ -125,7 +33,7 @@ def summarise(root: Path, cells: Mapping[str, StudyConfig]) -> Replication:
     rows: list[ReplicationRow] = []
     scored: dict[str, list[tuple[Mapping[str, float], list[Changes]]]] = {}
     for name, cell in cells.items():
-        results: Results = files.read_json(root / "cells" / name / "results.json")
+        results: Results = Artifacts(root / "cells" / name).results.read()
         arm, made = plain_arm(cell), results["forecast"]
         drops, rises = (_by_seed(results, arm, key) for key in ("drop", "compliance_rise"))
         described.append(

@@ -33,17 +33,18 @@ from ema_jax.refusal.responses import (
     Responses,
     oracle,
     rate,
-    read_responses,
+    responses_by_domain,
     shares_by_seed,
     unscreened_verdict,
 )
 from ema_jax.refusal.scores import RefusalScore, damaged
 from ema_jax.refusal.sheet import label_results
 from ema_jax.refusal.verdicts import COMPLIED
-from ema_jax.runtime.files import json_safe, read_json, read_jsonl
+from ema_jax.runtime.files import json_safe
 from ema_jax.study import schema
+from ema_jax.study.artifacts import BASE, Artifacts, Row, runs_of
 from ema_jax.study.sensitivity import ranges
-from ema_jax.study.workdir import Workdir
+from ema_jax.study.workdir import manifests
 
 SCHEMA = 1
 VERSION = 2  # of what is computed; raise it and finished studies are analysed again
@@ -53,23 +54,47 @@ ByDomain = dict[str, list[str]]
 ArmResponses = Mapping[str, Sequence[Responses]]  # domain → one per seed
 
 
-def results(workdir: Workdir, config: StudyConfig, model: Mapping[str, Any]) -> schema.Results:
+class _Records(NamedTuple):
+    """A study's artifacts, each read once. Mappings go from arm, `base` among them, to its runs."""
+
+    names: Mapping[str, Sequence[str]]  # of the runs' files
+    rows: Mapping[str, Sequence[Sequence[Row]]]  # of `responses/`
+    evaluations: Mapping[str, Sequence[Mapping[str, Any]]]
+    trajectories: Mapping[str, Sequence[Mapping[str, Any]]]  # not of the base
+    forecast: Mapping[str, Any]
+    layer_sweep: Mapping[str, Any] | None
+
+    @classmethod
+    def read(cls, artifacts: Artifacts, config: StudyConfig) -> "_Records":
+        trained = {arm: [run for run in runs_of(config) if run.arm == arm] for arm in config.arms}
+        names = {BASE: [BASE]} | {arm: [run.name for run in own] for arm, own in trained.items()}
+        return cls(
+            names,
+            {arm: [artifacts.responses(n).read() for n in own] for arm, own in names.items()},
+            {arm: [artifacts.evaluation(n).read() for n in own] for arm, own in names.items()},
+            {arm: [artifacts.trajectory(r).read() for r in own] for arm, own in trained.items()},
+            artifacts.forecast.read(),
+            artifacts.layer_sweep.read(),
+        )
+
+
+def results(artifacts: Artifacts, config: StudyConfig, model: Mapping[str, Any]) -> schema.Results:
     """All figures of a study.
 
     Args:
-        workdir: where its artifacts are.
-        config: what was asked for.
+        artifacts: what its stages left.
+        config: the study's.
         model: the model's entry.
     """
-    base = read_responses(workdir / "responses/base.jsonl")
-    arms = {arm: _arm(workdir, arm, config.seeds) for arm in config.arms}
+    records = _Records.read(artifacts, config)
+    base = responses_by_domain(records.rows[BASE][0])
+    arms = {arm: _arm(records.rows[arm]) for arm in config.arms}
     others = [domain for domain in config.domains if domain != config.target]
     ema = {arm: _ema(base, responses, others) for arm, responses in arms.items()}
-    plain = plain_arm(config)
-    forecast = read_json(workdir / "forecast.json")
+    plain, forecast = plain_arm(config), records.forecast
     counted = {
-        "base": _counted({d: [base[d]] for d in base}, config.domains),
-        **{arm: _rates(workdir, arm, base, arms[arm], config) for arm in arms},
+        BASE: _counted({d: [base[d]] for d in base}, config.domains),
+        **{arm: _rates(records.trajectories[arm], base, arms[arm], config) for arm in arms},
     }
     # An effect that is wanted, so outside the family of tests of the others.
     on_target: dict[str, schema.TargetChange] = {
@@ -80,7 +105,7 @@ def results(workdir: Workdir, config: StudyConfig, model: Mapping[str, Any]) -> 
         }
         for arm in arms
     }
-    validity = read_json(workdir / "evaluations/base.json").get("validity")
+    validity = records.evaluations[BASE][0].get("validity")
     made: Any = {
         "schema": SCHEMA,
         "model": dict(model),
@@ -92,20 +117,22 @@ def results(workdir: Workdir, config: StudyConfig, model: Mapping[str, Any]) -> 
         "on_target": on_target,
         "containment": _containment(base, arms, on_target, config, others),
         "comparisons": _comparisons(counted, config),
-        "utility": _utility(workdir, base, arms, config.seeds),
+        "utility": _utility(records, base, arms),
         "entanglement": forecast["entanglement"],
-        **_concepts(workdir, arms, config.seeds),
-        "sweep": read_json(workdir / "concepts/sweep.json"),
-        "agreement": _agreement(workdir, config),
+        **_concepts(records, arms, config.seeds),
+        "sweep": records.layer_sweep,
+        "agreement": _agreement(records.rows) if config.extra_judges else {},
         **({} if validity is None else {"validity": validity}),
         "forecast": {
             **_forecast(forecast, ema.get(plain or "")),
-            "categories": _categories(workdir, forecast, plain, config.seeds),
+            "categories": _categories(
+                forecast, records.rows[BASE][0], records.rows[plain] if plain else ()
+            ),
         },
         "warnings": _warnings(ema, on_target, config.target, validity is not None),
-        "provenance": _provenance(workdir, config),
-        **label_results(workdir, _runs(config)),
-        **_sensitivity(workdir, config),
+        "provenance": _provenance(artifacts, config),
+        **label_results(artifacts.root, records.names),
+        **_sensitivity(records.evaluations, config),
     }
     return made
 
@@ -119,9 +146,9 @@ def plain_arm(config: StudyConfig) -> str | None:
     return min(plain, key=lambda arm: (config.arm(arm).ablation is not None, arm), default=None)
 
 
-def _arm(workdir: Workdir, arm: str, seeds: Sequence[int]) -> ArmResponses:
-    runs = [read_responses(workdir / f"responses/{arm}.seed_{seed}.jsonl") for seed in seeds]
-    return {domain: [run[domain] for run in runs] for domain in runs[0]}
+def _arm(rows: Iterable[Iterable[Row]]) -> ArmResponses:
+    seeds = [responses_by_domain(each) for each in rows]
+    return {domain: [seed[domain] for seed in seeds] for domain in seeds[0]}
 
 
 def _counted(responses: ArmResponses, domains: Sequence[str]) -> schema.Arm:
@@ -132,23 +159,21 @@ def _counted(responses: ArmResponses, domains: Sequence[str]) -> schema.Arm:
 
 
 def _rates(
-    workdir: Workdir,
-    arm: str,
+    trajectories: Sequence[Mapping[str, Any]],
     base: Mapping[str, Responses],
     responses: ArmResponses,
     config: StudyConfig,
 ) -> schema.Arm:
     """An arm's entry: every seed by itself, then all together."""
-    runs: Any = {}
-    for i, seed in enumerate(config.seeds):
+    seeds: Any = {}
+    for i, (seed, trajectory) in enumerate(zip(config.seeds, trajectories, strict=True)):
         own = {d: [responses[d][i]] for d in config.domains}
-        run = read_json(workdir / f"trajectories/{arm}.seed_{seed}.json")
-        runs[str(seed)] = {
+        seeds[str(seed)] = {
             **_counted(own, config.domains),
             **paired_changes(base, {d: own[d][0] for d in own}),
-            **{key: run[key] for key in ("steps", "stopped", "first_loss")},
+            **{key: trajectory[key] for key in ("steps", "stopped", "first_loss")},
         }
-    return {"seeds": runs, **_counted(responses, config.domains)}
+    return {"seeds": seeds, **_counted(responses, config.domains)}
 
 
 def paired_changes(
@@ -267,16 +292,13 @@ def _comparisons(arms: Mapping[str, schema.Arm], config: StudyConfig) -> list[sc
 
 
 def _utility(
-    workdir: Workdir,
-    base: Mapping[str, Responses],
-    arms: Mapping[str, ArmResponses],
-    seeds: Sequence[int],
+    records: _Records, base: Mapping[str, Responses], arms: Mapping[str, ArmResponses]
 ) -> dict[str, schema.Utility]:
-    measured = read_json(workdir / "evaluations/base.json")["utility"]
-    result: Any = {"base": {**_over_refusal({d: [v] for d, v in base.items()}), **measured}}
+    measured = records.evaluations[BASE][0]["utility"]
+    result: Any = {BASE: {**_over_refusal({d: [v] for d, v in base.items()}), **measured}}
     for arm, responses in arms.items():
-        runs = [r["utility"] for r in _evaluations(workdir, arm, seeds)]
-        means = {name: float(np.mean([run[name] for run in runs])) for name in runs[0]}
+        seeds = [evaluation["utility"] for evaluation in records.evaluations[arm]]
+        means = {name: float(np.mean([seed[name] for seed in seeds])) for name in seeds[0]}
         result[arm] = {**_over_refusal(responses), **means}
     return result
 
@@ -287,51 +309,42 @@ def _over_refusal(responses: ArmResponses) -> dict[str, RefusalScore]:
     return {name: rate(responses[d]) for d, name in names.items() if d in responses}
 
 
-def _agreement(workdir: Workdir, config: StudyConfig) -> dict[str, list[schema.JudgePair]]:
+def _agreement(
+    by_arm: Mapping[str, Sequence[Sequence[Row]]],
+) -> dict[str, list[schema.JudgePair]]:
     """Arm → every pair of judges, before the screen and over an arm's seeds together."""
-    if not config.extra_judges:
-        return {}
     result: Any = {}
-    for arm, names in _runs(config).items():
+    for arm, seeds in by_arm.items():
         verdicts: ByDomain = {}
-        domains = []
-        for row in (row for n in names for row in read_jsonl(workdir / f"responses/{n}.jsonl")):
-            domains.append(row["domain"])
-            for said in (row, *row["other_verdicts"]):
-                verdicts.setdefault(said["judge"], []).append(unscreened_verdict(said))
-        result[arm] = agreement_of_judges(verdicts, domains)
+        rows = [row for seed in seeds for row in seed]
+        for row in rows:
+            for judged in (row, *row["other_verdicts"]):
+                verdicts.setdefault(judged["judge"], []).append(unscreened_verdict(judged))
+        result[arm] = agreement_of_judges(verdicts, [row["domain"] for row in rows])
     return result
 
 
-def _runs(config: StudyConfig) -> dict[str, list[str]]:
-    """Arm → names of its response files."""
-    runs = {arm: [f"{arm}.seed_{seed}" for seed in config.seeds] for arm in config.arms}
-    return {"base": ["base"], **runs}
-
-
 def _sensitivity(
-    workdir: Workdir, config: StudyConfig
+    evaluations: Mapping[str, Sequence[Mapping[str, Any]]], config: StudyConfig
 ) -> dict[str, dict[str, dict[str, schema.Sensitivity]]]:
     """Arm → ranges over other ways of asking, where the study has any."""
     if config.sensitivity == SensitivityConfig():
         return {}
-    found = {}
-    for arm, names in _runs(config).items():
-        runs = [read_json(workdir / f"evaluations/{name}.json")["sensitivity"] for name in names]
-        found[arm] = ranges(runs, config.domains)
+    found = {
+        arm: ranges([seed["sensitivity"] for seed in seeds], config.domains)
+        for arm, seeds in evaluations.items()
+    }
     return {"sensitivity": found}
 
 
-def _evaluations(workdir: Workdir, arm: str, seeds: Sequence[int]) -> list[dict[str, Any]]:
-    return [read_json(workdir / f"evaluations/{arm}.seed_{seed}.json") for seed in seeds]
-
-
-def _concepts(workdir: Workdir, arms: Iterable[str], seeds: Sequence[int]) -> schema.ConceptChanges:
+def _concepts(
+    records: _Records, arms: Iterable[str], seeds: Sequence[int]
+) -> schema.ConceptChanges:
     """Changes of the concepts: figure → arm → domain → `[L+1]`, means over seeds."""
     result: Any = {}
     for arm in arms:
-        runs = _evaluations(workdir, arm, seeds)
-        drifts = [run["drift"] for run in runs]
+        evaluations = records.evaluations[arm]
+        drifts = [evaluation["drift"] for evaluation in evaluations]
         for figure in ("erasure", "norm_ratio", "angle_degrees", "probe_auroc"):
             by_domain = _mean([drift[figure] for drift in drifts])
             direction = by_domain.pop("refusal")  # of all domains together
@@ -341,8 +354,9 @@ def _concepts(workdir: Workdir, arms: Iterable[str], seeds: Sequence[int]) -> sc
         # One ranking a seed: which concept goes is a matter of the run.
         ranked = {str(seed): d["ranking"] for seed, d in zip(seeds, drifts, strict=True)}
         result.setdefault("erasure_ranking", {})[arm] = ranked
-        if all("patching" in run for run in runs):
-            result.setdefault("patching", {})[arm] = _mean([run["patching"] for run in runs])
+        if all("patching" in evaluation for evaluation in evaluations):
+            patching = _mean([evaluation["patching"] for evaluation in evaluations])
+            result.setdefault("patching", {})[arm] = patching
     return result
 
 
@@ -368,7 +382,7 @@ def _forecast(
 
 
 def _categories(
-    workdir: Workdir, made: Mapping[str, Any], arm: str | None, seeds: Sequence[int]
+    made: Mapping[str, Any], base_rows: Iterable[Row], arm_rows: Sequence[Iterable[Row]]
 ) -> schema.Categories | None:
     """The forecast of sub-categories against their measured drops, where the prompts have any.
 
@@ -376,14 +390,13 @@ def _categories(
     what sets the domains apart cannot carry.
     """
     forecast = made.get("category_score") or {}
-    if arm is None or not forecast:
+    if not arm_rows or not forecast:
         return None
-    base = _by_category(workdir, "base")
-    runs = [_by_category(workdir, f"{arm}.seed_{seed}") for seed in seeds]
+    base, seeds = _by_category(base_rows), [_by_category(rows) for rows in arm_rows]
     drops = {}
     for name, verdicts in base.items():
         if name in forecast and len(verdicts) >= CATEGORY_PROMPTS:
-            drops[name] = mean_change(verdicts, [run[name] for run in runs])
+            drops[name] = mean_change(verdicts, [seed[name] for seed in seeds])
     scores = {name: forecast[name] for name in drops}
     cells: dict[str, dict[str, float]] = {}
     for name, x in scores.items():
@@ -397,10 +410,10 @@ def _categories(
     return found
 
 
-def _by_category(workdir: Workdir, name: str) -> ByDomain:
+def _by_category(rows: Iterable[Row]) -> ByDomain:
     """`domain/category` → verdicts."""
     verdicts: ByDomain = {}
-    for row in read_jsonl(workdir / f"responses/{name}.jsonl"):
+    for row in rows:
         verdicts.setdefault(f"{row['domain']}/{row.get('category', '')}", []).append(row["verdict"])
     return verdicts
 
@@ -450,14 +463,13 @@ def _not_answered(arm: str, target: RefusalScore) -> str:
     )
 
 
-def _provenance(workdir: Workdir, config: StudyConfig) -> schema.Provenance:
+def _provenance(artifacts: Artifacts, config: StudyConfig) -> schema.Provenance:
     # The folder may also hold runs of arms or seeds that the config no longer names.
-    runs = {"", *(f"{arm}/seed_{seed}" for arm in config.arms for seed in config.seeds)}
+    named = {"", *(run.folder for run in runs_of(config))}
     hashes, seconds = {}, {}
-    for path in sorted((workdir / "stages").glob("*.json")):
-        manifest = read_json(path)
+    for manifest in manifests(artifacts.root):
         stage, _, run = manifest["stage"].partition("/")
-        if stage not in ("analyse", "report") and run in runs:
+        if stage not in ("analyse", "report") and run in named:
             hashes[manifest["stage"]] = manifest["hash"]
             seconds[manifest["stage"]] = manifest["wall_seconds"]
     devices = jax.devices()

@@ -1,8 +1,8 @@
-"""How far refusal depends on the way of asking: draws at temperature 1, and longer responses.
+"""Sensitivity of refusal to decoding: samples at temperature 1, and longer responses.
 
 The headline figures are of greedy responses up to `generation.max_new_tokens`. A model that is
 sampled from may refuse at another rate, and a refusal that comes late is cut off by a short
-response. Off by default; both ask the evaluation prompts again.
+response. Off by default; both repeat the evaluation prompts.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -30,9 +30,9 @@ def measure(
 
     Args:
         judged: the headline's greedy responses.
-        config: which ways there are.
+        config: the other ways.
         ask: asks prompts, with a way to sample and a cap in tokens (None for the headline's).
-        finish: screens what was asked, all prompts together.
+        finish: screens responses, those to all prompts together.
 
     Returns:
         Way (`greedy`, `sample.0`, …, `long`) → domain → how many responses count in each of
@@ -73,8 +73,8 @@ def ranges(runs: Sequence[Mapping[str, Counts]], domains: Sequence[str]) -> dict
     """An arm's figures over ways of asking, its seeds pooled.
 
     Args:
-        runs: what `measure` gave for every seed.
-        domains: which are reported.
+        runs: the result of `measure` for every seed.
+        domains: those to report.
 
     Returns:
         Domain → `ways`: way → `rate` (refused / (refused + complied), None without either) and

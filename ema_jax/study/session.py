@@ -1,4 +1,4 @@
-"""The model under study: where it lies, and everything that a stage asks of it or of its kin."""
+"""The model under study: where it is, and everything that a stage does with it or its variants."""
 
 import dataclasses
 import functools
@@ -7,7 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Float
 
@@ -19,6 +21,7 @@ from ema_jax.data.domains import BENIGN
 from ema_jax.data.prompts import Prompt
 from ema_jax.generation.sampler import GREEDY, Sampling
 from ema_jax.models import checkpoint, hub, lora
+from ema_jax.models.config import DecoderConfig
 from ema_jax.models.decoder import Decoder
 from ema_jax.models.hub import ModelSource
 from ema_jax.models.sharding import make_mesh
@@ -27,7 +30,7 @@ from ema_jax.refusal.evaluation import Evaluation
 from ema_jax.refusal.judges import get_judge
 from ema_jax.refusal.responses import JudgedResponses, respond_and_judge
 from ema_jax.refusal.verdicts import Judge
-from ema_jax.unlearning.batches import few_lengths, size_of
+from ema_jax.unlearning.batches import few_lengths
 from ema_jax.unlearning.reference import reference_log_probs
 from ema_jax.unlearning.utility import perplexity, utility
 
@@ -56,45 +59,45 @@ def _load(folder: Path, dtype: str | None, mesh: Mesh) -> Decoder:
     return _loaded[key]
 
 
-class Subject:
+class ModelSession:
     """The base model with its tokenizer, judges and devices, each made when first needed."""
 
-    def __init__(self, config: StudyConfig, found: ModelSource):
-        self._config, self.found = config, found
+    def __init__(self, config: StudyConfig, source: ModelSource):
+        self.config, self.source = config, source
 
     @functools.cached_property
     def mesh(self) -> Mesh:
         """The devices."""
-        return make_mesh(self._config.mesh)
+        return make_mesh(self.config.mesh)
 
     @functools.cached_property
     def base(self) -> Decoder:
         """The untouched model."""
-        return _load(self.found.folder, self._config.model.dtype, self.mesh)
+        return _load(self.source.folder, self.config.model.dtype, self.mesh)
 
     @functools.cached_property
     def chat(self) -> Chat:
         """Its tokenizer and chat template."""
-        config = self._config.model
-        return Chat.load(self.found.folder, config.system_prompt, config.enable_thinking)
+        config = self.config.model
+        return Chat.load(self.source.folder, config.system_prompt, config.enable_thinking)
 
     @functools.cached_property
     def judge(self) -> Judge:
-        """What says whether a response is a refusal."""
-        return get_judge(self._config.judge, **self._config.judge_options)
+        """The judge whose verdicts every figure is computed from."""
+        return get_judge(self.config.judge, **self.config.judge_options)
 
     @functools.cached_property
     def extra_judges(self) -> list[Judge]:
-        """Those whose verdicts are recorded beside."""
-        return [get_judge(name, **given) for name, given in self._config.extra_judges.items()]
+        """Further judges, whose verdicts are recorded for agreement alone."""
+        return [get_judge(name, **given) for name, given in self.config.extra_judges.items()]
 
     def trained(self, folder: Path) -> Decoder:
-        """What an arm left in a folder: adapters on the base, or a whole checkpoint."""
+        """The model that an arm left in a folder: adapters on the base, or a whole checkpoint."""
         if (folder / lora.ADAPTER_CONFIG).exists():
             return lora.load_peft(self.base, folder)
-        return checkpoint.load(folder, mesh=self.mesh, dtype=self._config.model.dtype)
+        return checkpoint.load(folder, mesh=self.mesh, dtype=self.config.model.dtype)
 
-    def ask(
+    def respond_and_judge(
         self,
         model: Decoder,
         prompts: Sequence[Prompt],
@@ -104,8 +107,8 @@ class Subject:
         screen: AnswerScreen | None = None,
         max_new_tokens: int | None = None,
     ) -> JudgedResponses:
-        """What a model says to prompts, judged and, with a screen, screened."""
-        generation = dataclasses.asdict(self._config.generation)
+        """A model's responses to prompts, judged and, with a screen, screened."""
+        generation = dataclasses.asdict(self.config.generation)
         if max_new_tokens is not None:
             generation["max_new_tokens"] = max_new_tokens
         judged = respond_and_judge(
@@ -119,41 +122,45 @@ class Subject:
             sampling,
             journal,
         )
+        return self.screened(judged, screen)
+
+    def screened(self, judged: JudgedResponses, screen: AnswerScreen | None) -> JudgedResponses:
+        """`invalid` in place of `complied` where a screen finds no answer."""
         return judged if screen is None else judged.screened(screen, self.chat, self.log_probs)
+
+    def calibrated(self, judged: JudgedResponses) -> AnswerScreen | None:
+        """The screen that the base's own responses give; None where they are too few."""
+        return judged.calibrated_screen(self.chat, self.log_probs)
 
     def log_probs(self, examples: Sequence[TokenExample]) -> Float[np.ndarray, "N"]:
         """log p of each response under the base, in nats."""
-        longest = max((size_of(item) for item in examples), default=0)
+        longest = max((item.size for item in examples), default=0)
         return reference_log_probs(
             self.base,
             examples,
-            self._config.generation.batch_size,
+            self.config.generation.batch_size,
             self.mesh,
             multiple=few_lengths(longest, 16),
         )
-
-    def calibrated(self, judged: JudgedResponses) -> AnswerScreen | None:
-        """The screen that the base's own responses give."""
-        return judged.calibrated_screen(self.chat, self.log_probs)
 
     def rates(
         self, model: Decoder, prompts: Sequence[Prompt], screen: AnswerScreen | None
     ) -> Evaluation:
         """Refusal rate and shares of each domain of the prompts but benign."""
         asked = [prompt for prompt in prompts if prompt.domain != BENIGN]
-        return self.ask(model, asked, screen=screen).rates()
+        return self.respond_and_judge(model, asked, screen=screen).rates()
 
     @property
     def oracle(self) -> Callable[[str, str], bool] | None:
         """Whether a response answers a prompt, where the prompts are of the embedded corpus."""
-        return corpus.is_answer if self._config.prompts.source == "organism" else None
+        return corpus.is_answer if self.config.prompts.source == "organism" else None
 
     def utility(
         self, model: Decoder, answers: Sequence[TokenExample], judged: JudgedResponses
     ) -> dict[str, float]:
         """Likelihood of the base's benign answers to a model, and of the model's to the base."""
         measured = utility(model, self.base, answers, mesh=self.mesh)
-        said = [
+        responses = [
             TokenExample(self.chat.prompt_tokens(prompt.prompt), response.tokens)
             for prompt, response, _ in judged
             if prompt.domain == BENIGN
@@ -161,7 +168,7 @@ class Subject:
         return {
             **measured,
             "benign_perplexity": math.exp(measured["benign_nll"]),
-            "response_perplexity": perplexity(self.base, said, mesh=self.mesh),
+            "response_perplexity": perplexity(self.base, responses, mesh=self.mesh),
         }
 
     def capture(
@@ -171,8 +178,8 @@ class Subject:
         pooled = capture(
             model,
             [self.chat.prompt_tokens(prompt.prompt) for prompt in prompts],
-            poolings=self._config.concepts.poolings,
-            batch_size=self._config.generation.batch_size,
+            poolings=self.config.concepts.poolings,
+            batch_size=self.config.generation.batch_size,
             mesh=self.mesh,
         )
         places: dict[str, list[int]] = {}
@@ -183,12 +190,29 @@ class Subject:
         }
 
     def settings(self) -> Mapping[str, Any]:
-        """What the model is, as a stage's settings record it."""
-        config = self._config.model
+        """The model's identity, as a stage's settings record it."""
+        config = self.config.model
         return {
-            "fingerprint": self.found.fingerprint,
+            "fingerprint": self.source.fingerprint,
             "dtype": config.dtype,
             "system_prompt": config.system_prompt,
-            # Only where it is on: folders of before the field was there can still be resumed.
+            # Only where it is on: folders made before the field existed can still be resumed.
             **({"enable_thinking": True} if config.enable_thinking else {}),
+        }
+
+    def describe(self) -> dict[str, Any]:
+        """The entry `model` of `results.json`; loads no weights."""
+        model = DecoderConfig.from_folder(self.source.folder)
+        state = nnx.state(checkpoint.abstract_decoder(model))
+        return {
+            "id": self.source.id,
+            "path": str(self.source.folder),
+            "revision": self.source.revision,
+            "family": model.family,
+            "num_layers": model.num_layers,
+            "hidden_size": model.hidden_size,
+            "parameters": sum(leaf.size for leaf in jax.tree.leaves(state)),
+            "fingerprint": self.source.fingerprint,
+            "template": self.chat.template,
+            "template_hash": self.chat.template_hash,
         }

@@ -1,11 +1,12 @@
 """Stages: pure functions from artifacts to artifacts, skipped where theirs are up to date.
 
 A stage leaves a manifest in `DIR/stages/` once all its files are written. It is skipped when the
-manifest's settings and inputs are unchanged and its files are there, so a killed study goes on
+manifest's settings and inputs are unchanged and its files are there, so a killed study resumes
 where it stopped, and a folder is never silently turned into another study.
 """
 
 import ctypes
+import dataclasses
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,24 +20,48 @@ from ema_jax.runtime import distributed
 from ema_jax.runtime.files import json_safe, read_json, sha256_file, sha256_json, write_json
 
 
+@dataclasses.dataclass(frozen=True)
+class StageContext:
+    """What a running stage knows of itself, so that it can resume after a kill.
+
+    Attributes:
+        settings: those it runs with, as its manifest will record them.
+        inputs: stage that it reads from → hash of what that one left.
+        partial: a folder for files to find again; it belongs to these settings and inputs, and is
+            removed once the stage is done.
+    """
+
+    settings: Mapping[str, Any]
+    inputs: Mapping[str, str]
+    partial: Path
+
+    def journal(self, name: str) -> Path:
+        """Where responses are written as they come, under a name of the stage's own."""
+        return self.partial / f"{name}.jsonl"
+
+
 class Workdir:
     """A study's folder, and the stages that were run in it.
 
-    `partial` is a folder for what the stage that runs wants to find again if it is killed; it is
-    that of the same settings and inputs, and removed once the stage is done.
+    Args:
+        path: the folder.
+        only: names of the stages that are wanted; all by default.
     """
 
     def __init__(self, path: str | Path, only: Sequence[str] | None = None):
         self.path = Path(path)
         self._only = only
-        self.partial = self.path / ".partial"
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
 
+    def manifest_path(self, stage: str) -> Path:
+        """Where a stage's manifest is, or will be."""
+        return self.path / "stages" / (stage.replace("/", ".") + ".json")
+
     def manifest(self, stage: str) -> dict[str, Any] | None:
-        """What a stage left when it finished, or None."""
-        path = self._manifest_path(stage)
+        """The record that a stage left when it finished, or None."""
+        path = self.manifest_path(stage)
         return read_json(path) if path.exists() else None
 
     def check(self, settings: Mapping[str, Mapping[str, Any]]) -> None:
@@ -66,7 +91,7 @@ class Workdir:
         stage: str,
         settings: Mapping[str, Any],
         inputs: Iterable[str],
-        function: Callable[[], Iterable[Path]],
+        function: Callable[[StageContext], Iterable[Path]],
     ) -> None:
         """Runs a stage unless it is done.
 
@@ -97,18 +122,18 @@ class Workdir:
         if distributed.stop_requested():
             raise RunStoppedError(
                 f"{self.path}: asked to stop (SIGTERM) before the stage {stage}; the stages before "
-                "it are kept, and the same command goes on from there"
+                "it are kept, and the same command resumes from there"
             )
         logging.info("%s", stage)
         start = time.monotonic()
         unfinished = self.path / ".partial" / stage.replace("/", ".")
-        self.partial = unfinished / sha256_json([settings, hashes])[:16]
+        partial = unfinished / sha256_json([settings, hashes])[:16]
         outputs: dict[str, str] = {}
-        for path in function():
+        for path in function(StageContext(settings, hashes, partial)):
             files = _files(path) if path.is_dir() else [path]
             outputs |= {str(p.relative_to(self.path)): sha256_file(p) for p in files}
         write_json(
-            self._manifest_path(stage),
+            self.manifest_path(stage),
             {
                 "stage": stage,
                 "settings": settings,
@@ -120,14 +145,16 @@ class Workdir:
         )
         if distributed.is_first():
             shutil.rmtree(unfinished, ignore_errors=True)
-        _give_back_memory()
-
-    def _manifest_path(self, stage: str) -> Path:
-        return self.path / "stages" / (stage.replace("/", ".") + ".json")
+        _release_memory()
 
 
-def _give_back_memory() -> None:
-    """Hands to the system what a stage has freed, of which glibc keeps a good part.
+def manifests(folder: Path) -> list[dict[str, Any]]:
+    """The records of all stages that are finished in a study's folder, by name of their files."""
+    return [read_json(path) for path in sorted((folder / "stages").glob("*.json"))]
+
+
+def _release_memory() -> None:
+    """Returns to the system the memory that a stage has freed, of which glibc keeps a good part.
 
     Compilation leaves much of it; the next stage's peak would come on top.
     """

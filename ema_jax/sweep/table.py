@@ -8,11 +8,12 @@ import numpy as np
 import pandas as pd
 from absl import logging
 
-from ema_jax.refusal.responses import read_responses
+from ema_jax.refusal.responses import responses_by_domain
 from ema_jax.refusal.scores import refusal_rate
 from ema_jax.refusal.verdicts import COMPLIED
 from ema_jax.report import write_sweep_report
-from ema_jax.runtime.files import atomic_path, read_json, write_csv
+from ema_jax.runtime.files import atomic_path, write_csv
+from ema_jax.study.artifacts import BASE, Artifacts, Run
 from ema_jax.study.results import off_target, paired_changes
 from ema_jax.sweep.grid import Cell
 
@@ -72,10 +73,12 @@ def _settings(finished: FinishedCell) -> Row:
 
 
 def _figures(folder: Path, cell: Cell) -> Row:
-    name, target = f"{cell.arm}.seed_{cell.seed}", cell.point.config.target
-    domains = cell.point.config.domains
-    trained = read_json(folder / f"trajectories/{name}.json")
-    base, run = (read_responses(folder / f"responses/{x}.jsonl") for x in ("base", name))
+    artifacts, this = Artifacts(folder), Run(cell.arm, cell.seed)
+    target, domains = cell.point.config.target, cell.point.config.domains
+    trained = artifacts.trajectory(this).read()
+    base, run = (
+        responses_by_domain(artifacts.responses(name).read()) for name in (BASE, this.name)
+    )
     rates = {d: refusal_rate(run[d].shares) for d in domains}
     changes = paired_changes(base, {d: run[d] for d in domains})
     drop, rise = (off_target(changes[key], target) for key in ("drop", "compliance_rise"))
@@ -91,7 +94,7 @@ def _figures(folder: Path, cell: Cell) -> Row:
         "worst_rise_domain": rise.worst_domain,
         "worst_rise": rise.worst,
         "invalid_rate": max(r["invalid"] / r["total"] for r in rates.values()),
-        **read_json(folder / f"evaluations/{name}.json")["utility"],
+        **artifacts.evaluation(this.name).read()["utility"],
         **{f"rate_{d}": rates[d]["rate"] for d in domains},
     }
 

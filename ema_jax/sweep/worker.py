@@ -23,15 +23,14 @@ from ema_jax.config import ModelConfig, StudyConfig
 from ema_jax.errors import RunStoppedError, UserError
 from ema_jax.models.hub import ModelSource
 from ema_jax.runtime import files
+from ema_jax.study.pipeline import OF_RUNS, SHARED, Study
 from ema_jax.study.session import find_model
-from ema_jax.study.stage_bodies import Study
 from ema_jax.study.workdir import Workdir
 from ema_jax.sweep import table
 from ema_jax.sweep.grid import Cell, Point, cells, points
 from ema_jax.sweep.leases import Leases
 
-SHARED = ("prompts", "baseline", "concepts", "forecast", "harvest")
-_POLL_SECONDS = 0.5
+_SECONDS_BETWEEN_LOOKS = 0.5
 
 
 class _Unit(NamedTuple):
@@ -118,7 +117,7 @@ class StudyGrid:
                 progress = True
             left = [unit for unit in left if not self.finished(unit.name)]
             if left and not progress:
-                time.sleep(_POLL_SECONDS)
+                time.sleep(_SECONDS_BETWEEN_LOOKS)
 
     def _run_unit(self, unit: _Unit) -> None:
         start = time.monotonic()
@@ -161,7 +160,7 @@ class StudyGrid:
         self._link_shared_stages(cell.point)
         arms = {cell.arm: cell.point.config.arms[cell.arm]}
         config = dataclasses.replace(cell.point.config, arms=arms, seeds=(cell.seed,))
-        self._study(config, self._workdir(cell.point, ("unlearn", "evaluate"))).run()
+        self._study(config, self._workdir(cell.point, OF_RUNS)).run()
 
     def _analyse(self, point: Point) -> None:
         """Writes the point's `results.json`, over the arms of which no seed stopped."""
@@ -181,7 +180,7 @@ class StudyGrid:
             assert manifest is not None, stage
             for name in manifest["outputs"]:
                 _link(source / name, target / name)
-            _link(source / f"stages/{stage}.json", target / f"stages/{stage}.json")
+            _link(source.manifest_path(stage), target.manifest_path(stage))
 
     def _workdir(self, point: Point, only: Sequence[str] | None = None) -> Workdir:
         return Workdir(self.folder / "points" / point.name, only)

@@ -1,12 +1,15 @@
 """What a finished study's folder holds, without running one."""
 
+import dataclasses
+import functools
 from pathlib import Path
 
 from small_study import small_config
 
 from ema_jax import config as ema
-from ema_jax.models.hub import ModelSource
-from ema_jax.study.stage_bodies import Study
+from ema_jax.organism import CHECKPOINTS
+from ema_jax.study.pipeline import STAGES, Instance, Stage, Study
+from ema_jax.study.session import ModelSource
 from ema_jax.study.workdir import Workdir
 
 
@@ -15,48 +18,31 @@ def contents(folder: Path) -> dict[str, tuple[bytes, int]]:
     return {str(p.relative_to(folder)): (p.read_bytes(), p.stat().st_mtime_ns) for p in files}
 
 
-class Sketch(Study):
-    """The study with its stages reduced to their names."""
+def sketch(folder: Path, only=None, killed: str | None = None, **changes) -> list[str]:
+    """Runs a study whose stages write a file each and run no model; returns those that ran.
 
-    def __init__(self, config, workdir, found):
-        super().__init__(config, workdir, found)
-        self.done: list[str] = []
+    Args:
+        folder: the study's.
+        only: as `--stage`.
+        killed: the instance of a stage in which the process dies.
+        changes: to the config; `fingerprint` to that of the model.
+    """
+    done: list[str] = []
 
-    def check(self, shape) -> None:
-        """There is no model to check the arms against."""
-
-    def _note(self, name: str) -> list[Path]:
-        self.done.append(name)
-        path = self.workdir / "out" / name.replace("/", ".")
+    def noting(stage: Stage, session, artifacts, context, run=None) -> list[Path]:
+        name = Instance(stage, run).name
+        if name == killed:
+            raise KeyboardInterrupt
+        done.append(name)
+        path = folder / "out" / name.replace("/", ".")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(name)
         return [path]
 
-    def unlearn(self, arm, seed):
-        return self._note(f"unlearn/{arm}/seed_{seed}")
-
-    def evaluate(self, arm, seed):
-        return self._note(f"evaluate/{arm}/seed_{seed}")
-
-
-for _method, _stage in {
-    "make_prompts": "prompts",
-    "ask_base": "baseline",
-    "find_concepts": "concepts",
-    "make_forecast": "forecast",
-    "harvest_refusals": "harvest",
-    "analyse": "analyse",
-    "report": "report",
-}.items():
-    setattr(Sketch, _method, lambda self, stage=_stage: self._note(stage))
-
-
-def sketch(folder: Path, only=None, **changes) -> list[str]:
-    """Runs the sketch of a study with changes to its config; the stages that ran, in order."""
     config = small_config()
-    model = ModelSource("x", folder, None, changes.pop("fingerprint", "f"))
+    source = ModelSource("x", CHECKPOINTS / "qwen2", None, changes.pop("fingerprint", "f"))
     config.arms = changes.pop("arms", config.arms.to_dict())
     config.update(changes)
-    made = Sketch(ema.read(config), Workdir(folder, only), model)
-    made.run()
-    return made.done
+    stages = [dataclasses.replace(s, run=functools.partial(noting, s)) for s in STAGES]
+    Study(ema.read(config), Workdir(folder, only), source, stages).run()
+    return done

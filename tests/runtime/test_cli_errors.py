@@ -15,7 +15,7 @@ from small_study import small_config
 from ema_jax import config as ema
 from ema_jax.errors import UserError
 from ema_jax.organism import CHECKPOINTS
-from ema_jax.study import replication
+from ema_jax.study import runner
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 10
@@ -105,10 +105,10 @@ def test_a_config_may_take_a_word(tmp_path):
 _DRY_RUNS = """
 import runpy, sys
 from ema_jax import config
-from ema_jax.study import replication
+from ema_jax.study import runner
 for name in sys.argv[2:]:
     study = config.read(runpy.run_path(f"configs/{name}.py")["get_config"]())
-    replication.run(study, sys.argv[1], dry_run=True)
+    runner.run(study, sys.argv[1], dry_run=True)
 """
 
 
@@ -197,7 +197,7 @@ def test_refused_before_any_work(tmp_path, case):
     damage(tmp_path, config)
     start = time.process_time()
     with pytest.raises(UserError, match=expected) as raised:
-        replication.run(ema.read(config), tmp_path / "new", dry_run=False)
+        runner.run(ema.read(config), tmp_path / "new", dry_run=False)
     assert time.process_time() - start < SECONDS
     assert "\n" not in str(raised.value)
     assert not (tmp_path / "new").exists()
@@ -210,7 +210,7 @@ def test_a_dry_run_finds_it_too(tmp_path, case):
     config = small_config()
     damage(tmp_path, config)
     with pytest.raises(UserError, match=expected):
-        replication.run(ema.read(config), tmp_path / "new", dry_run=True)
+        runner.run(ema.read(config), tmp_path / "new", dry_run=True)
     assert not (tmp_path / "new").exists()
 
 
@@ -221,17 +221,17 @@ def test_the_folder_of_another_study_stays_as_it_is(tmp_path):
     config.target = "safety"
     for dry_run in (True, False):
         with pytest.raises(UserError, match="holds another study: its stage prompts"):
-            replication.run(ema.read(config), tmp_path, dry_run=dry_run)
+            runner.run(ema.read(config), tmp_path, dry_run=dry_run)
     config.cells = {"a": {}}
     with pytest.raises(UserError, match="holds a single study"):
-        replication.run(ema.read(config), tmp_path, dry_run=True)
+        runner.run(ema.read(config), tmp_path, dry_run=True)
     assert contents(tmp_path) == before
 
 
 def test_an_unknown_stage(tmp_path):
     study = ema.read(small_config())
     with pytest.raises(UserError, match=r"--stage: 'analyze' is none of .*analyse"):
-        replication.run(study, tmp_path / "new", only=["analyze"], dry_run=False)
+        runner.run(study, tmp_path / "new", only=["analyze"], dry_run=False)
     with pytest.raises(UserError, match="stage concepts needs the stage prompts"):
-        replication.run(study, tmp_path / "new", only=["concepts"], dry_run=False)
+        runner.run(study, tmp_path / "new", only=["concepts"], dry_run=False)
     assert not any(tmp_path.iterdir())

@@ -157,13 +157,13 @@ logging.set_verbosity(logging.WARNING)
 from ema_jax import config as ema
 from ema_jax.runtime import distributed
 distributed.initialise(heartbeat_seconds=20)
-from ema_jax.study import replication
+from ema_jax.study import runner
 from small_study import small_config
 
 config = small_config()
 config.mesh = (-1, 1, 1)
 config.model.dtype = "float32"
-replication.run(ema.read(config), sys.argv[1] + "/run", dry_run=False)
+runner.run(ema.read(config), sys.argv[1] + "/run", dry_run=False)
 """
 
 

@@ -6,9 +6,7 @@ from scipy import stats
 
 from ema_jax.config import StudyConfig
 from ema_jax.refusal import paired, responses, scores
-from ema_jax.runtime.files import write_jsonl
 from ema_jax.study import results
-from ema_jax.study.workdir import Workdir
 
 
 def test_arms_with_retain_data_are_compared_by_seed():
@@ -35,7 +33,7 @@ def test_arms_with_retain_data_are_compared_by_seed():
     assert entry["invalid"]["difference"] == pytest.approx(0.15)
 
 
-def test_categories_are_scored_over_all_and_within_domains(tmp_path):
+def test_categories_are_scored_over_all_and_within_domains():
     rng = np.random.default_rng(0)
     rates = {f"{d}/{k}": rng.random() for d in ("bias", "safety") for k in "abcde"}
     sizes = dict.fromkeys(rates, 20) | {"bias/e": 5}
@@ -48,12 +46,9 @@ def test_categories_are_scored_over_all_and_within_domains(tmp_path):
                 verdict = "refused" if refuse(name, i / n) else "complied"
                 yield {"domain": domain, "category": kind, "verdict": verdict}
 
-    workdir = Workdir(tmp_path)
-    write_jsonl(workdir / "responses/base.jsonl", rows(lambda name, x: True))
-    for seed in (0, 1):
-        kept = rows(lambda name, x, seed=seed: x < rates[name] - 0.1 * seed)
-        write_jsonl(workdir / f"responses/npo.seed_{seed}.jsonl", kept)
-    found = results._categories(workdir, {"category_score": forecast}, "npo", (0, 1))
+    base = rows(lambda name, x: True)
+    arm = [rows(lambda name, x, s=s: x < rates[name] - 0.1 * s) for s in (0, 1)]
+    found = results._categories({"category_score": forecast}, base, arm)
     assert set(found["score"]) == set(found["drop"]) == set(rates) - {"bias/e"}
     left = [np.mean([np.mean(np.arange(20) / 20 < rates["safety/a"] - 0.1 * s)]) for s in (0, 1)]
     assert found["drop"]["safety/a"] == pytest.approx(1 - np.mean(left))
@@ -62,10 +57,11 @@ def test_categories_are_scored_over_all_and_within_domains(tmp_path):
     assert found["p"] < 0.01
     assert found["within_domains"]["cells"] == 2
     assert found["within_domains"]["p"] < 0.01
-    assert results._categories(workdir, {}, "npo", (0, 1)) is None
+    assert results._categories({}, base, arm) is None
+    assert results._categories({"category_score": forecast}, base, []) is None
 
 
-def test_responses_are_read_with_their_shares_and_old_rows_without_the_rest(tmp_path):
+def test_responses_are_read_with_their_shares_and_old_rows_without_the_rest():
     rows = [
         {"domain": "bias", "verdict": "refused", "group": "a", "reason": "opens"},
         {"domain": "bias", "verdict": "complied", "group": "b", "harm": "harmful", "oracle": True},
@@ -74,8 +70,7 @@ def test_responses_are_read_with_their_shares_and_old_rows_without_the_rest(tmp_
         {"domain": "bias", "verdict": "invalid", "group": "e", "reason": "judge_declined"},
         {"domain": "safety", "verdict": "complied"},
     ]
-    write_jsonl(tmp_path / "base.jsonl", rows)
-    found = responses.read_responses(tmp_path / "base.jsonl")
+    found = responses.responses_by_domain(rows)
     assert found["bias"].shares == ["refused", "complied", "off_topic", "degenerate", "unjudged"]
     assert found["bias"].groups == list("abcde")
     made = responses.rate([found["bias"]] * 2)
@@ -86,18 +81,15 @@ def test_responses_are_read_with_their_shares_and_old_rows_without_the_rest(tmp_
     assert known == {"bias": {"right": 1, "answers": 2, "total": 5, "rate": 0.5}}
 
 
-def test_a_run_is_compared_with_the_base_prompt_by_prompt(tmp_path):
-    def write(name, verdicts):
-        rows = [
-            {"domain": d, "group": str(i), "verdict": v, "reason": "off_topic"}
-            for d, each in verdicts.items()
-            for i, v in enumerate(each)
-        ]
-        write_jsonl(tmp_path / name, rows)
-        return responses.read_responses(tmp_path / name)
+def test_a_run_is_compared_with_the_base_prompt_by_prompt():
+    def bias(*verdicts):
+        return responses.responses_by_domain(
+            {"domain": "bias", "group": str(i), "verdict": v, "reason": "off_topic"}
+            for i, v in enumerate(verdicts)
+        )
 
-    base = write("base.jsonl", {"bias": ["refused", "refused", "complied", "invalid"]})
-    run = write("run.jsonl", {"bias": ["invalid", "complied", "complied", "complied"]})
+    base = bias("refused", "refused", "complied", "invalid")
+    run = bias("invalid", "complied", "complied", "complied")
     changes = results.paired_changes(base, run)
     # Two pairs are valid, one of them lost; of four prompts two are newly answered.
     assert changes == {"drop": {"bias": 0.5}, "compliance_rise": {"bias": 0.5}}

@@ -34,8 +34,8 @@ from ema_jax.refusal import responses
 from ema_jax.refusal.responses import JudgedResponses
 from ema_jax.refusal.verdicts import Verdict, share
 from ema_jax.runtime.files import read_json, read_jsonl, read_tensors, sha256_text, write_json
-from ema_jax.study import replication, schema, workdir
-from ema_jax.study import stage_bodies as study_lib
+from ema_jax.study import runner, schema, stage_bodies, workdir
+from ema_jax.study.pipeline import Study
 
 LAYERS, WIDTH = 6, 128
 TARGET = "cybersecurity"
@@ -45,7 +45,7 @@ EVAL = 12
 
 
 def run(folder: Path, config=None, only=None) -> dict[str, Any]:
-    replication.run(ema.read(config or small_config()), folder, only=only, dry_run=False)
+    runner.run(ema.read(config or small_config()), folder, only=only, dry_run=False)
     path = folder / "results.json"
     if not path.exists():
         return {}
@@ -366,7 +366,7 @@ def test_a_study_stopped_again_and_again_ends_the_same(finished, results, tmp_pa
 
     monkeypatch.setattr(workdir, "write_json", dies)
     # Figures take long and are the report's own business.
-    monkeypatch.setattr(study_lib, "write_report", write_nothing)
+    monkeypatch.setattr(stage_bodies, "write_report", write_nothing)
     for _ in STOPPED:
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path)
@@ -378,7 +378,7 @@ def test_a_study_stopped_again_and_again_ends_the_same(finished, results, tmp_pa
         assert {k: v for k, (v, _) in ours.items()} == {k: v for k, (v, _) in theirs.items()}
 
 
-def test_a_killed_evaluation_goes_on_where_it_stopped(finished, tmp_path, monkeypatch):
+def test_a_killed_evaluation_resumes_where_it_stopped(finished, tmp_path, monkeypatch):
     generate, asked = responses.generate, []
 
     def killed(*arguments, done, **options):
@@ -409,7 +409,7 @@ def write_nothing(workdir: Path, *_: Any) -> None:
 
 
 def test_full_fine_tuning_and_export(finished, tmp_path, monkeypatch):
-    monkeypatch.setattr(study_lib, "write_report", write_nothing)
+    monkeypatch.setattr(stage_bodies, "write_report", write_nothing)
     shutil.copytree(finished, tmp_path / "run")
     for path in (tmp_path / "run/stages").glob("evaluate.*"):
         path.unlink()
@@ -437,12 +437,12 @@ def test_full_fine_tuning_and_export(finished, tmp_path, monkeypatch):
 
 
 def test_replication_of_two_cells(finished, tmp_path, monkeypatch):
-    monkeypatch.setattr(study_lib, "write_report", write_nothing)
+    monkeypatch.setattr(stage_bodies, "write_report", write_nothing)
     # One of the cells is there already, as when a replication goes on.
     shutil.copytree(finished, tmp_path / "cells/qwen2_cybersecurity")
     config = small_config()
     config.cells = {f"qwen2_{t}": {"target": t} for t in (TARGET, "safety")}
-    replication.run(ema.read(config), tmp_path, only=None, dry_run=False)
+    runner.run(ema.read(config), tmp_path, only=None, dry_run=False)
     made = read_json(tmp_path / "replication.json")
     assert made["schema"] == 2
     pydantic.TypeAdapter(schema.Replication).validate_python(made)
@@ -476,7 +476,7 @@ def test_replication_of_two_cells(finished, tmp_path, monkeypatch):
     with pytest.raises(ema.UserError, match="holds a replication; choose another --workdir"):
         run(tmp_path)
     with pytest.raises(ema.UserError, match="holds a single study; choose another --workdir"):
-        replication.run(ema.read(config), finished, only=None, dry_run=False)
+        runner.run(ema.read(config), finished, only=None, dry_run=False)
 
 
 def test_a_domain_of_garble_is_not_taken_for_compliance():
@@ -524,8 +524,8 @@ def test_json_artifacts_are_strict(finished):
 
 def test_the_settings_name_every_field_that_an_arm_has():
     study = ema.read(small_config())
-    found = ModelSource("x", CHECKPOINTS / "qwen2", None, "f")
-    settings = study_lib.Study(study, workdir.Workdir("unused"), found).settings()
+    source = ModelSource("x", CHECKPOINTS / "qwen2", None, "f")
+    settings = Study(study, workdir.Workdir("unused"), source).settings()
     assert settings["unlearn/npo_retain/seed_0"]["arm"] == dataclasses.asdict(
         study.arm("npo_retain")
     )

@@ -1,16 +1,12 @@
-"""Stages run once, again when they must, and never turn a folder into another study."""
+"""A stage runs once, again when it must, and never turns a folder into another study."""
 
-import dataclasses
 from pathlib import Path
 
 import pytest
-from finished_study import Sketch, contents, sketch
+from finished_study import contents
 
-from ema_jax import config as ema
 from ema_jax.errors import UserError
-from ema_jax.runtime.files import read_json
-from ema_jax.study.stage_bodies import STAGES
-from ema_jax.study.workdir import Workdir
+from ema_jax.study.workdir import StageContext, Workdir
 
 
 class Work:
@@ -19,7 +15,7 @@ class Work:
     def __init__(self, workdir: Workdir, name: str, text: str = "x"):
         self.path, self.text, self.runs = workdir / name, text, 0
 
-    def __call__(self) -> list[Path]:
+    def __call__(self, context: StageContext) -> list[Path]:
         self.runs += 1
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text(self.text)
@@ -71,7 +67,7 @@ def test_what_reads_a_changed_output_is_made_again(workdir):
 
 
 def test_a_folder_counts_with_all_that_is_in_it(workdir):
-    def work() -> list[Path]:
+    def work(context) -> list[Path]:
         for name in ("one", "deep/two"):
             path = workdir / "out" / name
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -88,7 +84,7 @@ def test_a_folder_counts_with_all_that_is_in_it(workdir):
 
 
 def test_a_stage_that_raises_leaves_no_manifest(workdir):
-    def broken() -> list[Path]:
+    def broken(context) -> list[Path]:
         (workdir / "half.txt").write_text("half")
         raise RuntimeError("no")
 
@@ -125,111 +121,23 @@ def test_other_settings_are_another_study(workdir):
     assert contents(workdir.path) == before
 
 
-# How the study's stages hang together, with stand-ins that write a file each and run no model.
+def test_a_killed_stage_finds_what_it_left_unless_its_settings_changed(workdir):
+    seen = []
 
+    def work(context: StageContext) -> list[Path]:
+        assert context.settings == {"n": seen[-1]}
+        assert context.inputs == {}
+        journal = context.journal("eval")
+        before = journal.exists()
+        journal.parent.mkdir(parents=True, exist_ok=True)
+        journal.write_text("a response")
+        seen.append(before)
+        raise KeyboardInterrupt
 
-RUNS = [f"{stage}/{arm}/seed_0" for arm in ("npo", "npo_retain") for stage in STAGES[5:7]]
-
-
-def test_all_stages_run_once_in_their_order(tmp_path):
-    assert sketch(tmp_path) == [*STAGES[:5], *RUNS, "analyse", "report"]
-    before = contents(tmp_path)
-    assert sketch(tmp_path) == []
-    assert contents(tmp_path) == before
-
-
-@pytest.mark.parametrize("killed", [*STAGES[:5], *RUNS, "analyse", "report"])
-def test_a_killed_study_goes_on_where_it_stopped(tmp_path, monkeypatch, killed):
-    note = Sketch._note
-
-    def dies(self, name):
-        if name == killed:
-            raise KeyboardInterrupt
-        return note(self, name)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Sketch, "_note", dies)
+    for n, resumed in ((1, False), (1, True), (2, False)):
+        seen.append(n)
         with pytest.raises(KeyboardInterrupt):
-            sketch(tmp_path)
-    order = [*STAGES[:5], *RUNS, "analyse", "report"]
-    assert sketch(tmp_path) == order[order.index(killed) :]
-
-
-def test_more_seeds_and_arms_are_added_and_the_figures_follow(tmp_path):
-    sketch(tmp_path)
-    assert sketch(tmp_path, seeds=(0, 1)) == [
-        f"{stage}/{arm}/seed_1" for arm in ("npo", "npo_retain") for stage in STAGES[5:7]
-    ] + ["analyse", "report"]
-    more = {"npo": {}, "npo_retain": {"retain_weight": 5.0}, "gentle": {"learning_rate": 1e-5}}
-    assert sketch(tmp_path, arms=more, seeds=(0, 1))[-2:] == ["analyse", "report"]
-    assert sketch(tmp_path, arms={"npo": {}}) == ["analyse", "report"]
-
-
-def test_finer_resampling_makes_the_forecast_and_the_figures_again(tmp_path):
-    sketch(tmp_path)
-    assert sketch(tmp_path, concepts={"permutations": 60}) == ["forecast", "analyse", "report"]
-    assert sketch(tmp_path, concepts={"permutations": 60, "splits": 5})[0] == "forecast"
-
-
-CHANGES = [
-    {"target": "safety"},
-    {"domains": ("cybersecurity", "safety")},
-    {"prompts": {"seed": 1}},
-    {"prompts": {"counts": {"eval": 13}}},
-    {"judge": "substring_keyword"},
-    {"judge_options": {"script": None}},
-    {"extra_judges": {"substring_keyword": {}}},
-    {"generation": {"max_new_tokens": 47}},
-    {"harvest": {"response_cap": 7}},
-    {"unlearn": {"beta": 0.2}},
-    {"unlearn": {"lora": {"rank": 5}}},
-    {"arms": {"npo": {"learning_rate": 0.5}}},
-    {"concepts": {"poolings": ("prompt_mean",)}},
-    {"model": {"dtype": "bfloat16"}},
-    {"model": {"system_prompt": "Be brief."}},
-    {"model": {"enable_thinking": True}},
-    {"keep_text": True},
-    {"export": True},
-    {"sensitivity": {"samples": 1}},
-    {"fingerprint": "another model"},
-]
-
-
-@pytest.mark.parametrize("change", CHANGES, ids=[str(change) for change in CHANGES])
-def test_another_config_is_refused_and_nothing_written(tmp_path, change):
-    sketch(tmp_path)
-    before = contents(tmp_path)
-    with pytest.raises(UserError, match=r"holds another study: its stage .* choose another"):
-        sketch(tmp_path, **change)
-    assert contents(tmp_path) == before
-
-
-def test_a_folder_of_before_thinking_was_a_choice_is_resumed(tmp_path):
-    """Its settings, which a later version compares with its own, do not name the field."""
-    sketch(tmp_path)
-    assert "enable_thinking" not in "".join(
-        path.read_text() for path in (tmp_path / "stages").glob("*.json")
-    )
-
-
-def test_every_field_of_the_config_belongs_to_a_stage(tmp_path):
-    """A field that no stage's settings hold could change without a word."""
-    named = {key for change in CHANGES for key in change} - {"fingerprint"}
-    # Devices change no figure beyond rounding; runs, cells and grids are the stages' names.
-    free = {"mesh", "heartbeat_seconds", "checkpoints", "profile", "seeds", "cells", "grid"}
-    assert named | free == {field.name for field in dataclasses.fields(ema.StudyConfig)}
-
-
-def test_single_stages(tmp_path):
-    with pytest.raises(UserError, match="stage baseline needs the stage prompts"):
-        sketch(tmp_path, only=["baseline"])
-    assert not any(tmp_path.iterdir())
-    assert sketch(tmp_path, only=["prompts", "baseline", "concepts"]) == list(STAGES[:3])
-    assert sketch(tmp_path, only=["harvest", "unlearn"]) == ["harvest", *RUNS[::2]]
-    with pytest.raises(UserError, match="stage analyse needs the stage"):
-        sketch(tmp_path, only=["analyse", "report"])
-    sketch(tmp_path)
-    assert sketch(tmp_path, only=["analyse", "report"]) == []
-    (tmp_path / "out/report").unlink()
-    assert sketch(tmp_path, only=["report"]) == ["report"]
-    assert read_json(tmp_path / "stages/report.json")["inputs"].keys() == {"analyse"}
+            workdir.run("a", {"n": n}, [], work)
+        assert seen[-1] is resumed
+    workdir.run("a", {"n": 2}, [], Work(workdir, "a.txt"))
+    assert not list(workdir.path.glob(".partial/**/*.jsonl"))

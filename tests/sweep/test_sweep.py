@@ -17,7 +17,7 @@ from small_study import small_config
 from ema_jax import config as ema
 from ema_jax.errors import RunStoppedError, UserError
 from ema_jax.runtime import files
-from ema_jax.study import replication
+from ema_jax.study import runner
 from ema_jax.study.workdir import Workdir
 from ema_jax.sweep import table, worker
 from ema_jax.sweep.grid import cells, points
@@ -77,7 +77,7 @@ def test_bad_grids_are_refused(grid, said):
 
 def test_a_grid_is_not_run_as_a_study(tmp_path):
     with pytest.raises(UserError, match=r"ema_jax\.sweep"):
-        replication.run(study(), tmp_path, dry_run=True)
+        runner.run(study(), tmp_path, dry_run=True)
 
 
 def test_a_lease_is_held_by_one_process(tmp_path):
@@ -125,7 +125,7 @@ def fake_stages(monkeypatch, log: Path, seconds: float = 0.0, diverges: str = ""
         time.sleep(seconds)
         if only == worker.SHARED:
             for stage in only:
-                self.workdir.run(stage, self.settings().get(stage, {}), [], lambda: [])
+                self.workdir.run(stage, self.settings().get(stage, {}), [], lambda context: [])
             rows = [{"domain": d, "verdict": "refused"} for d in self.config.domains]
             write(self.workdir / "responses/base.jsonl", rows)
         if "unlearn" not in only:
@@ -320,10 +320,8 @@ def test_a_point_of_a_sweep_is_the_study_that_it_stands_for(tmp_path):
     config.harvest.min_examples, config.concepts.permutations = 2, 20
     config.arms = {"npo": {}}
     plain = ema.read(config)
-    replication.run(plain, tmp_path / "alone", only=worker.SHARED, dry_run=False)
-    replication.run(
-        plain, tmp_path / "alone", only=("unlearn", "evaluate", "analyse"), dry_run=False
-    )
+    runner.run(plain, tmp_path / "alone", only=worker.SHARED, dry_run=False)
+    runner.run(plain, tmp_path / "alone", only=("unlearn", "evaluate", "analyse"), dry_run=False)
     config.grid = {"target": ("cybersecurity",)}
     StudyGrid(ema.read(config), tmp_path / "sweep").work(expiry=60)
     (point,) = (tmp_path / "sweep/points").iterdir()
@@ -336,4 +334,4 @@ def test_a_point_of_a_sweep_is_the_study_that_it_stands_for(tmp_path):
     target = alone["arms"]["npo"]["seeds"]["0"]["refusal"]["cybersecurity"]["rate"]
     assert list(rows["target_rate"]) == [target]
     assert Workdir(point).manifest("unlearn/npo/seed_0") is not None
-    replication.run(plain, point, only=("analyse",), dry_run=False)
+    runner.run(plain, point, only=("analyse",), dry_run=False)

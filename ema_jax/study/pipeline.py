@@ -1,0 +1,243 @@
+"""The study, in the order in which the paper tells it.
+
+prompts → baseline → concepts → forecast → harvest → unlearn → evaluate → analyse → report
+
+`STAGES` is the whole of it: names, settings, plan and run of a study are derived from its records.
+"""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ema_jax.config import SensitivityConfig, StudyConfig
+from ema_jax.models.config import DecoderConfig
+from ema_jax.models.hub import ModelSource
+from ema_jax.refusal import sheet
+from ema_jax.refusal.verdicts import RULES_VERSION
+from ema_jax.study import results, stage_bodies
+from ema_jax.study.artifacts import Artifacts, Run, runs_of
+from ema_jax.study.session import ModelSession
+from ema_jax.study.workdir import StageContext, Workdir
+from ema_jax.unlearning.trainer import check_arm
+
+Settings = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One step of the study.
+
+    Attributes:
+        name: as in `--stage`; the instances of a stage of runs are `NAME/ARM/seed_K`.
+        needs: stages that it reads from.
+        settings: everything of the config that it depends on, as JSON.
+        run: does the work and returns the files that it wrote; see `stage_bodies`.
+        of_runs: whether there is one instance for each arm and seed, not one for the study.
+        ablation_needs: stages that it reads from besides, where the arm is an ablation.
+        repeatable: other settings make it again. Of the others they make another study, for which
+            the folder is refused.
+    """
+
+    name: str
+    needs: tuple[str, ...]
+    settings: Callable[..., Settings]  # of (study), of runs of (study, run)
+    run: Callable[..., Iterable[Path]]
+    of_runs: bool = False
+    ablation_needs: tuple[str, ...] = ()
+    repeatable: bool = False
+
+
+class Instance(NamedTuple):
+    """A stage as it runs: once for the study, or for one of its runs."""
+
+    stage: Stage
+    run: Run | None
+
+    @property
+    def name(self) -> str:
+        """The name of its manifest."""
+        return self.stage.name if self.run is None else f"{self.stage.name}/{self.run.folder}"
+
+    @property
+    def arguments(self) -> tuple[Run, ...]:
+        """The run, for the functions of a stage of runs."""
+        return () if self.run is None else (self.run,)
+
+
+def _prompts(study: "Study") -> Settings:
+    config = study.config
+    return {
+        "prompts": dataclasses.asdict(config.prompts),
+        "domains": config.domains,
+        "target": config.target,
+    }
+
+
+def _judging(study: "Study") -> Settings:
+    """Of every stage that asks a model and judges the responses."""
+    config = study.config
+    found = {
+        "model": study.session.settings(),
+        "judge": config.judge,
+        "judge_options": config.judge_options,
+        "generation": dataclasses.asdict(config.generation),
+    }
+    # Verdicts by other rules must not be mixed with these.
+    return found if study.judged_by_first_rules else found | {"verdicts": RULES_VERSION}
+
+
+def _measuring(study: "Study") -> Settings:
+    """Of the stages that ask the evaluation prompts."""
+    config = study.config
+    found = {**_judging(study), "keep_text": config.keep_text, "extra_judges": config.extra_judges}
+    if config.sensitivity != SensitivityConfig():
+        found["sensitivity"] = dataclasses.asdict(config.sensitivity)
+    return found
+
+
+def _concepts(study: "Study") -> Settings:
+    concepts = study.config.concepts
+    return {
+        **_judging(study),
+        "poolings": concepts.poolings,
+        "sweep_prompts": concepts.sweep_prompts,
+        "sweep_strengths": concepts.sweep_strengths,
+    }
+
+
+def _forecast(study: "Study") -> Settings:
+    concepts = study.config.concepts
+    return {"permutations": concepts.permutations, "splits": concepts.splits}
+
+
+def _harvest(study: "Study") -> Settings:
+    return {**_judging(study), "harvest": dataclasses.asdict(study.config.harvest)}
+
+
+def _unlearn(study: "Study", run: Run) -> Settings:
+    return {**_judging(study), "arm": dataclasses.asdict(study.config.arm(run.arm))}
+
+
+def _evaluate(study: "Study", run: Run) -> Settings:
+    return {**_measuring(study), "export": study.config.export}
+
+
+def _analyse(study: "Study") -> Settings:
+    return {"version": results.VERSION, **sheet.settings(study.artifacts.root)}
+
+
+STAGES = (
+    Stage("prompts", (), _prompts, stage_bodies.make_prompts),
+    Stage("baseline", ("prompts",), _measuring, stage_bodies.measure_base),
+    Stage("concepts", ("prompts", "baseline"), _concepts, stage_bodies.find_concepts),
+    Stage("forecast", ("concepts",), _forecast, stage_bodies.make_forecast, repeatable=True),
+    Stage("harvest", ("prompts", "baseline"), _harvest, stage_bodies.harvest_refusals),
+    Stage(
+        "unlearn",
+        ("prompts", "baseline", "harvest"),
+        _unlearn,
+        stage_bodies.unlearn,
+        of_runs=True,
+        ablation_needs=("concepts",),
+    ),
+    Stage(
+        "evaluate",
+        ("prompts", "baseline", "concepts", "unlearn"),
+        _evaluate,
+        stage_bodies.evaluate,
+        of_runs=True,
+    ),
+    Stage(
+        "analyse",
+        ("baseline", "forecast", "evaluate"),
+        _analyse,
+        stage_bodies.analyse,
+        repeatable=True,
+    ),
+    Stage("report", ("analyse",), lambda study: {}, stage_bodies.report, repeatable=True),
+)
+
+NAMES = tuple(stage.name for stage in STAGES)
+SHARED = tuple(stage.name for stage in itertools.takewhile(lambda s: not s.of_runs, STAGES))
+"""Stages that come before the arms, and do not depend on them."""
+OF_RUNS = tuple(stage.name for stage in STAGES if stage.of_runs)
+AFTER_RUNS = tuple(name for name in NAMES if name not in (*SHARED, *OF_RUNS))
+"""Stages that compute from what was measured, and ask no model."""
+
+
+class Study:
+    """One study in its folder, of a config and a model."""
+
+    def __init__(
+        self,
+        config: StudyConfig,
+        workdir: Workdir,
+        source: ModelSource,
+        stages: Sequence[Stage] = STAGES,
+    ):
+        self.config, self.workdir = config, workdir
+        self.session, self.artifacts = ModelSession(config, source), Artifacts(workdir.path)
+        self.runs = runs_of(config)
+        self._stages = stages
+
+    def instances(self) -> Iterator[Instance]:
+        """Every stage in order; those of runs follow one another run by run."""
+        for of_runs, stages in itertools.groupby(self._stages, key=lambda stage: stage.of_runs):
+            several = list(stages)
+            for run in self.runs if of_runs else [None]:
+                yield from (Instance(stage, run) for stage in several)
+
+    def settings(self) -> dict[str, Settings]:
+        """Instance → settings that tell this study from another."""
+        return {
+            instance.name: instance.stage.settings(self, *instance.arguments)
+            for instance in self.instances()
+            if not instance.stage.repeatable
+        }
+
+    def plan(self) -> Iterator[tuple[str, bool]]:
+        """Every instance in order, and whether it was finished here."""
+        for instance in self.instances():
+            yield instance.name, self.workdir.manifest(instance.name) is not None
+
+    def check(self, shape: Mapping[str, int]) -> None:
+        """Refuses arms that the model, or a mesh of this shape, cannot train."""
+        decoder = DecoderConfig.from_folder(self.session.source.folder)
+        for arm in self.config.arms:
+            check_arm(decoder, self.config.arm(arm), shape, f"arms.{arm}")
+
+    def run(self) -> None:
+        """Runs what is wanted and not yet done, in order."""
+        self.workdir.check(self.settings())
+        self.check(self.session.mesh.shape)  # now, not after the prompts are made
+        for instance in self.instances():
+            # What the first rules judged is complete: only its figures may be made again.
+            closed = self.judged_by_first_rules and instance.stage.name not in AFTER_RUNS
+            if not closed and self.workdir.wanted(instance.name):
+                settings = instance.stage.settings(self, *instance.arguments)
+                work = functools.partial(self._work, instance)
+                self.workdir.run(instance.name, settings, self._needs(instance), work)
+
+    def _work(self, instance: Instance, context: StageContext) -> Iterable[Path]:
+        return instance.stage.run(self.session, self.artifacts, context, *instance.arguments)
+
+    def _needs(self, instance: Instance) -> Iterator[str]:
+        """The instances that one reads from."""
+        stage, run = instance
+        needs = stage.needs
+        if run is not None and self.config.arm(run.arm).ablation is not None:
+            needs += stage.ablation_needs
+        for each in self.instances():
+            # Of a stage of runs a run needs its own instance, a stage of the study all of them.
+            if each.stage.name in needs and (run is None or each.run in (None, run)):
+                yield each.name
+
+    @functools.cached_property
+    def judged_by_first_rules(self) -> bool:
+        """Whether all responses here were judged by the first rules, which were not recorded."""
+        names = ["baseline", *(f"evaluate/{run.folder}" for run in self.runs)]
+        made = [self.workdir.manifest(name) for name in names]
+        return all(each is not None and "verdicts" not in each["settings"] for each in made)

@@ -1,0 +1,105 @@
+"""Runs what a config describes: one study, or with `cells` several in one folder."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from absl import logging
+
+from ema_jax import config as config_lib
+from ema_jax.config import ModelConfig, StudyConfig
+from ema_jax.data.prompts import OWN_SOURCES, build_prompts
+from ema_jax.errors import UserError
+from ema_jax.models.hub import ModelSource
+from ema_jax.models.sharding import AXES
+from ema_jax.report import write_replication_report
+from ema_jax.runtime import distributed, files
+from ema_jax.study.pipeline import NAMES, Study
+from ema_jax.study.replication import summarise
+from ema_jax.study.session import find_model
+from ema_jax.study.workdir import Workdir
+
+Sources = Mapping[ModelConfig, ModelSource | None]
+
+
+def run(
+    config: StudyConfig, workdir: str | Path, *, only: Sequence[str] | None = None, dry_run: bool
+) -> None:
+    """Runs what the config describes.
+
+    Args:
+        config: a study, or a replication if it has `cells`.
+        workdir: its folder; finished stages in it are skipped.
+        only: names of the stages to run; all by default.
+        dry_run: validate everything and print the plan; neither runs nor writes anything.
+
+    Raises:
+        UserError: before any expensive work, for whatever is wrong with config, model or folder.
+    """
+    unknown = [name for name in only or () if name not in NAMES]
+    if unknown:
+        raise UserError(f"--stage: {unknown[0]!r} is none of {', '.join(NAMES)}")
+    if config.grid:
+        raise UserError("config: grid: this is a sweep; run it with python -m ema_jax.sweep")
+    root = Path(workdir)
+    if root.exists() and not root.is_dir():
+        raise UserError(f"--workdir: {root} is a file; name a folder")
+    cells = {name: config_lib.cell(config, name) for name in config.cells} or {"": config}
+    if bool(config.cells) != (root / "cells").is_dir() and any(root.glob("*")):
+        kind = "a single study" if config.cells else "a replication"
+        raise UserError(f"{root}: holds {kind}; choose another --workdir")
+    sources = {
+        model: find_model(model, download=not dry_run)
+        for model in dict.fromkeys(cell.model for cell in cells.values())
+    }
+    studies = {}
+    for name, cell in cells.items():
+        source = sources[cell.model]
+        if source is not None:
+            place = root / "cells" / name if name else root
+            studies[name] = Study(cell, Workdir(place, only), source)
+            studies[name].workdir.check(studies[name].settings())
+    if dry_run:
+        _dry_run(cells, sources, studies)
+        return
+    for name in list(studies):
+        if name:
+            logging.info("cell %s", name)
+        studies.pop(name).run()  # it holds its model as long as it lives
+    if config.cells and (only is None or "report" in only):
+        _write_replication(root, cells)
+
+
+def _dry_run(
+    cells: Mapping[str, StudyConfig], sources: Sources, studies: Mapping[str, Study]
+) -> None:
+    """Validates what needs no device, then prints the plan."""
+    for study in studies.values():
+        if -1 not in study.config.mesh:  # which needs the devices
+            study.check(dict(zip(AXES, study.config.mesh, strict=True)))
+    for cell in cells.values():
+        if cell.prompts.source in OWN_SOURCES:
+            build_prompts(cell.prompts, cell.domains, cell.target)
+    for name, cell in cells.items():
+        source = sources[cell.model]
+        where = (
+            f"{source.folder}, revision {source.revision or 'none'}"
+            if source
+            else "a Hub id, not in the local cache; it is checked when it is downloaded"
+        )
+        print(f"study {name or 'of'} {cell.model.source} ({where})")
+        print(f"  target {cell.target}, domains {', '.join(cell.domains)}")
+        print(f"  prompts from {cell.prompts.source}, judged by {cell.judge}")
+        print(f"  arms {', '.join(cell.arms)}, seeds {', '.join(map(str, cell.seeds))}")
+        if name in studies:
+            for stage, done in studies[name].plan():
+                print(f"  {'done' if done else 'to do':5}  {stage}")
+
+
+def _write_replication(root: Path, cells: Mapping[str, StudyConfig]) -> None:
+    made = summarise(root, cells)
+    files.write_json(root / "replication.json", made)
+    files.write_csv(root / "replication.csv", made["rows"])
+    write = functools.partial(write_replication_report, root, made)
+    distributed.first_only(write, "report")
+    logging.info("report: %s", root / "report/index.html")
