@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from ema_jax.errors import UserError
 from ema_jax.runtime.files import read_tensors, write_tensors
 
-Activations = Mapping[str, Float[np.ndarray, "prompts layers width"]]
+Activations = Mapping[str, Float[np.ndarray, "_ layers width"]]
 LayerVectors = Mapping[str, Float[np.ndarray, "layers width"]]
 
 CONTRAST = "benign"
