@@ -14,6 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from jaxtyping import install_import_hook
+
+install_import_hook("ema_jax", "shapes.checked")
 
 
 @pytest.fixture(scope="session")

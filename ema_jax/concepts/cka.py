@@ -12,7 +12,7 @@ from jaxtyping import Float
 
 
 def cka(
-    x: Float[np.ndarray, "N layers d"], y: Float[np.ndarray, "N layers d"]
+    x: Float[np.ndarray, "N layers d"], y: Float[np.ndarray, "M layers e"]
 ) -> Float[np.ndarray, " layers"]:
     """Debiased CKA of two models on the same prompts, layer by layer; needs four prompts."""
     if len(x) != len(y):

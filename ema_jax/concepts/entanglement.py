@@ -196,7 +196,7 @@ def all_pairs(
     splits: int = 50,
     bootstraps: int = 400,
     seed: int = 0,
-    lexical: Activations | None = None,
+    lexical: Mapping[str, Float[np.ndarray, "_ _ width"]] | None = None,
 ) -> Pairs:
     """Measures how entangled the concepts of all domains are, at every layer.
 

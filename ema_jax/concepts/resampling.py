@@ -305,7 +305,7 @@ def _half_counts(
 
 def _half_weights(
     kind: str, sizes: Float[np.ndarray, "R 2 G"], D: int
-) -> Float[np.ndarray, "R 2D 2G"]:
+) -> Float[np.ndarray, "R halves domains"]:
     """The domains' vectors from first halves, then from second ones, over groups by half.
 
     Raw ones do not split the contrast set, since the observed cosine shares it between its two

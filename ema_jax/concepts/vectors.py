@@ -16,7 +16,7 @@ from ema_jax.data.domains import BENIGN
 from ema_jax.errors import UserError
 from ema_jax.runtime.files import read_tensors, write_tensors
 
-Activations = Mapping[str, Float[np.ndarray, "prompts layers width"]]
+Activations = Mapping[str, Float[np.ndarray, "_ layers width"]]
 LayerVectors = Mapping[str, Float[np.ndarray, "layers width"]]
 
 LAYER_CONVENTION = (

@@ -86,7 +86,7 @@ def parameter_spec(path: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh) ->
 def parameter_shardings(state: Any, mesh: Mesh) -> Any:
     """A tree like the state's, with a `NamedSharding` for every (abstract) array."""
 
-    def sharding(path: tuple, leaf: jax.Array) -> NamedSharding:
+    def sharding(path: tuple, leaf: jax.Array | jax.ShapeDtypeStruct) -> NamedSharding:
         names = tuple(str(getattr(key, "key", getattr(key, "name", key))) for key in path)
         names = tuple(name for name in names if name != "value")
         return NamedSharding(mesh, parameter_spec(names, leaf.shape, mesh))

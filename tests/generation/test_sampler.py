@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -155,7 +156,7 @@ def test_what_is_ruled_out_is_what_transformers_rules_out(sampling, processors):
     expected = torch.tensor(logits)
     for processor in processors:
         expected = processor(None, expected)
-    np.testing.assert_allclose(sampler.warp(logits, sampling), expected, rtol=1e-6)
+    np.testing.assert_allclose(sampler.warp(jnp.asarray(logits), sampling), expected, rtol=1e-6)
 
 
 def test_a_draw_depends_on_seed_and_prompt_alone(tiny):
