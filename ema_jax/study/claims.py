@@ -12,12 +12,12 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from ema_jax.refusal.scores import ANSWERED
 from ema_jax.report.tables import p_value, percent, points
 from ema_jax.study.schema import Claim, PooledScore, ReplicationCell
 from ema_jax.study.schema import ReplicationRow as Row
 
 TARGET_RATE = 0.10
-ANSWERED = 0.8  # of all target responses
 INVALID_RATE = 0.05
 SPILL = 0.15
 RECOVERED = {"safety": 0.6}

@@ -21,11 +21,6 @@ from ema_jax.unlearning.objectives import FORGET, ForgetBatch, RetainBatch
 _LENGTHS, MULTIPLE = 4, 64
 
 
-def size_of(example: TokenExample) -> int:
-    """Tokens of prompt and response."""
-    return len(example.prompt) + len(example.response)
-
-
 def few_lengths(longest: int, least: int) -> int:
     """The multiple that lengths are padded to, so that batches have at most `_LENGTHS` of them."""
     return max(least, bucket(-(-longest // _LENGTHS)))
@@ -33,7 +28,7 @@ def few_lengths(longest: int, least: int) -> int:
 
 def padded_length(examples: Sequence[TokenExample]) -> int:
     """The length that a batch of any of the examples can be padded to."""
-    return bucket(max(map(size_of, examples)))
+    return bucket(max(item.size for item in examples))
 
 
 def batch_indices(
@@ -110,7 +105,7 @@ class Data:
         pool = config.length_pool
 
         def chosen(examples: Sequence[TokenExample], rows: int, seed: int) -> np.ndarray:
-            lengths = [size_of(example) for example in examples] if pool > 1 else None
+            lengths = [example.size for example in examples] if pool > 1 else None
             return batch_indices(len(examples), rows, seed, step, lengths, pool)
 
         forget = chosen(self.forget, config.batch_size, seed)
@@ -139,6 +134,6 @@ def _padded(parts: Mapping[str, tuple[Sequence[TokenExample], np.ndarray]]) -> d
     rows = {name: [examples[i] for i in chosen] for name, (examples, chosen) in parts.items()}
     most = max(padded_length(examples) for examples, _ in parts.values())
     multiple = few_lengths(most, MULTIPLE)
-    longest = max(size_of(example) for part in rows.values() for example in part)
+    longest = max(example.size for part in rows.values() for example in part)
     length = min(bucket(longest, multiple), most)
     return {name: pad_examples(part, length, len(part), 0) for name, part in rows.items()}

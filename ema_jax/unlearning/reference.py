@@ -14,7 +14,7 @@ from ema_jax.data.chat import TokenExample
 from ema_jax.models import lora
 from ema_jax.models.decoder import Decoder
 from ema_jax.models.sharding import batch_rows, host_array, make_mesh, place_batch
-from ema_jax.unlearning.batches import MULTIPLE, padded_length, size_of
+from ema_jax.unlearning.batches import MULTIPLE, padded_length
 from ema_jax.unlearning.log_probs import sequence_log_probs, token_log_probs
 
 
@@ -56,7 +56,7 @@ def reference_log_probs(
         pad_examples,
         batch_size=batch_size,
         mesh=mesh,
-        length=size_of,
+        length=lambda item: item.size,
         multiple=multiple,
     )
     for places, found in batches:

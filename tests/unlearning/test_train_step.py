@@ -20,7 +20,7 @@ from ema_jax.models.sharding import make_mesh, validate
 from ema_jax.refusal.evaluation import Evaluation
 from ema_jax.unlearning import log_probs, trainer
 from ema_jax.unlearning import train_step as steps
-from ema_jax.unlearning.batches import Data, batch_indices, size_of
+from ema_jax.unlearning.batches import Data, batch_indices
 from ema_jax.unlearning.config import UnlearnConfig
 from ema_jax.unlearning.optimizers import optimizer, schedule
 from ema_jax.unlearning.reference import reference_log_probs
@@ -235,7 +235,7 @@ def test_the_loss_needs_a_quarter_of_the_unchunked_memory(monkeypatch):
 def test_batches_of_like_length_are_padded_little_and_cover_an_epoch():
     rng = np.random.default_rng(0)
     examples = [TokenExample((1,) * int(n), (2,) * 8) for n in rng.integers(8, 400, size=64)]
-    lengths = [size_of(item) for item in examples]
+    lengths = [item.size for item in examples]
     reference = np.zeros(64, np.float32)
 
     def padding(pool: int) -> int:
