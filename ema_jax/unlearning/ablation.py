@@ -46,7 +46,7 @@ def orthogonalise(base: Decoder, direction: Float[np.ndarray, "D"]) -> Decoder:
 
 def ablate(
     base: Decoder,
-    directions: Float[np.ndarray, "L+1 D"],
+    directions: Float[np.ndarray, "L1 D"],
     arm: AblationArm,
     *,
     target: str,

@@ -64,7 +64,7 @@ def token_divergences(
 
 
 def sequence_log_probs(
-    log_probs: Float[Array, "B T-1"], response: Bool[Array, "B T"]
+    log_probs: Float[Array, "B next"], response: Bool[Array, "B T"]
 ) -> Float[Array, "B"]:
     """Sum of the response tokens' log-probabilities, in nats."""
     return jnp.sum(jnp.where(response[:, 1:], log_probs, 0.0), axis=1)

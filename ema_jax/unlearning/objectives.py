@@ -83,7 +83,7 @@ def dpo_loss(
 
 
 def token_mean(
-    values: Float[Array, "B T-1"], response: Bool[Array, "B T"], total: Scalar | None = None
+    values: Float[Array, "B next"], response: Bool[Array, "B T"], total: Scalar | None = None
 ) -> Scalar:
     """Mean over the response tokens; `total` is their number if these rows are part of a batch."""
     weights = response[:, 1:]
@@ -93,7 +93,7 @@ def token_mean(
 
 
 def cross_entropy(
-    log_probs: Float[Array, "B T-1"], response: Bool[Array, "B T"], total: Scalar | None = None
+    log_probs: Float[Array, "B next"], response: Bool[Array, "B T"], total: Scalar | None = None
 ) -> Scalar:
     """Mean over response tokens of −log π, in nats a token."""
     return -token_mean(log_probs, response, total)
