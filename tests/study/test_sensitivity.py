@@ -86,7 +86,7 @@ def test_ranges_pool_seeds():
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("samples", -1, "sensitivity.samples is below zero"),
+        ("samples", -1, "sensitivity.samples = -1 is below zero"),
         ("long_tokens", 20, "long_tokens = 20 is not above generation.max_new_tokens = 256"),
     ],
 )
