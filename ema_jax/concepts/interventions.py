@@ -39,8 +39,8 @@ class Intervention:
       remove: a unit vector whose component is removed before `add` is added, or zeros.
     """
 
-    add: Float[Array | np.ndarray, "*layers D"]
-    remove: Float[Array | np.ndarray, "*layers D"]
+    add: Float[Array, "*layers D"]
+    remove: Float[Array, "*layers D"]
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """The changed stream, in its own dtype."""

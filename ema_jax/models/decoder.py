@@ -161,8 +161,8 @@ class Decoder(nnx.Module):
 
     def __call__(
         self,
-        tokens: Int[Array | np.ndarray, "B T"],
-        mask: Bool[Array | np.ndarray, "B T"],
+        tokens: Int[Array, "B T"],
+        mask: Bool[Array, "B T"],
         *,
         return_keys_values: bool = False,
         tap: Callable[[Float[Array, "B T D"]], Any] | None = None,

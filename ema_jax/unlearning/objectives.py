@@ -141,7 +141,7 @@ class LossContext:
     base: Callable[[], Decoder]
     config: UnlearnConfig
 
-    def token_log_probs(self, batch: Batch) -> Float[Array, "B T-1"]:
+    def token_log_probs(self, batch: Batch) -> Float[Array, "B next"]:
         """Log-probability of every token under the model being trained, in nats."""
         remat = self.config.recompute
         return token_log_probs(self.model, batch.tokens, batch.mask, remat=remat)

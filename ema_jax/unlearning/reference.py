@@ -19,7 +19,7 @@ from ema_jax.unlearning.log_probs import sequence_log_probs, token_log_probs
 
 
 @functools.partial(jax.jit, static_argnames=("graph",))
-def _token_log_probs(graph: nnx.GraphDef, state: nnx.State, batch: Batch) -> Float[Array, "B T-1"]:
+def _token_log_probs(graph: nnx.GraphDef, state: nnx.State, batch: Batch) -> Float[Array, "B next"]:
     return token_log_probs(nnx.merge(graph, state), batch.tokens, batch.mask)
 
 
