@@ -11,6 +11,7 @@ from typing import Any
 
 from ema_jax.errors import UserError
 from ema_jax.report import drawing, effects, figures, headline, labels, sensitivity, shares, tables
+from ema_jax.report.captions import CAPTIONS
 from ema_jax.runtime.files import write_text
 
 SCHEMA = 1
@@ -162,118 +163,33 @@ def _charts(
     arm: str,
 ) -> dict[str, Chart]:
     """Every figure that the results have numbers for."""
-    target = drawing.label(results["target"]).lower()
-    early = " Shaded layers are the early ones that the forecast reads."
-    charts = {
-        "shares": _chart(
-            folder,
-            "shares",
-            partial(shares.figure, results),
-            "Shares of refused, complied, off-topic and degenerate responses per domain and arm",
-            "Shares of all responses, in per cent; the top row is the target. An unlearned "
-            "target should turn from refused to complied, and every other row should not change. "
-            "Hatched is damage: no answer and no refusal.",
-        ),
-        "refusal": _chart(
-            folder,
-            "refusal",
-            partial(figures.refusal, results),
-            "Refusal rate per domain and arm with 95 % intervals",
-            "Refusal before and after. The top row is the target and should move left; every "
-            "other row should not move. Ticks are single seeds.",
-        ),
-        "trajectory": _chart(
-            folder,
-            "trajectory",
-            partial(figures.trajectory, results, trajectories),
-            "Refusal rate over optimiser steps, one panel per domain",
-            "Refusal on the development prompts during training; each thin line is a seed, its "
-            "marker where it stopped. Invalid responses must stay near zero, the target's "
-            "included, for the rest to count.",
-        ),
+    draws: dict[str, Callable] = {
+        "shares": partial(shares.figure, results),
+        "refusal": partial(figures.refusal, results),
+        "trajectory": partial(figures.trajectory, results, trajectories),
     }
     if results.get("ema"):
-        charts["ema"] = _chart(
-            folder,
-            "ema",
-            partial(figures.ema, results),
-            "Off-target drop in refusal and rise in compliance per domain and arm, 95 % intervals",
-            "Spill: how many points of refusal each untouched domain lost among valid responses "
-            "(left), and of compliance it gained over all responses (right). Filled markers: Holm "
-            "p < 0.05. Where only the left one moves, refusals turned into damage.",
-        )
+        draws["ema"] = partial(figures.ema, results)
     if results.get("entanglement"):
-        for centred in (True, False):
-            kind = "centred cosine" if centred else "raw cosine"
-            null = (
-                "centring on the domains' mean puts unrelated domains a little below 0."
-                if centred
-                else "a contrast set shared by both concepts lifts unrelated domains to about 0.5."
-            )
-            name = "entanglement_centred" if centred else "entanglement"
-            charts[name] = _chart(
-                folder,
-                name,
-                partial(figures.entanglement, results, centred),
-                f"{kind} of each domain's concept with {target}, by layer",
-                f"Entanglement with {target}, {kind}: read the line against the grey null band, "
-                f"not against 0, since {null}" + early,
-            )
-        charts["entanglement_map"] = _chart(
-            folder,
-            "entanglement_map",
-            partial(figures.entanglement_map, results),
-            f"Heat map of entanglement with {target}, domains by layers",
-            f"Entanglement with {target} at a glance; domains by descending forecast, red = "
-            "similar, blue = opposed.",
-        )
-    if results.get("erasure"):
-        charts["erasure"] = _chart(
-            folder,
-            "erasure",
-            partial(figures.erasure_map, results),
-            "Heat maps of erasure, domains by layers, one panel per arm",
-            "Share of each domain's base concept that is lost: 0 = untouched, 1 = no component "
-            "along the base vector left, below 0 = grown.",
-        )
-    if results.get("angle_degrees"):
-        charts["angle"] = _chart(
-            folder,
-            "angle",
-            partial(figures.angle_map, results),
-            "Heat maps of the angle between base and unlearned concepts, domains by layers",
-            "How far each domain's concept turned, in degrees: 0 = same direction, 90 = unrelated.",
-        )
-    if results.get("patching"):
-        charts["patching"] = _chart(
-            folder,
-            "patching",
-            partial(figures.patching_map, results),
-            "Heat maps of refusal restored by the base's residual stream, domains by layers",
-            "Where unlearning acts: log-odds of refusal restored when the base runs up to layer l "
-            "and the unlearned model from there. The layers over which a row turns red are those "
-            "whose change removed its refusal.",
-        )
-    if results.get("sweep"):
-        charts["sweep"] = _chart(
-            folder,
-            "sweep",
-            partial(figures.sweep_map, results),
-            "Heat maps of refusal log-odds lost to ablation in the untouched model",
-            "Directions that mediate refusal in the untouched model: change of its log-odds when "
-            "one is ablated at one layer alone. Blue = refusal falls; the random direction is the "
-            "control.",
-        )
+        draws["entanglement_centred"] = partial(figures.entanglement, results, True)
+        draws["entanglement"] = partial(figures.entanglement, results, False)
+        draws["entanglement_map"] = partial(figures.entanglement_map, results)
+    maps = {
+        "erasure": figures.erasure_map,
+        "angle": figures.angle_map,
+        "patching": figures.patching_map,
+        "sweep": figures.sweep_map,
+    }
+    for name, draw in maps.items():
+        if results.get("angle_degrees" if name == "angle" else name):
+            draws[name] = partial(draw, results)
     if results.get("forecast", {}).get("score") and results.get("ema"):
-        charts["forecast"] = _chart(
-            folder,
-            "forecast",
-            partial(figures.forecast, results, arm),
-            "Forecast against measured drop per domain",
-            "Forecast against measurement, bars 95 % intervals of the drop. A good forecast rises "
-            "to the right. The profile by layer is exploratory: many layers, few domains." + early,
-        )
-    return charts
+        draws["forecast"] = partial(figures.forecast, results, arm)
+    target = drawing.label(results["target"]).lower()
+    return {
+        name: _chart(folder, name, draw, *(text.format(target=target) for text in CAPTIONS[name]))
+        for name, draw in draws.items()
+    }
 
 
 def _facts(results: Mapping[str, Any]) -> list[tuple[str, str]]:
