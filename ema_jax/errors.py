@@ -4,7 +4,7 @@
 class UserError(Exception):
     """Bad config, input or environment: exit code 2.
 
-    The message is one line that says what is wrong, where, and how to mend it. Raised before any
+    The message is one line that says what is wrong, where, and how to fix it. Raised before any
     expensive work.
     """
 

@@ -54,7 +54,7 @@ class ForgetSet(NamedTuple):
 
 
 class ConceptInputs(NamedTuple):
-    """What a concept file is made from."""
+    """Activations and metadata that a concept file is made from."""
 
     activations: Activations
     metadata: Mapping[str, str]

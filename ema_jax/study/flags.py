@@ -21,7 +21,7 @@ def define_config_flag(meaning: str) -> None:
 
 
 def read_config() -> "StudyConfig":
-    """What `--config` describes.
+    """The study that `--config` describes.
 
     Raises:
         UserError: no such file, or what `config.read` finds wrong.

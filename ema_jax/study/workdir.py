@@ -22,7 +22,7 @@ from ema_jax.runtime.files import json_safe, read_json, sha256_file, sha256_json
 
 @dataclasses.dataclass(frozen=True)
 class StageContext:
-    """What a running stage knows of itself, so that it can resume after a kill.
+    """Settings, inputs and private folder of a running stage, for its resumption after a kill.
 
     Attributes:
         settings: those it runs with, as its manifest will record them.

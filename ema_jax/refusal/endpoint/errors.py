@@ -54,7 +54,7 @@ class PassingError(Exception):
 
     Attributes:
         wait_seconds: how long the server asks to wait.
-        otherwise: verdict of the row if the failure stays; None if the run cannot go on then.
+        otherwise: verdict of the row if the failure stays; None if the run cannot continue then.
     """
 
     def __init__(self, what: str, wait_seconds: float = 0.0, otherwise: Verdict | None = None):
