@@ -77,11 +77,13 @@ def parity(run: Run) -> None:
     """Embedded models on the device against the CPU: log-probabilities, steps, capture, text."""
     families = ("qwen2",) if run.tiny else ("qwen2", "mistral")
     platforms = ("cpu", jax.default_backend())
+    # Before the threads start: transformers imports its parts when they are first asked for.
+    chats = {family: Chat.load(CHECKPOINTS / family) for family in families}
     # Side by side, as nearly all of it is compilation.
     with ThreadPoolExecutor(len(families) * len(platforms)) as pool:
         jobs = {
-            family: [pool.submit(_outputs, run.tiny, family, name) for name in platforms]
-            for family in families
+            family: [pool.submit(_outputs, run.tiny, family, chat, name) for name in platforms]
+            for family, chat in chats.items()
         }
 
         def compare(family: str) -> None:
@@ -103,7 +105,7 @@ def parity(run: Run) -> None:
             run.attempt(compare, family, seconds=0)
 
 
-def _outputs(tiny: bool, family: str, platform: str) -> dict:
+def _outputs(tiny: bool, family: str, chat: Chat, platform: str) -> dict:
     """What one embedded model computes on one platform, in float32."""
     count = 4 if tiny else 32
     drawn = [item for item in corpus.training_examples(9, 40 * count) if item.refusal]
@@ -111,7 +113,6 @@ def _outputs(tiny: bool, family: str, platform: str) -> dict:
     device = jax.devices(platform)[:1]
     mesh = jax.make_mesh((1, 1, 1), sharding.AXES, (AxisType.Auto,) * 3, devices=device)
     with jax.default_device(device[0]), jax.default_matmul_precision("highest"):
-        chat = Chat.load(CHECKPOINTS / family)
         base = checkpoint.load(CHECKPOINTS / family, mesh=mesh, dtype="float32")
         examples = [chat.example(item.prompt, item.refusal) for item in drawn[: 2 * count]]
         forget, retain = examples[:count], examples[count:]
