@@ -4,8 +4,9 @@
 shardings through the program.
 """
 
+import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -106,7 +107,9 @@ def cache_sharding(num_kv_heads: int, mesh: Mesh) -> NamedSharding:
 
 
 def product(
-    x: Float[Array, "B ... I"], kernel: Float[Array, "I O"], dtype: Any = None
+    x: Float[Array, "B ... I"],
+    kernel: Float[Array, "I O"],
+    multiply: Callable[[Array, Array], Array] = jnp.matmul,
 ) -> Float[Array, "B ... O"]:
     """`x @ kernel`, sending the smaller of the two over the fsdp axis.
 
@@ -117,10 +120,8 @@ def product(
     """
     results = math.prod(x.shape[:-1]) * kernel.shape[-1]
     if x.size + 2 * results < kernel.size:
-        y = jnp.matmul(_rows_over(x, None), kernel, preferred_element_type=dtype)
-        return _rows_over(y, None)
-    y = jnp.matmul(_rows_over(x, BATCH[0]), kernel, preferred_element_type=dtype)
-    return _rows_over(y, BATCH[0])
+        return _rows_over(multiply(_rows_over(x, None), kernel), None)
+    return _rows_over(multiply(_rows_over(x, BATCH[0]), kernel), BATCH[0])
 
 
 def vocabulary_product(
@@ -135,10 +136,42 @@ def vocabulary_product(
     mesh = jax.typeof(x).sharding.mesh
     parts = math.prod(mesh.shape.get(axis, 1) for axis in VOCABULARY)
     if head.shape[-1] % parts or 2 * x.size > head.size:
-        return product(x, head, jnp.float32)
+        return product(x, head, _float32_product)
     rows = _rows_over(_rows_over(x, BATCH[0]), "data")
-    logits = jnp.matmul(rows, head, preferred_element_type=jnp.float32)
-    return _rows_over(logits, "data", VOCABULARY)
+    return _rows_over(_float32_product(rows, head), "data", VOCABULARY)
+
+
+def _float32_product(x: Float[Array, "... D"], head: Float[Array, "D V"]) -> Float[Array, "... V"]:
+    """`x @ head`, summed and returned in float32, whose backward products are as wide as these.
+
+    JAX would keep the slopes of the results in float32 and so multiply float32 by float32: at half
+    the speed or less, and of a head that has to be converted first. They are rounded to bfloat16
+    where both factors are, as PyTorch does.
+    """
+    if x.dtype == head.dtype == jnp.bfloat16:
+        return _bfloat16_product(x, head)
+    return jnp.matmul(x, head, preferred_element_type=jnp.float32)
+
+
+@jax.custom_vjp
+def _bfloat16_product(x: Float[Array, "... D"], head: Float[Array, "D V"]) -> Float[Array, "... V"]:
+    return jnp.matmul(x, head, preferred_element_type=jnp.float32)
+
+
+def _bfloat16_product_forward(x: Array, head: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _bfloat16_product(x, head), (x, head)
+
+
+def _bfloat16_product_backward(factors: tuple[Array, Array], slope: Array) -> tuple[Array, Array]:
+    """Cotangents of both factors, summed in float32."""
+    x, head = factors
+    slope = slope.astype(jnp.bfloat16)
+    wide = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    of_x, of_head = wide("...v,dv->...d", slope, head), wide("...v,...d->vd", slope, x).T
+    return of_x.astype(x.dtype), of_head.astype(head.dtype)
+
+
+_bfloat16_product.defvjp(_bfloat16_product_forward, _bfloat16_product_backward)
 
 
 def _rows_over(x: Float[Array, "B ... F"], axes: Any, last: Any = P.UNCONSTRAINED) -> Any:

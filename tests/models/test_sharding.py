@@ -130,12 +130,13 @@ def test_a_product_of_few_rows_never_gathers_its_kernel():
     assert "64,128" not in gathered, gathered
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("shape", [(1, 8, 1), (2, 2, 2)])
-def test_logits_are_split_by_words_and_never_sent(shape):
+def test_logits_are_split_by_words_and_never_sent(shape, dtype):
     mesh = make_mesh(shape)
     rng = np.random.default_rng(0)
     rows, words = 16, 512
-    x, head = (rng.normal(size=size).astype(np.float32) for size in ((rows, 64), (64, words)))
+    x, head = (jnp.asarray(rng.normal(size=size), dtype) for size in ((rows, 64), (64, words)))
 
     def loss(x, head):
         logits = vocabulary_product(x, head)
@@ -147,12 +148,74 @@ def test_logits_are_split_by_words_and_never_sent(shape):
         jax.device_put(head, NamedSharding(mesh, parameter_spec(("head",), head.shape, mesh))),
     )
     program = jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(*placed).compile()
+    rounding = 1e-5 if dtype == jnp.float32 else 1e-2  # of values below one
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), program(*placed), expected
+        lambda a, b: np.testing.assert_allclose(*map(np.float32, (a, b)), atol=rounding),
+        program(*placed),
+        expected,
     )
-    sent = re.findall(r"= \(?f32\[([\d,]*)\]\S* all-(?:gather|reduce)", program.as_text())
+    text = program.as_text()
+    sent = re.findall(r"= \(?(?:b?f\d+)\[([\d,]*)\]\S* all-(?:gather|reduce)", text)
     assert sent
     assert not [size for size in sent if size.endswith(f",{words}") or size.startswith("64,")], sent
+
+
+def head_loss(multiply, x, head):
+    """Cross-entropy of some targets, with logits as `multiply` makes them."""
+    logits = multiply(x, head)
+    return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - logits[..., 3])
+
+
+def plain_product(x, head):
+    return jnp.matmul(x, head, preferred_element_type=jnp.float32)
+
+
+def random_head(dtype, shape=(2, 16, 64), words=256):
+    rng = np.random.default_rng(1)
+    sizes = (shape, (shape[-1], words))
+    return tuple(jnp.asarray(0.3 * rng.normal(size=size), dtype) for size in sizes)
+
+
+def test_gradients_of_a_float32_head_are_those_of_jax_bit_by_bit():
+    x, head = random_head(jnp.float32)
+    for multiply in (plain_product, vocabulary_product):
+        assert multiply(x, head).dtype == jnp.float32
+    found, expected = (
+        jax.jit(jax.value_and_grad(functools.partial(head_loss, multiply), argnums=(0, 1)))(x, head)
+        for multiply in (vocabulary_product, plain_product)
+    )
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+@pytest.mark.parametrize("words", [64, 256, 4096])  # `product` and the head's own
+def test_gradients_of_a_bfloat16_head_are_the_float32_ones_up_to_rounding(words):
+    x, head = random_head(jnp.bfloat16, words=words)
+    wide = x.astype(jnp.float32), head.astype(jnp.float32)
+    loss, found = jax.value_and_grad(functools.partial(head_loss, vocabulary_product), (0, 1))(
+        x, head
+    )
+    expected_loss, expected = jax.value_and_grad(
+        functools.partial(head_loss, plain_product), argnums=(0, 1)
+    )(*wide)
+    np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
+    for ours, exact in zip(found, expected, strict=True):
+        assert ours.dtype == jnp.bfloat16
+        # Half a unit in the last place (2⁻⁹) of the slopes, and again of the result.
+        error = np.abs(np.float32(ours) - exact)
+        assert np.all(error <= 2**-8 * np.abs(exact) + 2**-9 * np.max(np.abs(exact)))
+
+
+def test_products_of_a_bfloat16_head_have_bfloat16_factors_forwards_and_backwards():
+    def factors(multiply) -> set[str]:
+        gradient = jax.grad(functools.partial(head_loss, multiply), argnums=(0, 1))
+        text = jax.jit(gradient).lower(*random_head(jnp.bfloat16)).as_text()
+        products = re.findall(r"dot_general.*: \((.*)\) -> tensor<([^>]*)>", text)
+        assert len(products) == 3, "logits, and the gradients of both factors"
+        assert all(result.endswith("xf32") for _, result in products), "sums are in float32"
+        return set(re.findall(r"x(b?f\d+)>", " ".join(both for both, _ in products)))
+
+    assert factors(vocabulary_product) == {"bf16"}
+    assert "f32" in factors(plain_product), "as JAX would have it"
 
 
 def test_meshes():

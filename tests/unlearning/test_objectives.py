@@ -7,9 +7,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from tiny_models import load_torch, random_batch, torch_outputs
 
 from ema_jax.models import checkpoint
+from ema_jax.models.sharding import AXES
 from ema_jax.unlearning import log_probs as log_probs_lib
 from ema_jax.unlearning.log_probs import sequence_log_probs
 from ema_jax.unlearning.objectives import cross_entropy, npo_loss
@@ -43,6 +45,42 @@ def test_no_chunk_has_more_logits_than_fit(monkeypatch):
     np.testing.assert_array_equal(whole, jnp.pad(x, ((0, 0), (0, 2))))
     log_probs_lib.map_chunks(chunk, 1, x, longest=3)
     assert sizes[-1] == (4, 3)
+
+
+def mesh_of(kind: str, devices: int = 1) -> AbstractMesh:
+    device = AbstractDevice(device_kind=kind, num_cores=None, platform="any")
+    return AbstractMesh((1, devices, 1), AXES, (AxisType.Auto,) * 3, abstract_device=device)
+
+
+def test_chunks_are_larger_where_memory_is():
+    found = {
+        kind: log_probs_lib._logits_at_once(mesh_of(kind))
+        for kind in ("NVIDIA H100 80GB HBM3", "TPU v5p", "TPU v5 lite", "NVIDIA L4", "cpu")
+    }
+    assert list(found.values()) == [1 << 28, 1 << 28, 1 << 25, 1 << 25, 1 << 25]
+    assert log_probs_lib._logits_at_once(jax.typeof(jnp.ones(1)).sharding.mesh) == 1 << 25
+
+
+@pytest.mark.parametrize("logits", [1, 2000, 1 << 28])
+def test_a_loss_and_its_gradient_are_the_same_whatever_the_chunk(tiny, monkeypatch, logits):
+    monkeypatch.setattr(log_probs_lib, "_logits_at_once", lambda mesh: logits)
+    model = checkpoint.load(tiny("qwen2"))
+    tokens, mask = random_batch(padding="right")
+    hidden, targets = model(tokens, mask).hidden[:, :-1], jnp.asarray(tokens)[:, 1:]
+    weights = jax.random.normal(jax.random.key(0), targets.shape)
+
+    def whole(hidden):
+        words = jax.nn.log_softmax(model.logits(hidden))
+        return jnp.take_along_axis(words, targets[..., None], axis=-1)[..., 0]
+
+    def chunked(hidden):
+        return log_probs_lib.target_log_probs(model, hidden, targets)
+
+    def gradient(log_probs):
+        return jax.grad(lambda hidden: jnp.sum(weights * log_probs(hidden)))(hidden)
+
+    np.testing.assert_allclose(chunked(hidden), whole(hidden), atol=1e-5)
+    np.testing.assert_allclose(gradient(chunked), gradient(whole), atol=1e-5)
 
 
 def log_sigmoid(x: np.ndarray) -> np.ndarray:

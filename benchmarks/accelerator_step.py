@@ -1,0 +1,266 @@
+"""The train step in accelerator.py: its figures by shape, and the kernels that it consists of."""
+
+import gzip
+import json
+import os
+import re
+import statistics
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from accelerator_run import (
+    ALPHA,
+    LENGTH,
+    RANK,
+    ROWS,
+    TINY_LENGTH,
+    TINY_ROWS,
+    Run,
+    drawn_lengths,
+    full_lengths,
+    peak_gib,
+    random_model,
+    summary,
+)
+
+from ema_jax.data.chat import TokenExample
+from ema_jax.models.decoder import Decoder
+from ema_jax.models.lora import LoRAConfig
+from ema_jax.models.sharding import make_mesh
+from ema_jax.runtime.devices import GIB, find_accelerator
+from ema_jax.unlearning import train_step as steps
+from ema_jax.unlearning.batches import Data, StepBatch
+from ema_jax.unlearning.config import UnlearnConfig
+from ema_jax.unlearning.throughput import flops_per_token
+
+
+class Shape(NamedTuple):
+    """What one step is compiled for."""
+
+    remat: str  # full, dots or none
+    rows: tuple[int, int]  # forget and retain
+    length: int
+
+    @property
+    def arm(self) -> UnlearnConfig:
+        again = self.remat != "none"
+        return UnlearnConfig(
+            lora=LoRAConfig(rank=RANK, alpha=ALPHA),
+            retain_weight=1.0,
+            batch_size=self.rows[0],
+            retain_batch_size=self.rows[1],
+            remat=again,
+            remat_policy="dots" if self.remat == "dots" else "full",
+        )
+
+
+# The first is the paper's cells' own, and what `theirs` and `trace` measure.
+SHAPES = (
+    Shape("full", ROWS, LENGTH),
+    Shape("dots", ROWS, LENGTH),
+    Shape("dots", (8, 16), 512),
+    Shape("none", (4, 8), 256),
+)
+
+
+def shapes(tiny: bool) -> Sequence[Shape]:
+    if tiny:
+        return (Shape("full", TINY_ROWS, TINY_LENGTH), Shape("dots", (2, 2), TINY_LENGTH))
+    return SHAPES
+
+
+class Step:
+    """A compiled train step with its state: a call takes one step and waits for it."""
+
+    def __init__(self, model: Decoder, shape: Shape):
+        self.shape, self._words = shape, model.config.vocab_size
+        self._mesh = make_mesh()
+        self.setup = steps.prepare(model, shape.arm, 0, self._mesh)
+        self.state = steps.init_state(self.setup)
+        self.full = self._batch([full_lengths(n, shape.length) for n in shape.rows])
+        begin = time.time()
+        self.compiled = steps.train_step.lower(self.setup, self.state, self.full).compile()
+        self.compile_s = round(time.time() - begin, 1)
+
+    def drawn(self) -> tuple[StepBatch, int]:
+        """A batch of drawn lengths, and the number of its real tokens."""
+        rows = enumerate(self.shape.rows)
+        sizes = [drawn_lengths(n, self.shape.length, seed) for seed, n in rows]
+        return self._batch(sizes), sum(map(sum, sizes[0] + sizes[1]))
+
+    def _batch(self, sizes: Sequence[Sequence[tuple[int, int]]]) -> StepBatch:
+        """A step's batch as training makes it; it holds every example once."""
+        rng = np.random.default_rng(0)
+
+        def words(number: int) -> tuple[int, ...]:
+            return tuple(rng.integers(0, self._words, number).tolist())
+
+        forget, retain = ([TokenExample(words(p), words(r)) for p, r in side] for side in sizes)
+        data = Data(forget, np.zeros(len(forget), np.float32), retain)
+        return data.host_batch(self.shape.arm, 0, 0).placed(self._mesh)
+
+    def __call__(self, batch: StepBatch | None = None) -> None:
+        given = self.full if batch is None else batch
+        self.state, metrics = self.compiled(self.setup, self.state, given)
+        jax.block_until_ready(metrics)
+
+
+def train(run: Run) -> None:
+    """Seconds, tokens a second and MFU of a step at several shapes."""
+    begin = time.time()
+    model = jax.block_until_ready(random_model(run))
+    run.say(weights_made_s=round(time.time() - begin, 1), peak_gib=peak_gib())
+    first, *others = shapes(run.tiny)
+
+    def measure(step: Step) -> None:
+        _report(run, model, step)
+
+    def measure_first(shape: Shape) -> None:
+        # Alone, so that its figure is there even if nothing else compiles in time.
+        step = Step(model, shape)
+        measure(step)
+        run.attempt(half_empty, step, seconds=8)
+
+    def half_empty(step: Step) -> None:
+        _report_real(run, step)
+
+    run.attempt(measure_first, first, seconds=20)
+    # Compiled side by side. Nothing is timed meanwhile, as XLA's autotuner runs kernels too.
+    pool = ThreadPoolExecutor(len(others))
+    jobs = {shape: pool.submit(Step, model, shape) for shape in others}
+    wait(jobs.values(), timeout=max(run.left - 12 * len(others), 1))
+    for shape, job in jobs.items():
+        if not job.done():
+            run.say(skipped=["measure", str(shape)], why="not compiled in time")
+        elif job.exception():
+            run.say(failed=["measure", str(shape)], error=str(job.exception())[:400])
+        else:
+            run.attempt(measure, job.result(), seconds=8)
+    os._exit(0)  # whatever still compiles is not waited for
+
+
+def _report(run: Run, model: Decoder, step: Step) -> None:
+    remat, rows, length = step.shape
+    found = run.timed(step, 6)
+    seconds = statistics.median(found)
+    tokens = sum(rows) * length
+    rate = tokens * flops_per_token(model.config, step.shape.arm, length) / seconds
+    sheet = find_accelerator(jax.devices()[0].device_kind)
+    memory = step.compiled.memory_analysis()
+    run.say(
+        remat=remat,
+        rows=rows,
+        length=length,
+        **summary(found),
+        tokens_per_s=round(tokens / seconds),
+        tflops=round(rate / 1e12, 2),
+        mfu=sheet and round(rate / sheet.flops, 3),
+        mfu_of_measured=round(rate / run.ceiling("flops"), 3),
+        peak_gib=peak_gib(),
+        argument_gib=round(memory.argument_size_in_bytes / GIB, 2),
+        temp_gib=round(memory.temp_size_in_bytes / GIB, 2),
+        compile_s=step.compile_s,
+    )
+
+
+def _report_real(run: Run, step: Step) -> None:
+    """The same program on rows of drawn lengths: what padding costs."""
+    batch, real = step.drawn()
+    padded = batch.forget.batch.tokens.size + batch.retain.batch.tokens.size
+    found = run.timed(lambda: step(batch), 4)
+    seconds = statistics.median(found)
+    run.say(
+        rows=step.shape.rows,
+        length=step.shape.length,
+        lengths="drawn",
+        **summary(found),
+        tokens_per_s=round(padded / seconds),
+        real_tokens_per_s=round(real / seconds),
+        fill=round(real / padded, 3),
+    )
+
+
+# The trace.
+
+_KINDS = (
+    ("between devices", r"nccl"),
+    ("copies", r"memcpy|memset|copy"),
+    ("attention", r"cudnn|flash|fmha"),
+    ("Triton products", r"gemm_fusion|triton_gemm|nested_gemm"),
+    ("cuBLAS products", r"nvjet|cublas|cutlass|xmma|gemm|gemv|splitk|^dot"),
+    ("elementwise", r"fusion|reduce|wrapped|loop_|input_|transpose|concatenate|scatter|triton"),
+)
+
+
+def kind_of(kernel: str) -> str:
+    """What a kernel does, by its name as XLA and NVIDIA's libraries choose them."""
+    for kind, pattern in _KINDS:
+        if re.search(pattern, kernel, re.IGNORECASE):
+            return kind
+    return "other"
+
+
+def summarise(events: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Longest kernels and shares by kind, of a profiler's events on the device's streams.
+
+    Without streams (on a CPU) it takes the events that name an operation of the program.
+    """
+    events = list(events)
+    named: dict[str, dict] = {"process_name": {}, "thread_name": {}}
+    for e in events:
+        if e.get("ph") == "M" and e.get("name") in named:
+            named[e["name"]][e["pid"], e.get("tid", 0)] = e["args"].get("name", "")
+    devices = {pid for (pid, _), name in named["process_name"].items() if "/device:" in name}
+    streams = {
+        at
+        for at, name in named["thread_name"].items()
+        if at[0] in devices and name.startswith("Stream")
+    }
+    kernels = [
+        e
+        for e in events
+        if e.get("ph") == "X"
+        and ((e["pid"], e.get("tid")) in streams if streams else "hlo_op" in e.get("args", {}))
+    ]
+    spent: Counter[str] = Counter()
+    for e in kernels:
+        spent[e["name"]] += e.get("dur", 0)
+    total = sum(spent.values()) or 1
+    kinds: Counter[str] = Counter()
+    for name, microseconds in spent.items():
+        kinds[kind_of(name)] += microseconds
+    return {
+        "kernels": len(kernels),
+        "kernels_ms": round(total / 1e3, 2),
+        "busy_ms": round(_covered(kernels) / 1e3, 2),
+        "shares": {kind: round(x / total, 3) for kind, x in kinds.most_common()},
+        "longest_ms": [[name[:80], round(x / 1e3, 2)] for name, x in spent.most_common(25)],
+    }
+
+
+def _covered(events: Iterable[Mapping[str, Any]]) -> float:
+    """Microseconds in which at least one event runs."""
+    covered, end = 0.0, float("-inf")
+    for start, stop in sorted((e["ts"], e["ts"] + e.get("dur", 0)) for e in events):
+        covered += max(stop - max(start, end), 0)
+        end = max(end, stop)
+    return covered
+
+
+def trace(run: Run) -> None:
+    """One step of the first shape under the profiler."""
+    step = Step(random_model(run), shapes(run.tiny)[0])
+    step()
+    folder, options = run.out / "trace", jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0
+    with jax.profiler.trace(str(folder), profiler_options=options):
+        step()
+    newest = max(folder.rglob("*.trace.json.gz"), key=lambda path: path.stat().st_mtime)
+    with gzip.open(newest) as file:
+        events = json.load(file)["traceEvents"]
+    run.say(step="one", **summarise(e for e in events if e))
