@@ -115,7 +115,7 @@ class Scorer:
         Values may be text, as in `--model_args`.
 
         Args:
-            source: a checkpoint folder or a Hub id.
+            source: a checkpoint folder, a GGUF file, `pip:PACKAGE` or a Hub id.
             adapter: folder of a PEFT adapter to attach.
             revision: branch, tag or commit of a Hub id.
             dtype: of the parameters; by default bfloat16 on accelerators, float32 on a CPU.

@@ -134,7 +134,7 @@ def _byte_level(file: GgufFile, tokens: list[str]) -> Tokenizer:
             f"{file.path}: its tokenizer splits text as {pre!r} (tokenizer.ggml.pre); known are "
             f"{', '.join(SPLITTINGS)}; convert the model to GGUF again, or use its safetensors"
         )
-    merges = [tuple(merge.split(" ", 1)) for merge in _texts(file, "merges")]
+    merges = _merges(file)
     splitting = SPLITTINGS[pre]
     result = _bpe(file, tokens, merges, ignore_merges=splitting.ignore_merges)
     if splitting.nfc:
@@ -146,7 +146,7 @@ def _byte_level(file: GgufFile, tokens: list[str]) -> Tokenizer:
 
 def _sentencepiece(file: GgufFile, tokens: list[str]) -> Tokenizer:
     if "tokenizer.ggml.merges" in file.metadata:
-        merges = [tuple(merge.split(" ", 1)) for merge in _texts(file, "merges")]
+        merges = _merges(file)
     else:
         merges = _merges_by_score(tokens, _numbers(file, "scores", len(tokens)))
     prefix = file.get("tokenizer.ggml.add_space_prefix", bool, True)
@@ -162,7 +162,7 @@ def _sentencepiece(file: GgufFile, tokens: list[str]) -> Tokenizer:
 
 
 def _bpe(
-    file: GgufFile, tokens: list[str], merges: list[tuple[str, ...]], **options: bool
+    file: GgufFile, tokens: list[str], merges: list[tuple[str, str]], **options: bool
 ) -> Tokenizer:
     vocabulary = {token: i for i, token in enumerate(tokens)}
     try:
@@ -174,7 +174,12 @@ def _bpe(
         ) from None
 
 
-def _merges_by_score(tokens: list[str], scores: list[float]) -> list[tuple[str, ...]]:
+def _merges(file: GgufFile) -> list[tuple[str, str]]:
+    parts = (merge.partition(" ") for merge in _texts(file, "merges"))
+    return [(left, right) for left, _, right in parts]
+
+
+def _merges_by_score(tokens: list[str], scores: list[float]) -> list[tuple[str, str]]:
     """The merges that SentencePiece's scores imply: the best token first, however it is split."""
     ids = {token: i for i, token in enumerate(tokens)}
     found = []
