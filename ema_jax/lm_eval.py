@@ -110,7 +110,7 @@ class Scorer:
         enable_thinking: bool | str = False,
         **options: int | str,
     ) -> "Scorer":
-        """Loads a model by its folder or Hub id.
+        """Loads a model by name (`hub.resolve`).
 
         Values may be text, as in `--model_args`.
 

@@ -1,6 +1,7 @@
 """Tiny checkpoints as GGUF files, written with the gguf package as llama.cpp's converter does."""
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,13 @@ TEXT = (
     "def area(x):\n    return x ** 2  # square\n",
     "naïve café über straße, 東京 日本語 你好, привет мир, שלום",
     "I'm sorry, but I can't help with that request. Is there anything else?",
+)
+# Of the published tokenizer; transformers' reading of a GGUF file does not know it.
+SMOLLM_SPLITTING = pre_tokenizers.Sequence(
+    [
+        pre_tokenizers.Digits(individual_digits=True),
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+    ]
 )
 
 
@@ -198,3 +206,19 @@ def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
             writer.add_string(key, value)
         case list():
             writer.add_array(key, value)
+
+
+def strings(count: int, special: tuple[str, ...] = ()) -> list[str]:
+    """Random texts of words, digits, special tokens, white space and characters of all scripts."""
+    generator = random.Random(0)
+    words = [*" ".join(TEXT).split(), *special, "2024-05-06", "3.14", "½", "🙂", "\t", "e\u0301"]
+    spaces = (" ", " ", " ", "", "  ", "\n", "\r\n", "\n\n  ")
+    made = []
+    for _ in range(count):
+        parts = [generator.choice(words) + generator.choice(spaces) for _ in range(12)]
+        made.append("".join(parts[: generator.randint(1, 12)]))
+    ranges = ((0, 0x250), (0x370, 0x5FF), (0x900, 0x97F), (0x3040, 0x9FFF), (0x1F300, 0x1F6FF))
+    for _ in range(count // 4):
+        chosen = [generator.randint(*generator.choice(ranges)) for _ in range(20)]
+        made.append("".join(map(chr, chosen)))
+    return made
