@@ -1,8 +1,8 @@
 """GGUF files: their metadata, and their tensors under Hugging Face's names and in its layout.
 
 Blocks of quantised weights are dequantised by the `gguf` package as they are read. The header is
-read here: the package's `GGUFReader` keeps two arrays for every token and merge (8 s and 160 MB for
-49,000 tokens), and walks a damaged count to the end of the file.
+read here: the package's `GGUFReader` keeps two arrays for every token and merge (166 MB for 49,000
+tokens), and walks a damaged count to the end of the file.
 """
 
 import dataclasses

@@ -48,9 +48,13 @@ def test_smollm2_tokens_are_those_of_transformers(smollm2_in_transformers):
     ours = Chat.load(hub.find(str(smollm2())).folder).tokenizer
     assert (len(ours), ours.chat_template) == (len(theirs), theirs.chat_template)
     texts = strings(2000, ("<|im_start|>", "<|im_end|>", "<repo_name>"))
-    # Where it splits digits otherwise than the published tokenizer: after two spaces, and ½.
-    plain = [text for text in texts if not re.search(r"\s\s\d|\s½", text) and text.isprintable()]
-    assert len(plain) > 500
+    # It does not split numbers as the published tokenizer does, which shows in these texts alone:
+    # after two spaces, and in numbers of other scripts.
+    differs = re.compile(r"\s\s\d").search
+    plain = [
+        t for t in texts if not differs(t) and all(c.isascii() or not c.isnumeric() for c in t)
+    ]
+    assert len(plain) > 1000
     for text in [*plain, *TEXT]:
         assert ours(text)["input_ids"] == theirs(text)["input_ids"], repr(text)
     theirs = copy.deepcopy(theirs)
