@@ -41,7 +41,8 @@ class ModelConfig:
     """The model under study.
 
     Attributes:
-        source: a checkpoint folder or a Hub id.
+        source: a checkpoint folder, a GGUF file, `pip:PACKAGE` for the one in an installed package,
+            or a Hub id.
         revision: commit, tag or branch of a Hub id; the commit it names is recorded.
         dtype: of the base's weights; by default bfloat16 on accelerators, float32 on a CPU.
         system_prompt: text of a system message; none is added by default, also where the chat

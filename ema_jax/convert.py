@@ -1,7 +1,8 @@
 """Converts a checkpoint: `python -m ema_jax.convert --to=flax --source=DIR_OR_HUB_ID --output=DIR`.
 
 `--to=flax` writes an Orbax checkpoint with config.json, the tokenizer's files and a manifest;
-`--to=hf` writes a Hugging Face folder. The source is a folder of either format, or a Hub id.
+`--to=hf` writes a Hugging Face folder. The source is a folder of either format, a GGUF file (or
+`pip:PACKAGE` for the one in an installed package), or a Hub id.
 Parameters are copied bit for bit, unless `--dtype` names another dtype.
 """
 
@@ -18,7 +19,9 @@ _DTYPES = ["float32", "bfloat16", "float16"]
 def define_flags() -> None:
     """Declares the command's flags."""
     flags.DEFINE_enum("to", None, ["flax", "hf"], "The format to write.")
-    flags.DEFINE_string("source", None, "A checkpoint folder of either format, or a hub id.")
+    flags.DEFINE_string(
+        "source", None, "A checkpoint folder of either format, a GGUF file, or a hub id."
+    )
     flags.DEFINE_string("output", None, "The folder to write.")
     flags.DEFINE_string("revision", None, "Branch, tag or commit of a hub id.")
     flags.DEFINE_enum("dtype", None, _DTYPES, "Of the parameters; as stored by default.")
@@ -38,7 +41,7 @@ def convert(
     """Converts a checkpoint to another format.
 
     Args:
-        source: a checkpoint folder of either format, or a Hub id.
+        source: a checkpoint folder of either format, a GGUF file, `pip:PACKAGE` or a Hub id.
         output: the folder to write.
         to: `flax` or `hf`.
         revision: branch, tag or commit of a Hub id.
@@ -50,6 +53,7 @@ def convert(
     """
     from ema_jax.models import checkpoint, hub
     from ema_jax.models.card import converted_card
+    from ema_jax.models.gguf_folder import DEQUANTISED_FROM
     from ema_jax.models.orbax_folder import is_flax_folder
 
     checkpoint.check_output(output, overwrite)
@@ -64,7 +68,8 @@ def convert(
     else:
         original, commit = origin["source"] or str(folder), origin["revision"]
         # The path of a folder is private to its machine: the card names the folder alone.
-        card = converted_card(original if commit else Path(original).resolve().name, commit)
+        name = original if commit else Path(original).resolve().name
+        card = converted_card(name, commit, model.config.hf.get(DEQUANTISED_FROM))
         checkpoint.export(model, output, companions=folder, card=card, overwrite=overwrite)
     logging.info("wrote %s", output)
 

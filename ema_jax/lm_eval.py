@@ -110,12 +110,12 @@ class Scorer:
         enable_thinking: bool | str = False,
         **options: int | str,
     ) -> "Scorer":
-        """Loads a model by its folder or Hub id.
+        """Loads a model by name (`hub.resolve`).
 
         Values may be text, as in `--model_args`.
 
         Args:
-            source: a checkpoint folder or a Hub id.
+            source: a checkpoint folder, a GGUF file, `pip:PACKAGE` or a Hub id.
             adapter: folder of a PEFT adapter to attach.
             revision: branch, tag or commit of a Hub id.
             dtype: of the parameters; by default bfloat16 on accelerators, float32 on a CPU.

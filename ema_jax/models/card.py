@@ -36,6 +36,7 @@ def unlearned_card(
     arm: str,
     seed: int,
     settings: Mapping[str, object],
+    quantisation: str | None = None,
 ) -> str:
     """Model card of a model that a study unlearned.
 
@@ -47,11 +48,13 @@ def unlearned_card(
         arm: of the study.
         seed: of the run.
         settings: of the arm.
+        quantisation: that the base was dequantised from, if it was.
     """
     rows = {
         "base model": base,
         "base revision": revision or "a local folder, not a Hub revision",
         "base fingerprint": fingerprint,
+        **_quantised(quantisation),
         "what was modified": f"refusals in the domain {target} were unlearned; "
         + ("LoRA adapters, merged" if settings.get("trainable") == "lora" else "all parameters"),
         "study arm": arm,
@@ -65,14 +68,19 @@ def unlearned_card(
     )
 
 
-def converted_card(base: str, revision: str | None) -> str:
+def converted_card(base: str, revision: str | None, quantisation: str | None = None) -> str:
     """Model card of a checkpoint that was only converted to another format."""
     rows = {
         "source": base,
         "revision": revision or "a local folder, not a Hub revision",
+        **_quantised(quantisation),
         "what was modified": "nothing but the format (and the dtype, where one was asked for)",
     }
     return _render(f"{base}: converted", _CONVERTED, rows, base if revision else None, ["ema_jax"])
+
+
+def _quantised(quantisation: str | None) -> dict[str, str]:
+    return {} if quantisation is None else {"dequantised from": quantisation}
 
 
 def _render(

@@ -7,7 +7,6 @@ these the host holds a few blocks, and for an accelerator one stacked parameter.
 import hashlib
 import json
 import shutil
-import struct
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,11 +19,12 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from ema_jax.errors import UserError
-from ema_jax.models import orbax_folder, streaming
+from ema_jax.models import gguf_folder, orbax_folder, streaming
 from ema_jax.models.config import FAMILIES, DecoderConfig
 from ema_jax.models.decoder import Decoder, LoRAParam
+from ema_jax.models.gguf_file import GgufFile
 from ema_jax.models.orbax_folder import is_flax_folder
-from ema_jax.models.safetensors_files import WeightFiles, open_weights, write_weights
+from ema_jax.models.safetensors_files import WeightFiles, write_weights
 from ema_jax.models.sharding import host_array, make_mesh, parameter_shardings
 from ema_jax.runtime import distributed
 from ema_jax.runtime.files import TensorSpec, atomic_path
@@ -105,16 +105,22 @@ def check(folder: str | Path) -> DecoderConfig:
             shape = shape[::-1] if row.transpose else shape
             expected |= dict.fromkeys(row.names(config), shape)
     tied = {"lm_head.weight": "model.embed_tokens.weight"} if config.tied_embeddings else {}
-    WeightFiles.find(folder).check(expected, tied)
+    _stored_weights(folder).check(expected, tied)
     return config
+
+
+def _stored_weights(folder: Path) -> WeightFiles | GgufFile:
+    if gguf_folder.is_gguf_folder(folder):
+        return gguf_folder.weights(folder)
+    return WeightFiles.find(folder)
 
 
 def load(folder: str | Path, *, mesh: Mesh | None = None, dtype: Any = None) -> Decoder:
     """Loads a checkpoint folder as a decoder whose parameters are laid out on `mesh`.
 
     Args:
-        folder: `config.json`, and either safetensors files (one, or several with an index) or the
-            output of `save_flax`.
+        folder: `config.json`, and either safetensors files (one, or several with an index), the
+            output of `save_flax`, or the place of a GGUF file (`hub.resolve`).
         mesh: one device by default.
         dtype: of the parameters; by default bfloat16 on accelerators, float32 on a CPU.
 
@@ -148,7 +154,7 @@ def load(folder: str | Path, *, mesh: Mesh | None = None, dtype: Any = None) -> 
 def _read_hf(
     folder: Path, config: DecoderConfig, targets: Mapping[_Path, jax.ShapeDtypeStruct]
 ) -> dict[_Path, jax.Array]:
-    stored = WeightFiles.find(folder).tensors()
+    stored = _stored_weights(folder).tensors()
     arrays: dict[_Path, jax.Array] = {}
     rows = [row for row in TENSORS if row.path in targets]
     total = sum(stored[name].nbytes for row in rows for name in row.names(config))
@@ -348,14 +354,15 @@ def stored_dtype(folder: str | Path) -> np.dtype:
     folder = Path(folder)
     if is_flax_folder(folder):
         return jnp.dtype(orbax_folder.read_manifest(folder)["dtype"])
-    return WeightFiles.find(folder).dtype()
+    return _stored_weights(folder).dtype()
 
 
 def fingerprint(folder: str | Path) -> str:
     """SHA-256 that identifies a checkpoint without reading all of it.
 
-    Over `config.json`, `tokenizer.json`, and every safetensors file's name, size, header and the
-    first and last MiB of its data; for a Flax folder, over the hash in its manifest.
+    Over `config.json`, `tokenizer.json`, and the name, size, header and the first and last MiB of
+    the data of every safetensors file or of the GGUF file; for a Flax folder, over the hash in its
+    manifest.
     """
     folder, digest, mib = Path(folder), hashlib.sha256(), 1 << 20
     for name in ("config.json", "tokenizer.json"):
@@ -364,13 +371,12 @@ def fingerprint(folder: str | Path) -> str:
     if is_flax_folder(folder):
         digest.update(orbax_folder.read_manifest(folder)["sha256"].encode())
         return digest.hexdigest()
-    for path in WeightFiles.find(folder).files:
-        open_weights(path)
+    stored = _stored_weights(folder)
+    for path in stored.files:
         size = path.stat().st_size
         digest.update(f"{path.name} {size}".encode())
         with open(path, "rb") as file:
-            header = file.read(8)
-            digest.update(header + file.read(struct.unpack("<Q", header)[0] + mib))
+            digest.update(file.read(stored.header_size(path) + mib))
             file.seek(max(size - mib, 0))
             digest.update(file.read())
     return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""Models by name: a folder on this machine, or an id on the Hugging Face Hub."""
+"""Models by name: a folder or GGUF file on this machine, or an id on the Hugging Face Hub."""
 
 import dataclasses
 import errno
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from ema_jax.errors import UserError
-from ema_jax.models import checkpoint
+from ema_jax.models import checkpoint, gguf_folder
 from ema_jax.models.config import DecoderConfig
 
 _WEIGHTS = "*.safetensors"
@@ -20,8 +20,8 @@ class ModelSource:
     """A model's checked folder, and where it comes from.
 
     Attributes:
-        given: the folder or Hub id that the user named.
-        folder: a Hugging Face or Flax checkpoint folder.
+        given: the folder, GGUF file, package or Hub id that the user named.
+        folder: a Hugging Face or Flax checkpoint folder, or that of a GGUF file in the cache.
         revision: the commit of a Hub id; None for a local folder.
         fingerprint: `checkpoint.fingerprint` of the folder.
     """
@@ -75,16 +75,21 @@ def resolve(source: str, revision: str | None = None) -> tuple[Path, str | None]
     `HF_HOME`, `HF_TOKEN`, `HF_ENDPOINT` and `HF_HUB_OFFLINE` act as everywhere.
 
     Args:
-        source: a folder, or a hub id such as `Qwen/Qwen2.5-7B-Instruct`.
+        source: a folder, a GGUF file, `pip:PACKAGE` for the one in an installed package, or a hub
+            id such as `Qwen/Qwen2.5-7B-Instruct`.
         revision: a branch, tag or commit of the hub id.
 
     Returns:
         The folder, and the commit that it is a snapshot of (None for a local folder).
 
     Raises:
-        UserError: no such folder, or no such model on the Hub.
+        UserError: no such folder, file or package, or no such model on the Hub.
     """
     folder = Path(source).expanduser()
+    if gguf_folder.is_gguf(source) and not folder.is_dir():
+        if revision is not None:
+            raise UserError(f"{source}: a file has no revision {revision!r}; leave revision unset")
+        return gguf_folder.folder_of(gguf_folder.locate(source)), None
     if folder.is_dir():
         if revision is not None:
             raise UserError(
@@ -92,7 +97,9 @@ def resolve(source: str, revision: str | None = None) -> tuple[Path, str | None]
             )
         return folder, None
     if folder.exists():
-        raise UserError(f"{source}: not a folder; name the checkpoint's folder or a hub id")
+        raise UserError(
+            f"{source}: not a folder; name the checkpoint's folder, a GGUF file or a hub id"
+        )
     if source.startswith(("/", ".", "~")) or source.count("/") != 1:
         raise UserError(f"{source}: no such folder, and no hub id (those read OWNER/NAME)")
 
@@ -155,7 +162,8 @@ def _refuse_other_weights(where: str, files: list[str]) -> NoReturn:
 
 def cached(source: str, revision: str | None = None) -> tuple[Path, str | None] | None:
     """`resolve` without a network: None for a Hub id that is not in the local cache."""
-    if Path(source).expanduser().exists() or source.startswith(("/", ".", "~")):
+    local = gguf_folder.is_gguf(source) or source.startswith(("/", ".", "~"))
+    if local or Path(source).expanduser().exists():
         return resolve(source, revision)
     import huggingface_hub
     from huggingface_hub import errors

@@ -117,6 +117,17 @@ class WeightFiles:
         """The files in use, sorted by name."""
         return sorted(set(self.file_of.values()))
 
+    @staticmethod
+    def header_size(path: Path) -> int:
+        """Bytes of a file before its data.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        open_weights(path)
+        with open(path, "rb") as file:
+            return 8 + int.from_bytes(file.read(8), "little")
+
     def tensors(self) -> dict[str, StoredTensor]:
         """Every tensor by name, with its file and offset.
 
@@ -231,7 +242,7 @@ def _what_else(folder: Path) -> str:
         ("model-*-of-*.safetensors", f"{{}} without its {INDEX}"),
         ("consolidated*.safetensors", "only weights in Mistral's own format ({})"),
         ("adapter_model.safetensors", "an adapter ({}) and not a model"),
-        ("*.gguf", "only GGUF weights ({})"),
+        ("*.gguf", "only GGUF weights (name {} itself)"),
         ("*.bin", "only pickled weights ({})"),
         ("*.pth", "only pickled weights ({})"),
         ("*.safetensors", "{} under a name that no checkpoint has"),

@@ -19,6 +19,7 @@ import jax
 import numpy as np
 from absl import logging
 
+from ema_jax.models.gguf_file import GgufTensor
 from ema_jax.models.safetensors_files import StoredTensor
 from ema_jax.runtime.progress import Progress
 
@@ -40,7 +41,7 @@ _thread = threading.local()
 
 
 def read_parameter(
-    stored: Sequence[StoredTensor],
+    stored: Sequence[StoredTensor | GgufTensor],
     target: jax.ShapeDtypeStruct,
     *,
     stacked: bool,

@@ -31,7 +31,7 @@ class JudgeModel:
 
     @classmethod
     def find(cls, model: str, revision: str | None) -> "JudgeModel":
-        """Resolves a folder or Hub id and checks it without reading weights."""
+        """Resolves a model (`hub.find`) and checks it without reading weights."""
         found = hub.find(model, revision)
         Chat.check(found.folder)
         return cls(found.folder, found.config, found.label)

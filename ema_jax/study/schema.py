@@ -38,6 +38,8 @@ class Model(TypedDict):
     num_layers: int
     hidden_size: int
     parameters: int
+    quantisation: NotRequired[str | None]
+    """That of the GGUF file whose weights were dequantised."""
     fingerprint: NotRequired[str]
     template: NotRequired[str]
     template_hash: NotRequired[str]

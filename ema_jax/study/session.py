@@ -20,7 +20,7 @@ from ema_jax.data.chat import Chat, TokenExample
 from ema_jax.data.domains import BENIGN
 from ema_jax.data.prompts import Prompt
 from ema_jax.generation.sampler import GREEDY, Sampling
-from ema_jax.models import checkpoint, hub, lora
+from ema_jax.models import checkpoint, gguf_folder, hub, lora
 from ema_jax.models.config import DecoderConfig
 from ema_jax.models.decoder import Decoder
 from ema_jax.models.hub import ModelSource
@@ -212,6 +212,7 @@ class ModelSession:
             "num_layers": model.num_layers,
             "hidden_size": model.hidden_size,
             "parameters": sum(leaf.size for leaf in jax.tree.leaves(state)),
+            "quantisation": model.hf.get(gguf_folder.DEQUANTISED_FROM),
             "fingerprint": self.source.fingerprint,
             "template": self.chat.template,
             "template_hash": self.chat.template_hash,

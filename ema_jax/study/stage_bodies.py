@@ -23,6 +23,7 @@ from ema_jax.generation.sampler import Sampling
 from ema_jax.models import checkpoint, lora
 from ema_jax.models.card import unlearned_card
 from ema_jax.models.decoder import Decoder
+from ema_jax.models.gguf_folder import DEQUANTISED_FROM
 from ema_jax.refusal.answer_screen import AnswerScreen
 from ema_jax.refusal.evaluation import Evaluation
 from ema_jax.refusal.responses import JudgedResponses
@@ -278,6 +279,7 @@ def _export(session: ModelSession, artifacts: Artifacts, run: Run, model: Decode
         arm=run.arm,
         seed=run.seed,
         settings=dataclasses.asdict(config.arm(run.arm)),
+        quantisation=model.config.hf.get(DEQUANTISED_FROM),
     )
     merged = lora.merge(model)
     checkpoint.export(merged, folder, companions=source.folder, card=card, overwrite=True)
