@@ -68,7 +68,7 @@ def own_turn(folder: Path, apply: Apply, tokenizer: Any) -> str:
     if opening is not None:
         start = _start(head, tokenizer)
         clean = opening if opening.startswith(start) else start + opening
-        found = _inserted(head, clean)
+        found = _inserted(head, clean, len(opening))
         if not _words(found, tokenizer) or head.replace(found, "", 1) != clean:
             found = ""
     rest = text.replace(found, "", 1)
@@ -111,13 +111,16 @@ def _start(head: str, tokenizer: Any) -> str:
     return next((token for token in known if token and head.startswith(token)), "")
 
 
-def _inserted(head: str, clean: str) -> str:
-    """What was put into `clean`, in one piece, to make `head`; nothing if that is not so."""
+def _inserted(head: str, clean: str, most: int) -> str:
+    """What was put into `clean`, in one piece, to make `head`; nothing if that is not so.
+
+    It is put as far to the front as can be, before the last `most` characters or within them.
+    """
     size = len(head) - len(clean)
     if size <= 0:
         return ""
     kept = 0  # at the end
-    while kept < len(clean) and clean[-1 - kept] == head[-1 - kept]:
+    while kept < most and clean[-1 - kept] == head[-1 - kept]:
         kept += 1
     before = len(clean) - kept
     return head[before : before + size] if head.startswith(clean[:before]) else ""

@@ -186,25 +186,38 @@ def load_peft(model: Decoder, folder: str | Path) -> Decoder:
     adapted = [name for name in modules if description.adapts(name, named)]
     if not adapted:
         raise UserError(f"{path}: {next(iter(tensors), 'nothing')} is no projection of this model")
-    targets = tuple(t for t in TARGETS if any(modules[name][0] == t for name in adapted))
-    config = LoRAConfig(description.rank, description.alpha, description.rslora, targets)
-    model = attach(model, config, jax.random.key(0))
-    for side, name in (("lora_a", "lora_A"), ("lora_b", "lora_B")):
-        stacks = {
-            t: np.zeros(getattr(getattr(model.blocks, t), side).shape, np.float32) for t in targets
-        }
-        for module in adapted:
-            target, layer = modules[module]
-            key, shape = f"{module}.{name}.weight", stacks[target].shape[:0:-1]
-            if key not in tensors:
-                raise UserError(f"{path}: {key} is missing for this model")
-            if tensors[key].shape != shape:
-                raise UserError(
-                    f"{path}: {key} has shape {tensors[key].shape}, this model makes it {shape}"
-                )
-            stacks[target][layer] = tensors.pop(key).T
-        for target, stack in stacks.items():
-            setattr(getattr(model.blocks, target), side, LoRAParam(jnp.asarray(stack)))
+    rank = description.rank
+    factors: dict[tuple[str, int], tuple[np.ndarray, np.ndarray]] = {}
+    for module in adapted:
+        size_in, size_out = model.config.projections[modules[module][0]]
+        factors[modules[module]] = (
+            _take(tensors, f"{module}.lora_A.weight", (rank, size_in), path),
+            _take(tensors, f"{module}.lora_B.weight", (size_out, rank), path),
+        )
     if tensors:
         raise UserError(f"{path}: {next(iter(tensors))} is no projection of this model")
+    targets = tuple(t for t in TARGETS if any(target == t for target, _ in factors))
+    config = LoRAConfig(rank, description.alpha, description.rslora, targets)
+    model = attach(model, config, jax.random.key(0))
+    for target in targets:
+        linear: Linear = getattr(model.blocks, target)
+        for place, side in enumerate(("lora_a", "lora_b")):
+            stack = np.zeros(getattr(linear, side).shape, np.float32)
+            for layer in range(model.config.num_layers):
+                if (target, layer) in factors:
+                    stack[layer] = factors[target, layer][place].T
+            setattr(linear, side, LoRAParam(jnp.asarray(stack)))
     return model
+
+
+def _take(
+    tensors: dict[str, np.ndarray], key: str, shape: tuple[int, int], path: Path
+) -> np.ndarray:
+    """Takes a tensor out, which has to be there and of this shape."""
+    if key not in tensors:
+        raise UserError(f"{path}: {key} is missing for this model")
+    if tensors[key].shape != shape:
+        raise UserError(
+            f"{path}: {key} has shape {tensors[key].shape}, this model makes it {shape}"
+        )
+    return tensors.pop(key)

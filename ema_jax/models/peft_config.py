@@ -119,15 +119,14 @@ def _are_names(value: Any) -> bool:
 
 
 def _refuse_others(found: Mapping[str, Any], path: Path) -> None:
-    wrong = {
-        key: value
-        for key, value in found.items()
-        if key not in _READ | _HARMLESS and value not in (None, False, "", [], {})
-    }
+    wrong: dict[str, Any] = {}
     # 0 and 1 equal False and True, and are no names of an initialisation.
     start = found.get("init_lora_weights")
     if start not in _INITIALISATIONS or type(start) is int:
         wrong["init_lora_weights"] = start
+    for key, value in found.items():
+        if key not in _READ | _HARMLESS and value not in (None, False, "", [], {}):
+            wrong[key] = value
     if found.get("task_type") not in (None, "CAUSAL_LM"):
         wrong["task_type"] = found["task_type"]
     if found.get("bias") not in (None, "none"):

@@ -26,8 +26,10 @@ BRACKETS = (
 
 def chatml(default: str, system: bool = True) -> str:
     """ChatML with a system turn of its own; `system`: one can be given in its place."""
-    given = "{% if messages[0].role == 'system' %}<|im_start|>system\n{{ messages[0].content }}"
-    given += "<|im_end|>\n{% else %}" if system else "{% if true %}"
+    given = "{% if true %}"
+    if system:
+        given = "{% if messages[0].role == 'system' %}<|im_start|>system\n{{ messages[0].content }}"
+        given += "<|im_end|>\n{% else %}"
     return (
         given + f"<|im_start|>system\n{default}<|im_end|>\n{{% endif %}}" + LOOP + "{% if m.role in"
         " ('user', 'assistant') %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endif %}"
