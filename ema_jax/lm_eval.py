@@ -38,8 +38,9 @@ NAME = "ema_jax"
 _CHUNK = 32
 _BATCH_SIZE = 16
 _DTYPES = ("float32", "bfloat16", "float16")
-# Its parts that read what the user gives.
-_HARNESS = tuple(f"{os.sep}lm_eval{os.sep}{part}" for part in ("_cli", "config", "tasks"))
+# Parts of lm_eval that read what the user gives.
+_READ_INPUT = ("_cli", "config", "tasks", f"api{os.sep}registry")
+_HARNESS = tuple(f"{os.sep}lm_eval{os.sep}{part}" for part in _READ_INPUT)
 # Generation settings of a request, besides its length and stop strings.
 _SAMPLING = ("temperature", "top_k", "top_p", "repetition_penalty")
 
@@ -70,7 +71,7 @@ class _Text(Chat):
     """Tokenizer of verbatim text without a template, by the rules of lm_eval's `hf` models.
 
     Attributes:
-        add_bos: whether texts get special tokens; None leaves it to the tokenizer.
+        add_bos: whether texts begin with BOS; None leaves special tokens to the tokenizer.
         longest: the number of tokens that prompts are cut to, from their end.
     """
 
@@ -87,8 +88,12 @@ class _Text(Chat):
         """Token ids with special tokens, unless the text opens with them (a rendered prompt)."""
         if text.startswith(self.tokenizer.decode([self.prefix_id])):
             return self._encode(text)
-        given = {} if self.add_bos is None else {"add_special_tokens": self.add_bos}
-        return tuple(self.tokenizer(text, **given)["input_ids"])
+        if self.add_bos is None:
+            return tuple(self.tokenizer(text)["input_ids"])
+        bos = self.tokenizer.bos_token_id
+        return (
+            (bos, *self._encode(text)) if self.add_bos and bos is not None else self._encode(text)
+        )
 
     def prompt_tokens(self, prompt: str) -> tuple[int, ...]:
         """Token ids of the end of the text; at least one."""
@@ -109,7 +114,7 @@ class Scorer:
         max_length: most tokens of context and continuation, by default the model's own limit but
             at most 2048; longer ones are cut at the start.
         max_gen_toks: most tokens of a response, for tasks that set no limit.
-        add_bos_token: whether texts get the tokenizer's special tokens; by default as it does.
+        add_bos_token: whether texts begin with BOS; by default as the tokenizer has it.
     """
 
     def __init__(
@@ -152,7 +157,7 @@ class Scorer:
             dtype: of the parameters; by default bfloat16 on accelerators, float32 on a CPU.
             system_prompt: of rendered conversations; by default none.
             enable_thinking: whether a model with that choice (Qwen3) thinks before it answers.
-            add_bos_token: whether texts get the tokenizer's special tokens; by default as it does.
+            add_bos_token: whether texts begin with BOS; by default as the tokenizer has it.
             **options: `batch_size`, `max_length` and `max_gen_toks` of the class, and
                 `max_batch_size`; a batch size of `auto` (or `auto:N`) is the default one.
 
