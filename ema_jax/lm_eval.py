@@ -5,14 +5,17 @@ python -m ema_jax.lm_eval run --model=ema_jax --model_args=source=CHECKPOINT --t
 The arguments are those of lm_eval (`pip install ema_jax[eval]`); `--model_args` are the parameters
 of `Scorer.load` and `Scorer`, such as `adapter=FOLDER` for a PEFT adapter. As a library, `Scorer`
 serves the three request types of lm_eval, and `register` adds it to lm_eval's models. Contexts are
-scored verbatim; `--apply_chat_template` renders them with the checkpoint's template, by default
-without a system turn and without thinking, as in a study.
+scored verbatim, with the special tokens that lm_eval's own `hf` models give them: those that the
+tokenizer adds by default, and before an empty context or a rolling score the BOS token (the EOS
+token where there is none). `--apply_chat_template` renders them with the checkpoint's template, by
+default without a system turn and without thinking, as in a study.
 """
 
 import dataclasses
 import functools
 import operator
-import sys
+import os
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -22,16 +25,22 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from ema_jax.data.batching import Batch, map_batches, pad_examples
-from ema_jax.data.chat import Chat, TokenExample
+from ema_jax.data.chat import Chat, TokenExample, first_line
 from ema_jax.errors import UserError
 from ema_jax.generation.sampler import Sampling, generate
 from ema_jax.models import checkpoint, hub, lora
 from ema_jax.models.decoder import Decoder
 from ema_jax.models.sharding import make_mesh
+from ema_jax.runtime import cli
 from ema_jax.unlearning.log_probs import map_chunks
 
 NAME = "ema_jax"
 _CHUNK = 32
+_BATCH_SIZE = 16
+_DTYPES = ("float32", "bfloat16", "float16")
+# Parts of lm_eval that read what the user gives.
+_READ_INPUT = ("_cli", "config", "tasks", f"api{os.sep}registry")
+_HARNESS = tuple(f"{os.sep}lm_eval{os.sep}{part}" for part in _READ_INPUT)
 # Generation settings of a request, besides its length and stop strings.
 _SAMPLING = ("temperature", "top_k", "top_p", "repetition_penalty")
 
@@ -59,13 +68,36 @@ def _scores(
 
 @dataclasses.dataclass(frozen=True)
 class _Text(Chat):
-    """Tokenizer of verbatim text without a template, cut to its last `longest` tokens."""
+    """Tokenizer of verbatim text without a template, by the rules of lm_eval's `hf` models.
 
+    Attributes:
+        add_bos: whether texts begin with BOS; None leaves special tokens to the tokenizer.
+        longest: the number of tokens that prompts are cut to, from their end.
+    """
+
+    add_bos: bool | None = None
     longest: int = 0
+
+    @property
+    def prefix_id(self) -> int:
+        """What stands before a text that nothing stands before: BOS, or EOS without one."""
+        bos = self.tokenizer.bos_token_id
+        return self.eos_ids[0] if bos is None else bos
+
+    def verbatim(self, text: str) -> tuple[int, ...]:
+        """Token ids with special tokens, unless the text opens with them (a rendered prompt)."""
+        if text.startswith(self.tokenizer.decode([self.prefix_id])):
+            return self._encode(text)
+        if self.add_bos is None:
+            return tuple(self.tokenizer(text)["input_ids"])
+        bos = self.tokenizer.bos_token_id
+        return (
+            (bos, *self._encode(text)) if self.add_bos and bos is not None else self._encode(text)
+        )
 
     def prompt_tokens(self, prompt: str) -> tuple[int, ...]:
         """Token ids of the end of the text; at least one."""
-        return self._encode(prompt)[-self.longest :] or self.eos_ids[:1]
+        return self.verbatim(prompt)[-self.longest :] or (self.prefix_id,)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of generated tokens, its leading whitespace included."""
@@ -82,6 +114,7 @@ class Scorer:
         max_length: most tokens of context and continuation, by default the model's own limit but
             at most 2048; longer ones are cut at the start.
         max_gen_toks: most tokens of a response, for tasks that set no limit.
+        add_bos_token: whether texts begin with BOS; by default as the tokenizer has it.
     """
 
     def __init__(
@@ -89,15 +122,17 @@ class Scorer:
         model: Decoder,
         chat: Chat,
         *,
-        batch_size: int = 16,
+        batch_size: int = _BATCH_SIZE,
         max_length: int | None = None,
         max_gen_toks: int = 256,
+        add_bos_token: bool | None = None,
     ):
         super().__init__()  # lm_eval's, in `register`
         self._model, self._chat, self._batch_size = model, chat, batch_size
         self._mesh = make_mesh((1, -1, 1))
         self._max_length = max_length or min(model.config.max_positions, 2048)
         self._max_gen_toks = max_gen_toks
+        self._text = _Text(chat.tokenizer, chat.eos_ids, add_bos=add_bos_token)
 
     @classmethod
     def load(
@@ -108,6 +143,7 @@ class Scorer:
         dtype: str | None = None,
         system_prompt: str | None = None,
         enable_thinking: bool | str = False,
+        add_bos_token: bool | str | None = None,
         **options: int | str,
     ) -> "Scorer":
         """Loads a model by name (`hub.resolve`).
@@ -121,21 +157,27 @@ class Scorer:
             dtype: of the parameters; by default bfloat16 on accelerators, float32 on a CPU.
             system_prompt: of rendered conversations; by default none.
             enable_thinking: whether a model with that choice (Qwen3) thinks before it answers.
-            **options: `batch_size`, `max_length` and `max_gen_toks` of the class.
+            add_bos_token: whether texts begin with BOS; by default as the tokenizer has it.
+            **options: `batch_size`, `max_length` and `max_gen_toks` of the class, and
+                `max_batch_size`; a batch size of `auto` (or `auto:N`) is the default one.
 
         Raises:
             UserError: a model or adapter that cannot be loaded, a template without the choice to
-                think, or `enable_thinking` that is neither true nor false.
+                think, or an option that is unknown or has an impossible value.
         """
-        thinking = str(enable_thinking).lower()
-        if thinking not in ("true", "false"):
-            raise UserError(f"enable_thinking = {enable_thinking!r}: expected true or false")
+        thinking = _truth("enable_thinking", enable_thinking)
+        bos = None if add_bos_token is None else _truth("add_bos_token", add_bos_token)
+        sizes = _sizes(options)
+        if dtype not in (None, "auto", *_DTYPES):
+            raise UserError(f"dtype = {dtype!r}: expected one of {', '.join(_DTYPES)}")
         folder, _ = hub.resolve(source, revision)
-        chat = Chat.load(folder, system_prompt, thinking == "true")
-        model = checkpoint.load(folder, mesh=make_mesh((1, -1, 1)), dtype=dtype)
+        chat = Chat.load(folder, system_prompt, thinking)
+        # "auto" is lm_eval's word for what the checkpoint stores.
+        held = checkpoint.stored_dtype(folder).name if dtype == "auto" else dtype
+        model = checkpoint.load(folder, mesh=make_mesh((1, -1, 1)), dtype=held)
         if adapter is not None:
             model = lora.load_peft(model, adapter)
-        return cls(model, chat, **{name: int(value) for name, value in options.items()})
+        return cls(model, chat, add_bos_token=bos, **sizes)
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
         """For `(context, continuation)`: log-probability in nats, and whether it is greedy."""
@@ -147,7 +189,9 @@ class Scorer:
         Each token is predicted once, in windows of `max_length`; the last window starts as early
         as it can (lm_eval's `get_rolling_token_windows` with one token of context).
         """
-        windows = [list(self._windows(self._encode(request.args[0]))) for request in requests]
+        windows = [
+            list(self._windows(self._text.verbatim(request.args[0]))) for request in requests
+        ]
         scores = iter(self._score([window for text in windows for window in text]))
         return [sum(next(scores)[0] for _ in text) for text in windows]
 
@@ -160,7 +204,7 @@ class Scorer:
             groups.setdefault((self._cap(settings), _sampling(settings)), []).append(i)
         for (cap, sampling), members in groups.items():
             longest = max(self._max_length - cap, 1)
-            text = _Text(self._chat.tokenizer, self._chat.eos_ids, longest=longest)
+            text = dataclasses.replace(self._text, longest=longest)
             for i, response in generate(
                 self._model,
                 text,
@@ -192,17 +236,16 @@ class Scorer:
         """A conversation, rendered with the chat template."""
         return self._chat.conversation(chat_history, add_generation_prompt)
 
-    def _encode(self, text: str) -> tuple[int, ...]:
-        return tuple(self._chat.tokenizer(text, add_special_tokens=False)["input_ids"])
-
     def _pair(self, context: str, continuation: str) -> TokenExample:
         # As in lm_eval's own models: trailing whitespace belongs to the continuation.
         blanks = len(context) - len(context.rstrip())
         if blanks:
             context, continuation = context[:-blanks], context[-blanks:] + continuation
         if not context:
-            return self._cut(self._chat.eos_ids[:1], self._encode(continuation))
-        whole, before = self._encode(context + continuation), self._encode(context)
+            prefix, after = self._text.prefix_id, self._text.tokens(continuation)
+            # A continuation that brings the prefix itself does not get another.
+            return self._cut((prefix,), after[1:] if after[:1] == (prefix,) else after)
+        whole, before = (self._text.verbatim(text) for text in (context + continuation, context))
         return self._cut(whole[: len(before)], whole[len(before) :])
 
     def _cut(self, before: Sequence[int], after: Sequence[int]) -> TokenExample:
@@ -211,7 +254,7 @@ class Scorer:
         return TokenExample(tuple(before[-(self._max_length + 1 - len(after)) :]), after)
 
     def _windows(self, tokens: Sequence[int]) -> Iterator[TokenExample]:
-        whole, size = (self._chat.eos_ids[0], *tokens), self._max_length
+        whole, size = (self._text.prefix_id, *tokens), self._max_length
         for start in range(0, len(tokens), size):
             end = min(start + size, len(tokens))
             yield TokenExample(whole[max(0, end - size) : start + 1], whole[start + 1 : end + 1])
@@ -233,6 +276,29 @@ class Scorer:
 
     def _cap(self, settings: Mapping[str, Any]) -> int:
         return int(settings.get("max_gen_toks") or self._max_gen_toks)
+
+
+def _truth(name: str, value: bool | str) -> bool:
+    text = str(value).lower()
+    if text not in ("true", "false"):
+        raise UserError(f"{name} = {value!r}: expected true or false")
+    return text == "true"
+
+
+def _sizes(options: Mapping[str, int | str]) -> dict[str, int]:
+    """The whole numbers among `Scorer`'s options."""
+    found: dict[str, int] = {}
+    for name, value in options.items():
+        if name not in ("batch_size", "max_batch_size", "max_length", "max_gen_toks"):
+            raise UserError(f"{name}: no option of a model; see Scorer.load for those that are")
+        if name == "batch_size" and str(value).partition(":")[0] == "auto":
+            value = _BATCH_SIZE
+        if not str(value).isdecimal() or not int(value):
+            raise UserError(f"{name} = {value!r}: expected a whole number above 0")
+        found[name] = int(value)
+    if (most := found.pop("max_batch_size", None)) is not None:
+        found["batch_size"] = min(found.get("batch_size", _BATCH_SIZE), most)
+    return found
 
 
 def _sampling(settings: Mapping[str, Any]) -> Sampling:
@@ -263,6 +329,8 @@ def register() -> type:
         def create_from_arg_obj(cls, arg_dict: dict, additional_config: dict | None = None) -> Any:
             """Loads a model from parsed `--model_args`."""
             given = {**(additional_config or {}), **arg_dict}
+            if not given.get("source"):
+                raise UserError("--model_args: source=CHECKPOINT is missing")
             return cls.load(**{k: v for k, v in given.items() if v is not None and k != "device"})
 
         @classmethod
@@ -270,21 +338,31 @@ def register() -> type:
             cls, arg_string: str, additional_config: dict | None = None
         ) -> Any:
             """Loads a model from `--model_args` as one string."""
-            given = dict(part.split("=", 1) for part in arg_string.split(",") if part)
+            parts = [part.partition("=") for part in arg_string.split(",") if part]
+            if wrong := next((name for name, equals, _ in parts if not equals), None):
+                raise UserError(f"--model_args: {wrong!r} is no NAME=VALUE")
+            given = {name: value for name, _, value in parts}
             return cls.create_from_arg_obj(given, additional_config)
 
     return register_model(NAME)(Model)
 
 
 def main() -> None:
-    """Runs lm_eval's own command."""
+    """Runs lm_eval's own command; a user's error ends it with one line and exit code 2."""
+    cli.quiet_libtpu()
     try:
         register()
-    except UserError as error:
-        sys.exit(f"error: {error}")
-    from lm_eval.__main__ import cli_evaluate
+        from lm_eval.__main__ import cli_evaluate
 
-    cli_evaluate()
+        cli_evaluate()
+    except UserError as error:
+        cli.exit_with("error", error, UserError.exit_code)
+    except Exception as error:
+        # lm_eval reports a bad argument, task or config as an exception of some built-in type.
+        frames = traceback.extract_tb(error.__traceback__)
+        if not any(name in frames[-1].filename for name in _HARNESS):
+            raise
+        cli.exit_with("error", f"lm_eval: {first_line(error)}", UserError.exit_code)
 
 
 if __name__ == "__main__":

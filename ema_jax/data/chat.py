@@ -1,6 +1,7 @@
 """Chat: templates and tokens."""
 
 import dataclasses
+import functools
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,18 +9,15 @@ from typing import Any, NamedTuple
 
 from absl import logging
 
+from ema_jax.data import system_turns
 from ema_jax.errors import UserError
+from ema_jax.models import token_ids
 from ema_jax.runtime.files import read_json, sha256_text
 
-# How a system turn and a user turn open: ChatML (Qwen) and Llama 3.
-_TURNS = (
-    ("<|im_start|>system", "<|im_start|>user"),
-    ("<|start_header_id|>system", "<|start_header_id|>user"),
-)
-# Llama 3.1's template writes a date: today's, where it can, and a rendered prompt would change
-# overnight.
-_DATE = "26 Jul 2024"
-_PROBE, _SYSTEM_PROBE = "PROMPT", "SYSTEM"
+# Stands for a prompt in the rendered template that results record.
+_PLACEHOLDER = "PROMPT"
+# Renderings that are compared: enough to catch one of two random texts (1 in 128 escapes).
+_REPEATS = 8
 
 
 class TokenExample(NamedTuple):
@@ -65,21 +63,16 @@ class Chat:
                 the template refuses or drops, thinking where the template knows no such choice, or
                 no end-of-sequence token.
         """
-        # It would advise to install PyTorch, which nothing here needs.
-        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-        import transformers
-
         folder = Path(folder)
-        cls.check(folder)
-        transformers.logging.set_verbosity_error()
-        try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        except Exception as error:  # the tokenizers library raises plain ones
-            raise UserError(
-                f"{folder}: the tokenizer cannot be read ({first_line(error)}); download it again"
-            ) from None
+        tokenizer = load_tokenizer(folder)
         if not tokenizer.chat_template:
             raise UserError(f"{folder}: the tokenizer has no chat template; use an instruct model")
+        if isinstance(tokenizer.chat_template, dict) and "default" not in tokenizer.chat_template:
+            raise UserError(
+                f"{folder}: several chat templates and none named default "
+                f"({', '.join(tokenizer.chat_template)}); save the one to use as "
+                "chat_template.jinja"
+            )
         if enable_thinking and "enable_thinking" not in str(tokenizer.chat_template):
             raise UserError(
                 f"{folder}: the chat template has no enable_thinking; leave it unset (a model that "
@@ -87,11 +80,15 @@ class Chat:
             )
         chat = cls(
             tokenizer,
-            _eos_ids(folder, tokenizer),
+            eos_ids(folder, tokenizer),
             system_prompt,
             enable_thinking=enable_thinking,
         )
-        chat = dataclasses.replace(chat, left_out=chat._try_template(folder))
+        chat._try_template(folder)
+        if system_prompt is None:
+            left_out = system_turns.own_turn(folder, chat._apply, tokenizer)
+            chat = dataclasses.replace(chat, left_out=left_out)
+        chat._warn_of_endless_responses(folder)
         logging.info(
             "chat template of %s: %r (sha256 %s)", folder.name, chat.template, chat.template_hash
         )
@@ -110,10 +107,14 @@ class Chat:
                 "AutoTokenizer.from_pretrained(…).save_pretrained)"
             )
 
-    def _try_template(self, folder: Path) -> str:
-        """Renders a placeholder; returns the template's own system turn if it has one."""
+    def _try_template(self, folder: Path) -> None:
+        """Refuses a template that fails, or drops or changes what it is given."""
+        user, system = system_turns.probes(self._template_source, "user", "system")
+        messages = [{"role": "user", "content": user}]
+        if self.system_prompt is not None:
+            messages.insert(0, {"role": "system", "content": system})
         try:
-            text = self.render(_PROBE)
+            texts = {self._apply(messages) for _ in range(_REPEATS)}
         except Exception as error:  # Jinja's own kinds and whatever a template raises
             if self.system_prompt is None:
                 raise UserError(
@@ -123,41 +124,38 @@ class Chat:
                 f"{folder}: the chat template takes no system message ({first_line(error)}); "
                 "leave system_prompt unset"
             ) from None
-        if _PROBE not in text:
-            raise UserError(f"{folder}: the chat template drops the prompt; correct it")
-        if self.system_prompt is not None:
-            if self.system_prompt.strip() not in text:
-                raise UserError(
-                    f"{folder}: the chat template drops the system message; leave system_prompt "
-                    "unset, or write it into the prompts"
-                )
-            return ""
-        return self._own_system_turn(folder, text)
-
-    def _own_system_turn(self, folder: Path, text: str) -> str:
-        """The system turn in a text that was rendered without a system message."""
-        before = text.partition(_PROBE)[0]
-        for opens_system, opens_user in _TURNS:
-            if opens_system in before and opens_user in before:
-                return before[before.index(opens_system) : before.index(opens_user)]
-        try:
-            given = self._apply(
-                [
-                    {"role": "system", "content": _SYSTEM_PROBE},
-                    {"role": "user", "content": _PROBE},
-                ]
-            )
-        except Exception:  # no system role, so none of its own either
-            return ""
-        # A template's own turn is where a given one would be: between the same two texts.
-        opening, found, closing = given.partition(_SYSTEM_PROBE)
-        longer = len(text) > len(opening) + len(closing)
-        if found and longer and text.startswith(opening) and text.endswith(closing):
+        if len(texts) > 1:
             raise UserError(
-                f"{folder}: the chat template adds a system message of its own that cannot be left "
-                "out; set system_prompt"
+                f"{folder}: the chat template renders one prompt in several ways; remove what is "
+                "random from it"
             )
-        return ""
+        (text,) = texts
+        if user not in text:
+            raise UserError(f"{folder}: the chat template drops the prompt; correct it")
+        if self.system_prompt is not None and system not in text:
+            raise UserError(
+                f"{folder}: the chat template drops the system message; leave system_prompt "
+                "unset, or write it into the prompts"
+            )
+
+    def _warn_of_endless_responses(self, folder: Path) -> None:
+        """Warns where the template ends a response otherwise than generation does."""
+        user, answer = system_turns.probes(self._template_source, "user", "assistant")
+        try:
+            _, _, after = self.render(user, answer).partition(answer)
+        except Exception:  # a template for prompts alone; `example` will say so where it matters
+            return
+        if not set(self._encode(after)) & set(self.eos_ids):
+            names = ", ".join(map(repr, self.tokenizer.convert_ids_to_tokens(list(self.eos_ids))))
+            ending = repr(after) if after else "nothing"
+            logging.warning(
+                "%s: the chat template ends a response with %s, which holds no end-of-sequence "
+                "token (%s): responses may run to max_new_tokens; name the turn's end as "
+                "eos_token_id in generation_config.json",
+                folder,
+                ending,
+                names,
+            )
 
     @property
     def pad_id(self) -> int:
@@ -180,12 +178,18 @@ class Chat:
         text = self._apply(messages, opened)
         return text if messages[0]["role"] == "system" else text.replace(self.left_out, "", 1)
 
+    @functools.cached_property
+    def _template_source(self) -> str:
+        """The Jinja template, with a clock that stands still."""
+        return system_turns.without_clock(self.tokenizer.get_chat_template())
+
     def _apply(self, messages: list[dict[str, str]], opened: bool | None = None) -> str:
         return self.tokenizer.apply_chat_template(
             messages,
+            chat_template=self._template_source,
             tokenize=False,
             add_generation_prompt=messages[-1]["role"] != "assistant" if opened is None else opened,
-            date_string=_DATE,
+            date_string=system_turns.DATE_STRING,
             enable_thinking=self.enable_thinking,
         )
 
@@ -223,7 +227,7 @@ class Chat:
     @property
     def template(self) -> str:
         """The template rendered around a placeholder."""
-        return self.render(_PROBE)
+        return self.render(_PLACEHOLDER)
 
     @property
     def template_hash(self) -> str:
@@ -231,17 +235,53 @@ class Chat:
         return sha256_text(self.template)
 
 
-def _eos_ids(folder: Path, tokenizer: Any) -> tuple[int, ...]:
-    """The tokenizer's end-of-sequence id and those that the generation config names."""
+def load_tokenizer(folder: Path) -> Any:
+    """The fast tokenizer of a checkpoint folder.
+
+    Raises:
+        UserError: there is none, it cannot be read, or it has ids that the model has no rows for.
+    """
+    # It would advise to install PyTorch, which nothing here needs.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    import transformers
+
+    Chat.check(folder)
+    transformers.logging.set_verbosity_error()
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the tokenizers library raises plain ones
+        raise UserError(
+            f"{folder}: the tokenizer cannot be read ({first_line(error)}); download it again"
+        ) from None
+    rows = _model_config(folder).get("vocab_size")
+    if isinstance(rows, int):
+        # Also tokens that transformers adds while it loads, which no file gives an id.
+        token_ids.check_largest(folder, *token_ids.largest_of(tokenizer.get_vocab()), rows)
+    return tokenizer
+
+
+def _model_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    config = read_json(path) if path.exists() else {}
+    return config if isinstance(config, dict) else {}
+
+
+def eos_ids(folder: Path, tokenizer: Any) -> tuple[int, ...]:
+    """The tokenizer's end-of-sequence id and those that the configs name.
+
+    `config.json` counts where `generation_config.json` names none, as in transformers.
+    """
     ids = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     path = folder / "generation_config.json"
-    if path.exists():
-        config = read_json(path)
-        named = config.get("eos_token_id") if isinstance(config, dict) else "no JSON object"
-        named = [] if named is None else named if isinstance(named, list) else [named]
-        if not all(isinstance(i, int) and 0 <= i < len(tokenizer) for i in named):
-            raise UserError(f"{path}: eos_token_id is {named}, expected ids of the tokenizer")
-        ids += named
+    config = read_json(path) if path.exists() else {}
+    named = config.get("eos_token_id") if isinstance(config, dict) else "no JSON object"
+    if named is None:
+        path, named = folder / "config.json", _model_config(folder).get("eos_token_id")
+    named = [] if named is None else named if isinstance(named, list) else [named]
+    largest, _ = token_ids.largest_of(tokenizer.get_vocab())
+    if not all(type(i) is int and 0 <= i <= largest for i in named):
+        raise UserError(f"{path}: eos_token_id is {named}, expected ids of the tokenizer")
+    ids += named
     if not ids:
         raise UserError(f"{folder}: the tokenizer names no end-of-sequence token")
     return tuple(dict.fromkeys(ids))

@@ -19,7 +19,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from ema_jax.errors import UserError
-from ema_jax.models import gguf_folder, orbax_folder, streaming
+from ema_jax.models import gguf_folder, orbax_folder, streaming, token_ids
 from ema_jax.models.config import FAMILIES, DecoderConfig
 from ema_jax.models.decoder import Decoder, LoRAParam
 from ema_jax.models.gguf_file import GgufFile
@@ -27,7 +27,7 @@ from ema_jax.models.orbax_folder import is_flax_folder
 from ema_jax.models.safetensors_files import WeightFiles, write_weights
 from ema_jax.models.sharding import host_array, make_mesh, parameter_shardings
 from ema_jax.runtime import distributed
-from ema_jax.runtime.files import TensorSpec, atomic_path
+from ema_jax.runtime.files import TensorSpec, atomic_path, sha256_file, sha256_json
 
 MAX_SHARD_BYTES = 5 * 10**9
 
@@ -90,10 +90,12 @@ def check(folder: str | Path) -> DecoderConfig:
     """Validates a model folder without reading its weights, and returns its architecture.
 
     Raises:
-        UserError: a file is missing or damaged, or does not match the architecture.
+        UserError: a file is missing or damaged, or does not match the architecture, or the
+            tokenizer has more ids than the embedding rows.
     """
     folder = Path(folder)
     config = DecoderConfig.from_folder(folder)
+    token_ids.check_folder(folder, config.vocab_size)
     parameters = _parameters(abstract_decoder(config))
     if is_flax_folder(folder):
         orbax_folder.check(folder, {path: leaf.shape for path, leaf in parameters.items()})
@@ -357,12 +359,31 @@ def stored_dtype(folder: str | Path) -> np.dtype:
     return _stored_weights(folder).dtype()
 
 
+def token_files(folder: str | Path) -> dict[str, str]:
+    """SHA-256 of each file that decides the tokens: tokenizer, chat templates, generation config.
+
+    A file that is not there is not named.
+    """
+    folder = Path(folder)
+    templates = sorted(folder.glob("additional_chat_templates/*.jinja"))
+    names = [*_COMPANIONS, *(str(path.relative_to(folder)) for path in templates)]
+    return {name: sha256_file(folder / name) for name in names if (folder / name).exists()}
+
+
 def fingerprint(folder: str | Path) -> str:
-    """SHA-256 that identifies a checkpoint without reading all of it.
+    """SHA-256 that identifies a checkpoint, with all that decides its tokens, in a moment.
+
+    Over `weights_fingerprint` and `token_files`.
+    """
+    return sha256_json([weights_fingerprint(folder), token_files(folder)])
+
+
+def weights_fingerprint(folder: str | Path) -> str:
+    """SHA-256 that identifies a checkpoint's weights without reading all of them.
 
     Over `config.json`, `tokenizer.json`, and the name, size, header and the first and last MiB of
     the data of every safetensors file or of the GGUF file; for a Flax folder, over the hash in its
-    manifest.
+    manifest. (Studies made before `fingerprint` covered more recorded this.)
     """
     folder, digest, mib = Path(folder), hashlib.sha256(), 1 << 20
     for name in ("config.json", "tokenizer.json"):

@@ -189,6 +189,12 @@ class DecoderConfig:
         try:
             config = parse_json(path.read_text(encoding="utf-8-sig"))
         except FileNotFoundError:
+            adapter = path.with_name("adapter_config.json")
+            if adapter.exists():
+                raise UserError(
+                    f"{path.parent}: an adapter ({adapter.name}) and no model; name the model that "
+                    "it was trained on, or merge the two (PEFT: merge_and_unload)"
+                ) from None
             raise UserError(f"{path}: no such file; a checkpoint folder has config.json") from None
         except ValueError as error:
             raise UserError(f"{path}: not valid JSON ({error})") from None

@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NoReturn
 
@@ -24,12 +25,16 @@ class ModelSource:
         folder: a Hugging Face or Flax checkpoint folder, or that of a GGUF file in the cache.
         revision: the commit of a Hub id; None for a local folder.
         fingerprint: `checkpoint.fingerprint` of the folder.
+        weights_fingerprint: `checkpoint.weights_fingerprint` of it.
+        token_files: `checkpoint.token_files` of it.
     """
 
     given: str
     folder: Path
     revision: str | None
     fingerprint: str
+    weights_fingerprint: str = ""
+    token_files: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def id(self) -> str:
@@ -66,7 +71,14 @@ def find_cached(given: str, revision: str | None = None) -> ModelSource | None:
 
 def _checked(given: str, folder: Path, revision: str | None) -> ModelSource:
     checkpoint.check(folder)
-    return ModelSource(given, folder, revision, checkpoint.fingerprint(folder))
+    return ModelSource(
+        given,
+        folder,
+        revision,
+        checkpoint.fingerprint(folder),
+        checkpoint.weights_fingerprint(folder),
+        checkpoint.token_files(folder),
+    )
 
 
 def resolve(source: str, revision: str | None = None) -> tuple[Path, str | None]:

@@ -16,13 +16,14 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from safetensors.numpy import save_file
 
 from ema_jax.errors import UserError
+from ema_jax.models import peft_config, token_ids
 from ema_jax.models.checkpoint import TENSORS
 from ema_jax.models.decoder import Decoder, DropoutKey, Linear, LoRAParam
+from ema_jax.models.peft_config import ADAPTER_CONFIG, WEIGHTS
 from ema_jax.models.sharding import host_array
-from ema_jax.runtime.files import atomic_path, read_json, read_tensors
+from ema_jax.runtime.files import atomic_path, read_tensors
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-ADAPTER_CONFIG = "adapter_config.json"
 _PEFT_PREFIX = "base_model.model."
 
 
@@ -159,67 +160,64 @@ def save_peft(model: Decoder, folder: str | Path, config: LoRAConfig, base: str)
     }
     with atomic_path(folder) as temporary:
         temporary.mkdir()
-        save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
+        save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
         (temporary / ADAPTER_CONFIG).write_text(json.dumps(description, indent=2) + "\n")
 
 
-# Options of PEFT that this decoder does not support.
-_UNSUPPORTED = (
-    "use_dora",
-    "lora_bias",
-    "fan_in_fan_out",
-    "rank_pattern",
-    "alpha_pattern",
-    "modules_to_save",
-    "layers_to_transform",
-)
-
-
 def load_peft(model: Decoder, folder: str | Path) -> Decoder:
-    """Attaches the adapters of a PEFT folder.
+    """Attaches the adapters of a PEFT folder; layers that have none get zeros.
 
     Raises:
-        UserError: a file is missing, the kind of adapter is unsupported, or a tensor is missing,
-            misshaped or unknown to this model. (A wrong prefix would be a silent no-op.)
+        UserError: a file is missing, the adapter is no plain LoRA, a tensor is missing, misshaped
+            or unknown to this model, or the folder's tokenizer has ids that the model has no rows
+            for. (A wrong prefix would be a silent no-op.)
     """
     folder = Path(folder)
-    path = folder / "adapter_model.safetensors"
+    path = folder / WEIGHTS
+    description = peft_config.read(folder)
     tensors, _ = read_tensors(path)
-    targets = tuple(t for t in TARGETS if any(f".{t}.lora_" in key for key in tensors))
-    model = attach(model, _read_config(folder / ADAPTER_CONFIG, targets), jax.random.key(0))
-    for target in targets:
-        linear: Linear = getattr(model.blocks, target)
-        for side, name in (("lora_a", "lora_A"), ("lora_b", "lora_B")):
-            keys = [
-                f"{_PEFT_PREFIX}{_module_name(target).format(l=i)}.{name}.weight"
-                for i in range(model.config.num_layers)
-            ]
-            shape = getattr(linear, side).shape[:0:-1]
-            for key in keys:
-                if key not in tensors:
-                    raise UserError(f"{path}: {key} is missing for this model")
-                if tensors[key].shape != shape:
-                    raise UserError(
-                        f"{path}: {key} has shape {tensors[key].shape}, this model makes it {shape}"
-                    )
-            stacked = np.stack([tensors.pop(key).T for key in keys])
-            setattr(linear, side, LoRAParam(jnp.asarray(stacked, jnp.float32)))
+    token_ids.check_folder(folder, model.config.vocab_size)
+    modules = {
+        _PEFT_PREFIX + _module_name(target).format(l=layer): (target, layer)
+        for target in TARGETS
+        for layer in range(model.config.num_layers)
+    }
+    named = {key.partition(".lora_")[0] for key in tensors}
+    adapted = [name for name in modules if description.adapts(name, named)]
+    if not adapted:
+        raise UserError(f"{path}: {next(iter(tensors), 'nothing')} is no projection of this model")
+    rank = description.rank
+    factors: dict[tuple[str, int], tuple[np.ndarray, np.ndarray]] = {}
+    for module in adapted:
+        size_in, size_out = model.config.projections[modules[module][0]]
+        factors[modules[module]] = (
+            _take(tensors, f"{module}.lora_A.weight", (rank, size_in), path),
+            _take(tensors, f"{module}.lora_B.weight", (size_out, rank), path),
+        )
     if tensors:
         raise UserError(f"{path}: {next(iter(tensors))} is no projection of this model")
+    targets = tuple(t for t in TARGETS if any(target == t for target, _ in factors))
+    config = LoRAConfig(rank, description.alpha, description.rslora, targets)
+    model = attach(model, config, jax.random.key(0))
+    for target in targets:
+        linear: Linear = getattr(model.blocks, target)
+        for place, side in enumerate(("lora_a", "lora_b")):
+            stack = np.zeros(getattr(linear, side).shape, np.float32)
+            for layer in range(model.config.num_layers):
+                if (target, layer) in factors:
+                    stack[layer] = factors[target, layer][place].T
+            setattr(linear, side, LoRAParam(jnp.asarray(stack)))
     return model
 
 
-def _read_config(path: Path, targets: tuple[str, ...]) -> LoRAConfig:
-    read = read_json(path)
-    if not isinstance(read, dict) or read.get("peft_type") != "LORA":
-        raise UserError(f"{path}: peft_type is not LORA")
-    for key in _UNSUPPORTED:
-        if read.get(key):
-            raise UserError(f"{path}: {key} = {read[key]!r} is not supported")
-    if read.get("bias", "none") != "none":
-        raise UserError(f"{path}: bias = {read['bias']!r} is not supported (none)")
-    try:
-        rank, alpha = int(read["r"]), float(read["lora_alpha"])
-    except (KeyError, TypeError, ValueError):
-        raise UserError(f"{path}: r or lora_alpha is missing or no number") from None
-    return LoRAConfig(rank, alpha, bool(read.get("use_rslora")), targets)
+def _take(
+    tensors: dict[str, np.ndarray], key: str, shape: tuple[int, int], path: Path
+) -> np.ndarray:
+    """Takes a tensor out, which has to be there and of this shape."""
+    if key not in tensors:
+        raise UserError(f"{path}: {key} is missing for this model")
+    if tensors[key].shape != shape:
+        raise UserError(
+            f"{path}: {key} has shape {tensors[key].shape}, this model makes it {shape}"
+        )
+    return tensors.pop(key)

@@ -242,6 +242,8 @@ def _what_else(folder: Path) -> str:
         ("model-*-of-*.safetensors", f"{{}} without its {INDEX}"),
         ("consolidated*.safetensors", "only weights in Mistral's own format ({})"),
         ("adapter_model.safetensors", "an adapter ({}) and not a model"),
+        ("adapter_model*.bin", "a pickled adapter ({}) and not a model"),
+        ("adapter_config.json", "an adapter's description ({}) and no model"),
         ("*.gguf", "only GGUF weights (name {} itself)"),
         ("*.bin", "only pickled weights ({})"),
         ("*.pth", "only pickled weights ({})"),

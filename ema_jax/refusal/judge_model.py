@@ -13,8 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from ema_jax.data.batching import map_batches, pad_prompts
-from ema_jax.data.chat import Chat
-from ema_jax.errors import UserError
+from ema_jax.data.chat import Chat, eos_ids, load_tokenizer
 from ema_jax.models import checkpoint, hub
 from ema_jax.models.config import DecoderConfig
 from ema_jax.models.decoder import Decoder
@@ -52,13 +51,8 @@ class Verbatim(Chat):
     @classmethod
     def of(cls, folder: Path) -> "Verbatim":
         """Reads a checkpoint's tokenizer; it needs no chat template."""
-        import transformers
-
-        transformers.logging.set_verbosity_error()
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        if tokenizer.eos_token_id is None:
-            raise UserError(f"{folder}: the tokenizer names no end-of-sequence token")
-        return cls(tokenizer, (tokenizer.eos_token_id,))
+        tokenizer = load_tokenizer(folder)
+        return cls(tokenizer, eos_ids(folder, tokenizer))
 
     def render(self, prompt: str, response: str | None = None) -> str:
         """The prompt itself."""

@@ -1,6 +1,7 @@
 """Start, log lines and exit codes of every command."""
 
 import errno
+import glob
 import os
 import re
 import sys
@@ -20,6 +21,8 @@ _PACKAGE = str(Path(__file__).parents[1]) + os.sep
 _ORBAX = f"{os.sep}orbax{os.sep}"
 _MISSING_FLAG = re.compile(r"flag --(\S+)=None: Flag --\1 must have a value other than None\.")
 _TRACEBACK = "Traceback (most recent call last):"
+# Chips up to v4, and later ones (as any device that is passed through).
+_TPU_DEVICES = ("/dev/accel*", "/dev/vfio/[0-9]*")
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 _BAD_PATH = (PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
 
@@ -38,21 +41,33 @@ def run(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
     """
     # XLA's C++ log would print its own banner before the project's first line.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    quiet_libtpu()
     try:
         app.run(main, flags_parser=_parse_flags)
     except UserError as error:
-        _exit("error", error, UserError.exit_code)
+        exit_with("error", error, UserError.exit_code)
     except RunStoppedError as error:
-        _exit("stopped", error, RunStoppedError.exit_code)
+        exit_with("stopped", error, RunStoppedError.exit_code)
     except KeyboardInterrupt:
-        _exit("stopped", "interrupted", INTERRUPTED_EXIT_CODE)
+        exit_with("stopped", "interrupted", INTERRUPTED_EXIT_CODE)
     except OSError as error:
         if error.errno in _FULL_DISK:
-            _exit("stopped", f"{error.filename or 'disk'}: no space left", 3)
+            exit_with("stopped", f"{error.filename or 'disk'}: no space left", 3)
         if isinstance(error, _BAD_PATH) and error.filename:
-            _exit("error", f"{error.filename}: {error.strerror}", UserError.exit_code)
+            exit_with("error", f"{error.filename}: {error.strerror}", UserError.exit_code)
         raise
     sys.exit(0)
+
+
+def quiet_libtpu() -> None:
+    """Keeps libtpu, where it is installed and no TPU is, from printing errors; before JAX starts.
+
+    JAX asks every installed backend for devices. libtpu prints alarming lines, past all log levels,
+    if it cannot tell which TPU it is on; told, it finds no device and says nothing.
+    """
+    if not any(glob.glob(pattern) for pattern in _TPU_DEVICES):
+        os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
+        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 
 
 def keep_compiled_programs() -> None:
@@ -119,7 +134,8 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
     return rest
 
 
-def _exit(kind: str, message: object, code: int) -> NoReturn:
+def exit_with(kind: str, message: object, code: int) -> NoReturn:
+    """Ends the process with one line on stderr, `kind: message`."""
     line = " ".join(str(message).split())
     print(f"{kind}: {line}", file=sys.stderr)
     sys.exit(code)

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from absl import logging
+
 from ema_jax.config import SensitivityConfig, StudyConfig
 from ema_jax.models.config import DecoderConfig
 from ema_jax.models.hub import ModelSource
@@ -193,10 +195,24 @@ class Study:
     def settings(self) -> dict[str, Settings]:
         """Instance → settings that tell this study from another."""
         return {
-            instance.name: instance.stage.settings(self, *instance.arguments)
+            instance.name: self._settings(instance)
             for instance in self.instances()
             if not instance.stage.repeatable
         }
+
+    def _settings(self, instance: Instance) -> Settings:
+        """The settings of an instance: of an older one, those that were recorded then."""
+        found = instance.stage.settings(self, *instance.arguments)
+        if instance.name in self.token_files_unrecorded:
+            found["model"] = self.session.first_settings()
+        return found
+
+    @functools.cached_property
+    def token_files_unrecorded(self) -> tuple[str, ...]:
+        """Finished instances that did not record template, tokenizer and generation config."""
+        made = {each.name: self.workdir.manifest(each.name) for each in self.instances()}
+        models = {name: found["settings"].get("model") for name, found in made.items() if found}
+        return tuple(name for name, model in models.items() if model and "token_files" not in model)
 
     def plan(self) -> Iterator[tuple[str, bool]]:
         """Every instance in order, and whether it was finished here."""
@@ -213,11 +229,19 @@ class Study:
         """Runs what is wanted and not yet done, in order."""
         self.workdir.check(self.settings())
         self.check(self.session.mesh.shape)  # now, not after the prompts are made
+        if self.token_files_unrecorded:
+            logging.warning(
+                "%s: the stages %s were finished before the chat template, the tokenizer's other "
+                "files, the generation config and the Hub revision were recorded; whether these "
+                "changed since cannot be told",
+                self.workdir.path,
+                ", ".join(self.token_files_unrecorded),
+            )
         for instance in self.instances():
             # What the first rules judged is complete: only its figures may be made again.
             closed = self.judged_by_first_rules and instance.stage.name not in AFTER_RUNS
             if not closed and self.workdir.wanted(instance.name):
-                settings = instance.stage.settings(self, *instance.arguments)
+                settings = self._settings(instance)
                 work = functools.partial(self._work, instance)
                 self.workdir.run(instance.name, settings, self._needs(instance), work)
 

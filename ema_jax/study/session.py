@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from ema_jax.data.chat import Chat, TokenExample
 from ema_jax.data.domains import BENIGN
 from ema_jax.data.prompts import Prompt
 from ema_jax.generation.sampler import GREEDY, Sampling
-from ema_jax.models import checkpoint, gguf_folder, hub, lora
+from ema_jax.models import checkpoint, gguf_folder, hub, lora, peft_config
 from ema_jax.models.config import DecoderConfig
 from ema_jax.models.decoder import Decoder
 from ema_jax.models.hub import ModelSource
@@ -73,6 +73,7 @@ class ModelSession:
     @functools.cached_property
     def base(self) -> Decoder:
         """The untouched model."""
+        _ = self.chat  # whose faults are found before weights are read
         return _load(self.source.folder, self.config.model.dtype, self.mesh)
 
     @functools.cached_property
@@ -93,7 +94,7 @@ class ModelSession:
 
     def trained(self, folder: Path) -> Decoder:
         """The model that an arm left in a folder: adapters on the base, or a whole checkpoint."""
-        if (folder / lora.ADAPTER_CONFIG).exists():
+        if (folder / peft_config.ADAPTER_CONFIG).exists():
             return lora.load_peft(self.base, folder)
         return checkpoint.load(folder, mesh=self.mesh, dtype=self.config.model.dtype)
 
@@ -189,11 +190,19 @@ class ModelSession:
             name: {domain: x[rows] for domain, rows in places.items()} for name, x in pooled.items()
         }
 
-    def settings(self) -> Mapping[str, Any]:
-        """The model's identity, as a stage's settings record it."""
+    def settings(self) -> dict[str, Any]:
+        """The model's identity, as a stage's settings record it.
+
+        The files come first: where one changed, it is named, and not the hash over all of them.
+        """
+        tokens = {"token_files": dict(self.source.token_files), "revision": self.source.revision}
+        return tokens | self.first_settings() | {"fingerprint": self.source.fingerprint}
+
+    def first_settings(self) -> dict[str, Any]:
+        """`settings` as recorded before they covered template, tokenizer and generation config."""
         config = self.config.model
         return {
-            "fingerprint": self.source.fingerprint,
+            "fingerprint": self.source.weights_fingerprint,
             "dtype": config.dtype,
             "system_prompt": config.system_prompt,
             # Only where it is on: folders made before the field existed can still be resumed.

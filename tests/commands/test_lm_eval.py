@@ -193,7 +193,9 @@ def test_lm_eval_runs_a_task_of_its_own(tmp_path):
     assert found == pytest.approx(right / len(rows))
 
 
-def test_without_lm_eval_it_says_what_to_install(monkeypatch):
+def test_without_lm_eval_it_says_what_to_install(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
-    with pytest.raises(SystemExit, match=r"error: lm_eval is not installed; pip install"):
+    with pytest.raises(SystemExit) as stopped:
         adapter.main()
+    assert stopped.value.code == 2
+    assert "error: lm_eval is not installed; pip install" in capsys.readouterr().err

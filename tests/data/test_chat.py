@@ -3,14 +3,10 @@
 import json
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from tiny_tokenizers import write_tokenizer
 
 from ema_jax.data.chat import Chat
 from ema_jax.errors import UserError
-
-SPECIALS = ["<|im_start|>", "<|im_end|>", "<|endoftext|>", "<s>", "</s>", "[INST]", "[/INST]"]
-SPECIALS += ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 
 # Qwen2.5: a system turn of its own where none is given.
 QWEN25 = """\
@@ -157,19 +153,6 @@ FORMS = {
         LLAMA_SYSTEM + "Today Date: 26 Jul 2024\n\nBe brief.<|eot_id|>" + LLAMA_USER,
     ),
 }
-
-
-def write_tokenizer(folder, template, bos=None, eos="<|im_end|>"):
-    """A tokenizer of single bytes and the families' special tokens; there is no pad token."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({byte: i for i, byte in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(SPECIALS)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=bos, eos_token=eos)
-    fast.chat_template = template
-    fast.save_pretrained(folder)
-    return fast
 
 
 @pytest.fixture(params=FORMS)

@@ -25,7 +25,8 @@ def sketch(folder: Path, only=None, killed: str | None = None, **changes) -> lis
         folder: the study's.
         only: as `--stage`.
         killed: the instance of a stage in which the process dies.
-        changes: to the config; `fingerprint` to that of the model.
+        changes: to the config; `fingerprint`, `weights_fingerprint`, `token_files` and `revision`
+            to those of the model.
     """
     done: list[str] = []
 
@@ -40,7 +41,14 @@ def sketch(folder: Path, only=None, killed: str | None = None, **changes) -> lis
         return [path]
 
     config = small_config()
-    source = ModelSource("x", CHECKPOINTS / "qwen2", None, changes.pop("fingerprint", "f"))
+    source = ModelSource(
+        "x",
+        CHECKPOINTS / "qwen2",
+        changes.pop("revision", None),
+        changes.pop("fingerprint", "f"),
+        changes.pop("weights_fingerprint", "w"),
+        changes.pop("token_files", {"tokenizer.json": "t"}),
+    )
     config.arms = changes.pop("arms", config.arms.to_dict())
     config.update(changes)
     stages = [dataclasses.replace(s, run=functools.partial(noting, s)) for s in STAGES]

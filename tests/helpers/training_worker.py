@@ -97,4 +97,4 @@ if __name__ == "__main__":
     except Exception as error:  # as every command ends
         if not hasattr(error, "exit_code"):
             raise
-        cli._exit("stopped", error, error.exit_code)
+        cli.exit_with("stopped", error, error.exit_code)

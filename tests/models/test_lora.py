@@ -151,7 +151,7 @@ def _without(tensors, part):
 
 
 BROKEN = {
-    "no weights": (lambda f: (f / WEIGHTS).unlink(), "no such file"),
+    "no weights": (lambda f: (f / WEIGHTS).unlink(), "holds adapter_config.json without adapter"),
     "no config": (lambda f: (f / "adapter_config.json").unlink(), "no such file"),
     "truncated": (lambda f: (f / WEIGHTS).write_bytes(b"1234"), "not a readable safetensors file"),
     "wrong prefix": (
