@@ -155,6 +155,9 @@ class Leases:
                 json.dump(Holder.this()._asdict(), file)
         except FileExistsError:
             return None
+        except FileNotFoundError:  # a lock that was released took the folder with it
+            self._folder.mkdir(parents=True, exist_ok=True)
+            return None
         return Lease(path, self._expiry)
 
     def look(self, unit: str) -> tuple[Holder | None, Any]:

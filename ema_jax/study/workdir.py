@@ -133,8 +133,10 @@ class Workdir:
                 "stages before it are kept, and the same command resumes from there"
             )
         logging.info("%s", stage)
-        if distributed.is_first():  # an older record is not of the files that are written now
-            self.manifest_path(stage).unlink(missing_ok=True)
+        if manifest is not None:  # an older record is not of the files that are written now
+            distributed.barrier(stage)  # every process has read it
+            if distributed.is_first():
+                self.manifest_path(stage).unlink(missing_ok=True)
         start = time.monotonic()
         unfinished = self.path / ".partial" / stage.replace("/", ".")
         partial = unfinished / sha256_json([settings, hashes])[:16]
