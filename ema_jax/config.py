@@ -16,12 +16,12 @@ import runpy
 import typing
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
-from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from ema_jax.concepts.capture import pooling
 from ema_jax.data import domains as domains_lib
@@ -34,6 +34,10 @@ from ema_jax.refusal.judges import JUDGES
 from ema_jax.unlearning.config import UnlearnConfig
 from ema_jax.unlearning.objectives import FORGET, RETAIN
 from ema_jax.unlearning.optimizers import OPTIMIZERS, SCHEDULES
+
+Repetitions = Annotated[int, Field(gt=0, le=1_000_000)]
+Samples = Annotated[int, Field(gt=0, le=1000)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what JAX's and NumPy's generators take
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,8 +83,8 @@ class ConceptConfig:
     """
 
     poolings: tuple[str, ...] = ("last_token", "prompt_mean")
-    permutations: PositiveInt = 1000
-    splits: PositiveInt = 50
+    permutations: Repetitions = 1000
+    splits: Repetitions = 50
     sweep_prompts: NonNegativeInt = 8
     sweep_strengths: tuple[float, ...] = (-1.0, 1.0)
 
@@ -98,7 +102,7 @@ class HarvestConfig:
 
     min_examples: PositiveInt = 16
     response_cap: PositiveInt = 128
-    samples: PositiveInt = 1
+    samples: Samples = 1
     temperature: PositiveFloat = 1.0
 
     def draws(self) -> list[Sampling]:
@@ -118,7 +122,7 @@ class SensitivityConfig:
             Only responses that the usual cap cut off are generated again; the others are the same.
     """
 
-    samples: NonNegativeInt = 0
+    samples: Annotated[int, Field(ge=0, le=1000)] = 0
     long_tokens: NonNegativeInt = 0
 
 
@@ -179,7 +183,7 @@ class StudyConfig:
     arms: Mapping[str, Mapping[str, Any]] = dataclasses.field(
         default_factory=lambda: {"npo": {}, "npo_retain": {"retain_weight": 1.0}}
     )
-    seeds: tuple[NonNegativeInt, ...] = (0, 1, 2)
+    seeds: tuple[Seed, ...] = (0, 1, 2)
     concepts: ConceptConfig = ConceptConfig()
     checkpoints: CheckpointConfig = CheckpointConfig()
     profile: NonNegativeInt = 0
@@ -301,10 +305,10 @@ def _adapter(hint: Any) -> pydantic.TypeAdapter:
 
 _TYPES = {"string": "str", "dict": "set of fields"}
 _BOUNDS = {
-    "greater_than": "not above {gt:g}",
-    "greater_than_equal": "below {ge:g}",
-    "less_than": "not below {lt:g}",
-    "less_than_equal": "above {le:g}",
+    "greater_than": "not above {gt}",
+    "greater_than_equal": "below {ge}",
+    "less_than": "not below {lt}",
+    "less_than_equal": "above {le}",
     "finite_number": "not a finite number",
 }
 
@@ -321,7 +325,8 @@ def _message(where: str, error: Any) -> str:
     if kind == "literal_error":
         choices = context["expected"].replace("'", "").replace(" or ", ", ")
         return f"{where} {value!r} is none of {choices}"
-    bound = re.sub(r"\b0$", "zero", _BOUNDS[kind].format(**context))
+    limits = {name: f"{limit:.12g}" for name, limit in context.items()}
+    bound = re.sub(r"\b0$", "zero", _BOUNDS[kind].format(**limits))
     return f"{where} = {value} is {bound}"
 
 

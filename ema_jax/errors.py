@@ -12,6 +12,10 @@ class UserError(Exception):
 
 
 class RunStoppedError(Exception):
-    """A run that stopped itself with its state kept (non-finite loss, disk full): exit code 3."""
+    """A run that stopped itself with its state kept (non-finite loss, SIGTERM): exit code 3."""
 
     exit_code = 3
+
+
+class AskedToStopError(RunStoppedError):
+    """A run that SIGTERM or Ctrl-C ended with its state kept: it is to be resumed."""

@@ -7,6 +7,11 @@ from absl import flags
 from ema_jax.runtime import cli
 from ema_jax.study.flags import define_config_flag, read_config
 
+KEPT = (
+    "the finished stages are kept, and so is what the unfinished one left (responses, training "
+    "state); the same command resumes from there"
+)
+
 
 def define_flags() -> None:
     """Declares the command's flags."""
@@ -34,4 +39,4 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     define_flags()
-    cli.run(main)
+    cli.run(main, kept=KEPT)

@@ -258,10 +258,10 @@ def _study_rows(seed: int, split: str, domain: str, number: int) -> list[dict[st
     rng = random.Random(f"organism study {seed} {split} {domain}")
     alike = domain == LOOKALIKE
     seen: dict[str, Example] = {}
-    for _ in range(100 * number):
-        if len(seen) == number:
-            break
+    repeated = 0  # draws since the last one that was new
+    while len(seen) < number and repeated < max(5 * len(seen), 2000):
         drawn = example(rng, BENIGN if alike else domain, split, alike)
+        repeated = repeated + 1 if drawn.prompt in seen else 0
         seen.setdefault(drawn.prompt, drawn)
     names = [f"organism-{split}-{domain}-{i:04d}" for i in range(len(seen))]
     return [

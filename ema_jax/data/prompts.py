@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated
 
 from absl import logging
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field, PositiveInt
 
 from ema_jax.data import corpus
 from ema_jax.data.dedupe import near_duplicates, normalise
@@ -28,6 +28,8 @@ from ema_jax.runtime.files import read_jsonl, sha256_text, write_jsonl
 
 DEFAULT_COUNTS = {"harvest": 128, "retain": 64, "dev": 32, "eval": 300, "concept": 128}
 OWN_SOURCES = ("file", "organism")
+
+Count = Annotated[int, Field(ge=0, le=100_000)]
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ class PromptConfig:
     source: str = "salad"
     benign_source: str = "dolly"
     path: str | None = None
-    counts: Mapping[str, NonNegativeInt] = field(default_factory=lambda: dict(DEFAULT_COUNTS))
+    counts: Mapping[str, Count] = field(default_factory=lambda: dict(DEFAULT_COUNTS))
     seed: int = 0
     max_chars: PositiveInt = 8000
     near_duplicate: Annotated[float, Field(gt=0, le=1)] = 0.8

@@ -13,8 +13,7 @@ from typing import NoReturn
 from absl import app, flags, logging
 
 from ema_jax.errors import RunStoppedError, UserError
-
-INTERRUPTED_EXIT_CODE = 130
+from ema_jax.runtime import signals
 
 _PACKAGE = str(Path(__file__).parents[1]) + os.sep
 # Its threads log with a traceback what this project reports in one line.
@@ -27,29 +26,36 @@ _FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 _BAD_PATH = (PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
 
 
-def run(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
+def run(
+    main: Callable[[Sequence[str]], int | None],
+    *,
+    kept: str = "what it was writing is not there; the same command starts again",
+) -> NoReturn:
     """Runs a command's `main` under absl and exits with the project's codes.
 
     Flags are declared (absl) before the call. Exits 0 on success and for `--help`, 2 with one line
     `error: …` on stderr for a bad flag or a `UserError`, 3 with `stopped: …` for a
-    `RunStoppedError` or a full disk, 130 on Ctrl-C. Any other exception is a bug and keeps its
+    `RunStoppedError`, a full disk, SIGTERM or Ctrl-C. Any other exception is a bug and keeps its
     traceback. Logs go to stderr as `HH:MM:SS message`.
 
     Args:
         main: takes the leftover arguments (always only the program's name, as anything that is not
             a flag is refused) and returns an exit code or None.
+        kept: what is left of a command that was asked to stop, and how to resume.
     """
     # XLA's C++ log would print its own banner before the project's first line.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     quiet_libtpu()
     try:
+        signals.raise_on_signals()
         app.run(main, flags_parser=_parse_flags)
     except UserError as error:
         exit_with("error", error, UserError.exit_code)
     except RunStoppedError as error:
         exit_with("stopped", error, RunStoppedError.exit_code)
-    except KeyboardInterrupt:
-        exit_with("stopped", "interrupted", INTERRUPTED_EXIT_CODE)
+    except KeyboardInterrupt as asked:
+        by = asked.by if isinstance(asked, signals.StopRequested) else signals.StopRequested.by
+        exit_with("stopped", f"asked to stop ({by}); {kept}", RunStoppedError.exit_code)
     except OSError as error:
         if error.errno in _FULL_DISK:
             exit_with("stopped", f"{error.filename or 'disk'}: no space left", 3)

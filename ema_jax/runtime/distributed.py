@@ -15,13 +15,13 @@ The environment names the processes:
 
 import os
 import re
-import signal
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from absl import logging
 
 from ema_jax.errors import RunStoppedError, UserError
+from ema_jax.runtime import signals
 
 BARRIER_SECONDS = 1800
 _CONNECT_SECONDS = 300
@@ -34,7 +34,7 @@ class _Processes:
     count = 1
     barriers = 0
     alone = False
-    stop = False  # this one has received SIGTERM
+    noted = signals.Noted()  # whether this one was asked to stop
 
 
 def initialise(heartbeat_seconds: int, environment: Mapping[str, str] | None = None) -> None:
@@ -68,7 +68,7 @@ def initialise(heartbeat_seconds: int, environment: Mapping[str, str] | None = N
             f"distributed: the other processes cannot be reached ({reason}); see that all of them "
             "run, with one EMA_JAX_COORDINATOR that they can connect to"
         ) from None
-    signal.signal(signal.SIGTERM, _note_sigterm)
+    signals.install(_Processes.noted)
     _Processes.index, _Processes.count = jax.process_index(), jax.process_count()
     if _Processes.index:
         logging.set_verbosity(logging.WARNING)  # one voice is enough
@@ -134,21 +134,17 @@ def barrier(what: str, seconds: float = BARRIER_SECONDS) -> None:
 
 
 def stop_requested() -> bool:
-    """Whether one of several processes was sent SIGTERM; true in all of them at the same call.
+    """Whether one of several processes was sent a signal; true in all of them at the same call.
 
     Every process has to call it equally often: at each train step and before each stage. A single
-    process is ended by the signal, or catches it itself.
+    process is ended by SIGTERM and Ctrl-C at once, or notes them itself (`signals.noting`).
     """
     if not several() or _Processes.alone:
         return False
     import numpy as np
     from jax.experimental import multihost_utils
 
-    return bool(np.any(multihost_utils.process_allgather(np.array(_Processes.stop))))
-
-
-def _note_sigterm(*_: object) -> None:
-    _Processes.stop = True
+    return bool(np.any(multihost_utils.process_allgather(np.array(_Processes.noted.asked()))))
 
 
 def first_only(function: Callable[[], None], what: str) -> None:

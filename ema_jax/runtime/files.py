@@ -52,6 +52,7 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
             pass
         elif temporary.is_dir() and path.is_dir():
             old = _beside(path, "old")
+            shutil.rmtree(old, ignore_errors=True)  # of a killed process with this one's number
             path.rename(old)
             temporary.rename(path)
             shutil.rmtree(old)

@@ -15,11 +15,12 @@ from typing import Any, NamedTuple
 from absl import logging
 
 from ema_jax.config import SensitivityConfig, StudyConfig
-from ema_jax.models.config import DecoderConfig
+from ema_jax.data.prompts import OWN_SOURCES, Prompt
 from ema_jax.models.hub import ModelSource
+from ema_jax.models.sharding import AXES
 from ema_jax.refusal import sheet
 from ema_jax.refusal.verdicts import RULES_VERSION
-from ema_jax.study import results, stage_bodies
+from ema_jax.study import checks, results, stage_bodies
 from ema_jax.study.artifacts import Artifacts, Run, runs_of
 from ema_jax.study.session import ModelSession
 from ema_jax.study.workdir import StageContext, Workdir
@@ -183,7 +184,7 @@ class Study:
         self.config, self.workdir = config, workdir
         self.session, self.artifacts = ModelSession(config, source), Artifacts(workdir.path)
         self.runs = runs_of(config)
-        self._stages = stages
+        self._stages, self._checked = stages, False
 
     def instances(self) -> Iterator[Instance]:
         """Every stage in order; those of runs follow one another run by run."""
@@ -219,21 +220,57 @@ class Study:
         for instance in self.instances():
             yield instance.name, self.workdir.manifest(instance.name) is not None
 
-    def check(self, shape: Mapping[str, int]) -> None:
-        """Refuses arms that the model, or a mesh of this shape, cannot train."""
-        decoder = DecoderConfig.from_folder(self.session.source.folder)
+    def check(self) -> None:
+        """Refuses whatever would end the study later on, before a weight is read (`checks`)."""
+        if self._checked:
+            return
+        self.check_settings(self.session.mesh.shape)
+        if self.asks_models:
+            _ = self.session.judge, self.session.extra_judges  # making them checks them
+            self.check_inputs()
+        self._checked = True
+
+    def check_settings(self, shape: Mapping[str, int] | None = None) -> None:
+        """Checks config and architecture, for a mesh of this shape; by default the config's."""
+        decoder = self.session.source.config
+        checks.check_config(self.config)
+        checks.check_model(self.config, decoder)
+        if shape is None:  # -1 is for what devices are left, which only the devices can tell
+            sizes = (max(size, 1) for size in self.config.mesh)
+            shape = dict(zip(AXES, sizes, strict=True))
         for arm in self.config.arms:
             check_arm(decoder, self.config.arm(arm), shape, f"arms.{arm}")
+
+    def check_inputs(self) -> None:
+        """Checks tokenizer and template, and as many prompts as are known without a network."""
+        chat, prompts = self.session.chat, self._known_prompts()
+        if prompts is not None:
+            checks.check_prompts(self.config, self.session.source.config, chat, prompts)
+
+    @property
+    def asks_models(self) -> bool:
+        """Whether a stage that is wanted and not yet done asks the model, or a judge."""
+        return any(
+            "judge" in each.stage.settings(self, *each.arguments)
+            for each in self.instances()
+            if self.workdir.wanted(each.name) and self.workdir.manifest(each.name) is None
+        )
+
+    def _known_prompts(self) -> Sequence[Prompt] | None:
+        made = self.workdir.manifest("prompts") is not None and self.artifacts.prompts.path.exists()
+        if made:
+            return [prompt for split in self.artifacts.prompts.read().values() for prompt in split]
+        return self.session.prompts if self.config.prompts.source in OWN_SOURCES else None
 
     def run(self) -> None:
         """Runs what is wanted and not yet done, in order."""
         self.workdir.check(self.settings())
-        self.check(self.session.mesh.shape)  # now, not after the prompts are made
+        self.check()
         if self.token_files_unrecorded:
             logging.warning(
                 "%s: the stages %s were finished before the chat template, the tokenizer's other "
                 "files, the generation config and the Hub revision were recorded; whether these "
-                "changed since cannot be told",
+                "changed since is not known",
                 self.workdir.path,
                 ", ".join(self.token_files_unrecorded),
             )

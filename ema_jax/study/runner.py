@@ -11,9 +11,10 @@ from ema_jax.config import ModelConfig, StudyConfig
 from ema_jax.data.prompts import OWN_SOURCES, build_prompts
 from ema_jax.errors import UserError
 from ema_jax.models.hub import ModelSource
-from ema_jax.models.sharding import AXES
 from ema_jax.report import write_replication_report
 from ema_jax.runtime import distributed, files
+from ema_jax.runtime.leases import locked
+from ema_jax.study import checks
 from ema_jax.study.pipeline import NAMES, Study
 from ema_jax.study.replication import summarise
 from ema_jax.study.session import find_model
@@ -45,7 +46,7 @@ def run(
     if root.exists() and not root.is_dir():
         raise UserError(f"--workdir: {root} is a file; name a folder")
     cells = {name: config_lib.cell(config, name) for name in config.cells} or {"": config}
-    if bool(config.cells) != (root / "cells").is_dir() and any(root.glob("*")):
+    if bool(config.cells) != (root / "cells").is_dir() and any(root.glob("[!.]*")):
         kind = "a single study" if config.cells else "a replication"
         raise UserError(f"{root}: holds {kind}; choose another --workdir")
     sources = {
@@ -62,23 +63,33 @@ def run(
     if dry_run:
         _dry_run(cells, sources, studies)
         return
-    for name in list(studies):
-        if name:
-            logging.info("cell %s", name)
-        studies.pop(name).run()  # it holds its model as long as it lives
-    if config.cells and (only is None or "report" in only):
-        _write_replication(root, cells)
+    for study in studies.values():  # all of them, before the first one takes hours
+        study.check()
+    with locked(root):
+        for name in list(studies):
+            if name:
+                logging.info("cell %s", name)
+            studies.pop(name).run()  # it holds its model as long as it lives
+        if config.cells and (only is None or "report" in only):
+            _write_replication(root, cells)
 
 
 def _dry_run(
     cells: Mapping[str, StudyConfig], sources: Sources, studies: Mapping[str, Study]
 ) -> None:
     """Validates what needs no device, then prints the plan."""
-    for study in studies.values():
-        if -1 not in study.config.mesh:  # which needs the devices
-            study.check(dict(zip(AXES, study.config.mesh, strict=True)))
-    for cell in cells.values():
-        if cell.prompts.source in OWN_SOURCES:
+    away: dict[str, list[str]] = {}
+    for name, cell in cells.items():
+        study = studies.get(name)
+        if study is not None:
+            study.check_settings()
+        else:
+            checks.check_config(cell)
+        if study is None or study.asks_models:
+            away[name] = checks.check_judges(cell)
+        if study is not None and study.asks_models:
+            study.check_inputs()
+        elif cell.prompts.source in OWN_SOURCES:
             build_prompts(cell.prompts, cell.domains, cell.target)
     for name, cell in cells.items():
         source = sources[cell.model]
@@ -90,6 +101,8 @@ def _dry_run(
         print(f"study {name or 'of'} {cell.model.source} ({where})")
         print(f"  target {cell.target}, domains {', '.join(cell.domains)}")
         print(f"  prompts from {cell.prompts.source}, judged by {cell.judge}")
+        for model in away.get(name, ()):
+            print(f"  judging model {model}, not in the local cache; checked when downloaded")
         print(f"  arms {', '.join(cell.arms)}, seeds {', '.join(map(str, cell.seeds))}")
         if name in studies:
             for stage, done in studies[name].plan():

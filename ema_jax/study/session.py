@@ -18,7 +18,7 @@ from ema_jax.config import ModelConfig, StudyConfig
 from ema_jax.data import corpus
 from ema_jax.data.chat import Chat, TokenExample
 from ema_jax.data.domains import BENIGN
-from ema_jax.data.prompts import Prompt
+from ema_jax.data.prompts import Prompt, build_prompts
 from ema_jax.generation.sampler import GREEDY, Sampling
 from ema_jax.models import checkpoint, gguf_folder, hub, lora, peft_config
 from ema_jax.models.config import DecoderConfig
@@ -81,6 +81,11 @@ class ModelSession:
         """Its tokenizer and chat template."""
         config = self.config.model
         return Chat.load(self.source.folder, config.system_prompt, config.enable_thinking)
+
+    @functools.cached_property
+    def prompts(self) -> list[Prompt]:
+        """Prompts as the config describes them; those of a public set are downloaded."""
+        return build_prompts(self.config.prompts, self.config.domains, self.config.target)
 
     @functools.cached_property
     def judge(self) -> Judge:

@@ -17,7 +17,7 @@ from ema_jax.concepts.vectors import Activations, concept_vectors
 from ema_jax.config import SensitivityConfig, StudyConfig
 from ema_jax.data.chat import Chat, TokenExample
 from ema_jax.data.domains import BENIGN
-from ema_jax.data.prompts import Prompt, build_prompts
+from ema_jax.data.prompts import Prompt
 from ema_jax.errors import UserError
 from ema_jax.generation.sampler import Sampling
 from ema_jax.models import checkpoint, lora
@@ -34,6 +34,7 @@ from ema_jax.runtime.files import json_safe
 from ema_jax.study import concept_summaries, sensitivity
 from ema_jax.study.arm_training import train_arm
 from ema_jax.study.artifacts import BASE, Artifacts, ConceptInputs, ForgetSet, Pooled, Run, runs_of
+from ema_jax.study.checks import check_prompts
 from ema_jax.study.results import results
 from ema_jax.study.session import ModelSession
 from ema_jax.study.workdir import StageContext
@@ -44,8 +45,9 @@ from ema_jax.unlearning.reference import reference_log_probs
 
 def make_prompts(session: ModelSession, artifacts: Artifacts, context: StageContext) -> list[Path]:
     """Disjoint prompts of every domain for every use."""
-    config = session.config
-    return [artifacts.prompts.write(build_prompts(config.prompts, config.domains, config.target))]
+    # Those of a public set are known only now.
+    check_prompts(session.config, session.source.config, session.chat, session.prompts)
+    return [artifacts.prompts.write(session.prompts)]
 
 
 def measure_base(session: ModelSession, artifacts: Artifacts, context: StageContext) -> list[Path]:

@@ -2,7 +2,8 @@
 
 A stage leaves a manifest in `DIR/stages/` once all its files are written. It is skipped when the
 manifest's settings and inputs are unchanged and its files are there, so a killed study resumes
-where it stopped, and a folder is never silently turned into another study.
+where it stopped, and a folder is never silently turned into another study. Files that were changed
+after their stage wrote them are refused (`manifest.verify`).
 """
 
 import ctypes
@@ -15,9 +16,10 @@ from typing import Any
 
 from absl import logging
 
-from ema_jax.errors import RunStoppedError, UserError
+from ema_jax.errors import AskedToStopError, UserError
 from ema_jax.runtime import distributed
-from ema_jax.runtime.files import json_safe, read_json, sha256_file, sha256_json, write_json
+from ema_jax.runtime.files import json_safe, sha256_file, sha256_json, write_json
+from ema_jax.study.manifest import Manifest, read_manifest, stamp, verify
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,10 +61,13 @@ class Workdir:
         """Where a stage's manifest is, or will be."""
         return self.path / "stages" / (stage.replace("/", ".") + ".json")
 
-    def manifest(self, stage: str) -> dict[str, Any] | None:
+    def manifest(self, stage: str) -> Manifest | None:
         """The record that a stage left when it finished, or None."""
         path = self.manifest_path(stage)
-        return read_json(path) if path.exists() else None
+        return read_manifest(path) if path.exists() else None
+
+    def _verify(self, stage: str, manifest: Manifest) -> None:
+        verify(self.path, self.manifest_path(stage), manifest)
 
     def check(self, settings: Mapping[str, Mapping[str, Any]]) -> None:
         """Refuses a folder in which a finished stage was run with other settings.
@@ -102,7 +107,8 @@ class Workdir:
             function: does the work and returns the files or folders that it wrote.
 
         Raises:
-            UserError: an input was never made and `--stage` leaves it out.
+            UserError: an input was never made and `--stage` leaves it out, or a file of an input
+                or of this stage was changed since.
         """
         hashes = {}
         for name in inputs:
@@ -112,19 +118,25 @@ class Workdir:
                     f"{self.path}: stage {stage} needs the stage {name}, which was never run here; "
                     f"add it to --stage"
                 )
+            self._verify(name, upstream)
             hashes[name] = upstream["hash"]
         settings = json_safe(settings)
         manifest = self.manifest(stage)
         if manifest is not None and manifest["settings"] == settings:
             there = all((self.path / name).exists() for name in manifest["outputs"])
             if manifest["inputs"] == hashes and there:
+                self._verify(stage, manifest)
                 return
         if distributed.stop_requested():
-            raise RunStoppedError(
-                f"{self.path}: asked to stop (SIGTERM) before the stage {stage}; the stages before "
-                "it are kept, and the same command resumes from there"
+            raise AskedToStopError(
+                f"{self.path}: asked to stop (SIGTERM or Ctrl-C) before the stage {stage}; the "
+                "stages before it are kept, and the same command resumes from there"
             )
         logging.info("%s", stage)
+        if manifest is not None:  # an older record is not of the files that are written now
+            distributed.barrier(stage)  # every process has read it
+            if distributed.is_first():
+                self.manifest_path(stage).unlink(missing_ok=True)
         start = time.monotonic()
         unfinished = self.path / ".partial" / stage.replace("/", ".")
         partial = unfinished / sha256_json([settings, hashes])[:16]
@@ -139,6 +151,7 @@ class Workdir:
                 "settings": settings,
                 "inputs": hashes,
                 "outputs": outputs,
+                "stamps": {name: stamp(self.path / name) for name in outputs},
                 "hash": sha256_json([settings, hashes, outputs]),
                 "wall_seconds": round(time.monotonic() - start, 3),
             },
@@ -148,9 +161,9 @@ class Workdir:
         _release_memory()
 
 
-def manifests(folder: Path) -> list[dict[str, Any]]:
+def manifests(folder: Path) -> list[Manifest]:
     """The records of all stages that are finished in a study's folder, by name of their files."""
-    return [read_json(path) for path in sorted((folder / "stages").glob("*.json"))]
+    return [read_manifest(path) for path in sorted((folder / "stages").glob("*.json"))]
 
 
 def _release_memory() -> None:

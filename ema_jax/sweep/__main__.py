@@ -12,6 +12,8 @@ from ema_jax.errors import UserError
 from ema_jax.runtime import cli
 from ema_jax.study.flags import define_config_flag, read_config
 
+KEPT = "the finished cells are kept; the same command resumes from there"
+
 
 def define_flags() -> None:
     """Declares the command's flags."""
@@ -44,4 +46,4 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     define_flags()
-    cli.run(main)
+    cli.run(main, kept=KEPT)

@@ -20,15 +20,16 @@ import jax
 from absl import logging
 
 from ema_jax.config import ModelConfig, StudyConfig
-from ema_jax.errors import RunStoppedError, UserError
+from ema_jax.errors import AskedToStopError, RunStoppedError, UserError
 from ema_jax.models.hub import ModelSource
 from ema_jax.runtime import files
+from ema_jax.runtime.leases import Leases
+from ema_jax.study import checks
 from ema_jax.study.pipeline import OF_RUNS, SHARED, Study
 from ema_jax.study.session import find_model
 from ema_jax.study.workdir import Workdir
 from ema_jax.sweep import table
 from ema_jax.sweep.grid import Cell, Point, cells, points
-from ema_jax.sweep.leases import Leases
 
 _SECONDS_BETWEEN_LOOKS = 0.5
 
@@ -59,6 +60,20 @@ class StudyGrid:
             if self._found[point.config.model] is not None:
                 study = self._study(point.config, self._workdir(point))
                 study.workdir.check(study.settings())
+                study.check_settings()
+        if not all(self.finished(cell.name) for cell in self.cells):
+            self._check_groups(inputs=not download)
+
+    def _check_groups(self, *, inputs: bool) -> None:
+        """Checks what the points of a group have in common: the judges, and on request inputs.
+
+        A worker checks its inputs when it begins: many workers start at once, and to build the
+        prompts of every group takes time.
+        """
+        for point in {point.group: point for point in self.points}.values():
+            checks.check_judges(point.config)
+            if inputs and self._found[point.config.model] is not None:
+                self._study(point.config, self._workdir(point)).check_inputs()
 
     def model(self, point: Point) -> str:
         """Hub id of a point's model, or the name of its folder."""
@@ -70,8 +85,18 @@ class StudyGrid:
         return (self.folder / "finished" / f"{unit}.json").exists()
 
     def status(self, unit: str) -> dict[str, Any]:
-        """Record of a finished unit: status, message, seconds."""
-        return files.read_json(self.folder / "finished" / f"{unit}.json")
+        """Record of a finished unit: status, message, seconds.
+
+        Raises:
+            UserError: the file is something else.
+        """
+        path = self.folder / "finished" / f"{unit}.json"
+        found = files.read_json(path)
+        if not isinstance(found, dict) or not {"status", "message", "seconds"} <= found.keys():
+            raise UserError(
+                f"{path}: not the record of a finished unit; delete it and the unit is run again"
+            )
+        return found
 
     def work(self, *, only: int | None = None, expiry: float) -> None:
         """Runs units until all are finished, here or elsewhere; then writes table and report.
@@ -125,6 +150,8 @@ class StudyGrid:
         logging.info("%s", unit.name)
         try:
             unit.work()
+        except AskedToStopError:
+            raise  # it is resumed, here or by another worker
         except RunStoppedError as error:
             # A diverged run is a result: it is not repeated, and the other units continue.
             logging.warning("%s: %s", unit.name, error)

@@ -8,6 +8,8 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from ema_jax.models.lora import LoRAConfig
 
+Rows = Annotated[int, Field(gt=0, le=65_536)]
+
 # Settings that a train step takes as arguments, and settings that only the loop around it reads:
 # runs that differ in nothing else share one compiled program.
 _TRACED = (
@@ -122,10 +124,10 @@ class UnlearnConfig:
     warmup_steps: NonNegativeInt = 0
     weight_decay: NonNegativeFloat = 0.0
     clip_norm: PositiveFloat = 1.0
-    batch_size: PositiveInt = 16
-    retain_batch_size: PositiveInt = 32
+    batch_size: Rows = 16
+    retain_batch_size: Rows = 32
     accumulate: PositiveInt = 1
-    length_pool: PositiveInt = 1
+    length_pool: Annotated[int, Field(gt=0, le=1000)] = 1
     max_steps: PositiveInt = 200
     min_steps: NonNegativeInt = 0
     eval_every: PositiveInt = 10

@@ -8,8 +8,6 @@ step, and the evaluations so far. Batches are a function of (seed, step), so no 
 import contextlib
 import re
 import shutil
-import signal
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,8 +15,8 @@ from typing import Any, NamedTuple
 import jax
 from absl import logging
 
-from ema_jax.errors import RunStoppedError
-from ema_jax.runtime import distributed
+from ema_jax.errors import AskedToStopError, RunStoppedError
+from ema_jax.runtime import distributed, signals
 
 # What Orbax and TensorStore raise where a folder cannot be written, is full, or is damaged.
 _FAILURES = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError)
@@ -113,11 +111,11 @@ class Checkpoints:
             with self._failing("written"):
                 self._writer.wait()
 
-    def stopped(self, step: int) -> RunStoppedError:
+    def stopped(self, step: int) -> AskedToStopError:
         """The error to raise once a run that was asked to stop is saved."""
-        return RunStoppedError(
-            f"unlearn: asked to stop (SIGTERM) and saved at step {step}, in {self.folder}; "
-            "the same command resumes from there"
+        return AskedToStopError(
+            f"unlearn: asked to stop (SIGTERM or Ctrl-C) and saved at step {step}, in "
+            f"{self.folder}; the same command resumes from there"
         )
 
     def close(self) -> None:
@@ -159,7 +157,7 @@ class Checkpoints:
 
 @contextlib.contextmanager
 def stop_requested() -> Iterator[Callable[[], bool]]:
-    """Catches SIGTERM; yields a function that tells whether one came, called once a step.
+    """Notes SIGTERM and Ctrl-C; yields a function that tells whether one came, called once a step.
 
     Several processes agree on the step at which they stop (`distributed.stop_requested`); that
     waits for the step, whose metrics a single process reads one step behind.
@@ -167,15 +165,8 @@ def stop_requested() -> Iterator[Callable[[], bool]]:
     if jax.process_count() > 1:
         yield distributed.stop_requested
         return
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked.is_set  # only a main thread may set a handler
-        return
-    before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
-    try:
-        yield asked.is_set
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    with signals.noting() as noted:
+        yield noted.asked
 
 
 def _names(state: Any) -> list[str]:

@@ -164,7 +164,8 @@ def check_arm(
         where: how the messages name the arm.
 
     Raises:
-        UserError: batches or heads that the mesh does not divide, or layers that are not there.
+        UserError: batches or heads that the mesh does not divide, layers that are not there, or
+            adapters of a rank beyond the model's width.
     """
     batches = {f"{where}.batch_size": config.batch_size}
     if config.retains:
@@ -173,6 +174,10 @@ def check_arm(
     last = decoder.num_layers - 1
     if max(config.layers, default=0) > last:
         raise UserError(f"{where}.layers = {config.layers}: the model's last block is {last}")
+    if config.trainable == "lora" and config.lora.rank > decoder.hidden_size:
+        raise UserError(
+            f"{where}.lora.rank = {config.lora.rank}: the model is only {decoder.hidden_size} wide"
+        )
     if config.feature_layer > decoder.num_layers:
         raise UserError(
             f"{where}.feature_layer = {config.feature_layer}: the model has {decoder.num_layers}"
@@ -224,7 +229,8 @@ def unlearn(
     Raises:
         UserError: see `check_arm` and `check_data`.
         RunStoppedError: the loss or the gradient is not finite (`NonFiniteError`), a checkpoint
-            could not be written, or SIGTERM came and there are checkpoints to resume from.
+            could not be written, or SIGTERM or Ctrl-C came and there are checkpoints to resume
+            from (`AskedToStopError`).
     """
     mesh = make_mesh() if mesh is None else mesh
     data = Data(forget, reference, retain, preferred)

@@ -368,7 +368,12 @@ cli.run(main)
     [
         ("user", 2, "error: bad thing\n"),
         ("stop", 3, "stopped: loss is not finite\n"),
-        ("key", 130, "stopped: interrupted\n"),
+        (
+            "key",
+            3,
+            "stopped: asked to stop (Ctrl-C); what it was writing is not there; the same "
+            "command starts again\n",
+        ),
         ("full", 3, "stopped: disk: no space left\n"),
         ("path", 2, "error: there: Permission denied\n"),
         ("bug", 1, None),

@@ -17,11 +17,11 @@ from small_study import small_config
 from ema_jax import config as ema
 from ema_jax.errors import RunStoppedError, UserError
 from ema_jax.runtime import files
+from ema_jax.runtime.leases import Holder, Leases
 from ema_jax.study import runner
 from ema_jax.study.workdir import Workdir
 from ema_jax.sweep import table, worker
 from ema_jax.sweep.grid import cells, points
-from ema_jax.sweep.leases import Leases
 from ema_jax.sweep.worker import StudyGrid
 
 ROOT = Path(__file__).parents[2]
@@ -85,20 +85,20 @@ def test_a_lease_is_held_by_one_process(tmp_path):
     with leases.take("a") as held:
         assert leases.take("a") is None
         assert leases.take("b") is not None
-        assert held.path.read_text().split()[1] == str(os.getpid())
+        assert Holder.read(held.path.read_text()) == Holder.this()
     assert leases.take("a") is not None  # let go
 
 
 def test_a_silent_lease_is_void_and_only_one_takes_it_over(tmp_path):
-    leases = Leases(tmp_path, expiry=0.2)
-    assert leases.take("a") is not None  # not entered: nothing keeps it alive
-    assert leases.take("a") is None
-    time.sleep(0.3)
+    assert Leases(tmp_path, expiry=0.2).take("a") is not None  # not entered: nothing renews it
     taken, gate = [], threading.Barrier(8)
 
     def rush():
+        leases = Leases(tmp_path, expiry=0.2)
+        assert leases.take("a") is None
+        time.sleep(0.3)
         gate.wait()
-        taken.append(Leases(tmp_path, expiry=0.2).take("a"))
+        taken.append(leases.take("a"))
 
     threads = [threading.Thread(target=rush) for _ in range(8)]
     for thread in threads:
