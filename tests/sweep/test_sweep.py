@@ -15,7 +15,7 @@ from results_schema import assert_valid
 from small_study import small_config
 
 from ema_jax import config as ema
-from ema_jax.errors import RunStoppedError, UserError
+from ema_jax.errors import AskedToStopError, RunStoppedError, UserError
 from ema_jax.runtime import files
 from ema_jax.runtime.leases import Holder, Leases
 from ema_jax.study import runner
@@ -177,6 +177,24 @@ def test_shared_stages_once_a_group_and_every_cell_once(tmp_path, monkeypatch):
     StudyGrid(study(seeds=(0, 1, 2)), tmp_path / "sweep").work(expiry=60)
     more = [run for _, only, run in notes(tmp_path / "log")[len(done) :] if "unlearn" in only]
     assert sorted(seed for ((_, seed),) in more) == [2] * 8
+
+
+def test_a_cell_that_was_asked_to_stop_is_resumed_and_did_not_diverge(tmp_path, monkeypatch):
+    fake_stages(monkeypatch, tmp_path / "log")
+    run, left = worker.Study.run, ["once"]
+
+    def asked(self):
+        if "unlearn" in self.workdir._only and left:
+            left.pop()
+            raise AskedToStopError("saved at step 3")
+        run(self)
+
+    monkeypatch.setattr(worker.Study, "run", asked)
+    with pytest.raises(AskedToStopError):
+        StudyGrid(study(), tmp_path / "sweep").work(expiry=60)
+    assert not list((tmp_path / "sweep/claims").iterdir())
+    StudyGrid(study(), tmp_path / "sweep").work(expiry=60)
+    assert set(pd.read_csv(tmp_path / "sweep/sweep.csv")["status"]) == {"done"}
 
 
 def test_the_table_pairs_prompts_where_invalid_responses_differ(tmp_path):

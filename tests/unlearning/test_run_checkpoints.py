@@ -93,16 +93,17 @@ def test_checkpoints_of_another_run_are_not_resumed(base, whole, tmp_path):
     assert_same_run(whole, tmp_path, trained)
 
 
-def test_sigterm_saves_and_says_how_to_resume(base, whole, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
+def test_a_signal_saves_and_says_how_to_resume(base, whole, tmp_path, number):
     def log(row):
         if row["step"] == 5:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
 
-    before = signal.getsignal(signal.SIGTERM)
+    before = signal.getsignal(number)
     with pytest.raises(RunStoppedError, match=r"saved at step 5.*same command resumes") as error:
         train(base, tmp_path, every=100, log=log)
     assert "\n" not in str(error.value)
-    assert signal.getsignal(signal.SIGTERM) == before
+    assert signal.getsignal(number) == before
     seen: list[int] = []
     trained = train(base, tmp_path, every=100, log=lambda row: seen.append(row["step"]))
     assert seen[0] == 6
