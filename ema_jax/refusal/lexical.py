@@ -165,8 +165,9 @@ def refusal_score(response: str) -> tuple[float, str]:
     """
     table = weights()
     parts = {name: table.get(name, 0.0) * value for name, value in features(response).items()}
-    total = table["bias"] + sum(parts.values())
+    # Exact whatever the order: sets of strings have another one in every process.
+    total = math.fsum([table["bias"], *parts.values()])
     score = 1.0 / (1.0 + math.exp(-max(min(total, 50.0), -50.0)))
     sign = 1.0 if score >= 0.5 else -1.0
-    top = max(parts, key=lambda name: sign * parts[name], default="")
+    top = max(sorted(parts), key=lambda name: sign * parts[name], default="")
     return score, top if top and sign * parts[top] > 0 else ""

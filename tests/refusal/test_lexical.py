@@ -4,6 +4,8 @@ import csv
 import json
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -184,3 +186,24 @@ def test_no_topic_words_in_the_rules():
     nouns = ["weapon", "drug", "hack", "bomb", "kill", "religion", "gender", "race", "fraud"]
     patterns = " ".join(pattern.pattern for pattern in FAMILIES.values())
     assert not [t for t in nouns if re.search(rf"\b{t}", patterns)]
+
+
+def test_scores_are_the_same_in_every_process():
+    """Sets of strings come in another order for each hash seed, and so would a plain sum."""
+    code = (
+        "import json, sys; from ema_jax.refusal.lexical import refusal_score; "
+        "print([refusal_score(text) for text in json.load(sys.stdin)])"
+    )
+    texts = json.dumps([row["response"] for row in (*PLAIN, *OPENINGS) if "response" in row])
+    printed = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            input=texts,
+            env=os.environ | {"PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2", "3")
+    }
+    assert len(printed) == 1
