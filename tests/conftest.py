@@ -1,6 +1,7 @@
 """Eight simulated CPU devices for every test, and tiny checkpoints made with transformers."""
 
 import os
+import signal
 
 # Before anything starts JAX's backend; in the environment, so that subprocesses have them too.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -17,6 +18,10 @@ import pytest
 from jaxtyping import install_import_hook
 
 install_import_hook("ema_jax", "shapes.checked")
+
+# A shell that starts the suite in the background has Ctrl-C ignored, and so would its children.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
