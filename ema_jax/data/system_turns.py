@@ -57,7 +57,7 @@ def own_turn(folder: Path, apply: Apply, tokenizer: Any) -> str:
     What the first has beyond that, special tokens at the start apart, is the template's own.
 
     Raises:
-        UserError: there is a system message of the template's own that cannot be told apart.
+        UserError: there is a system message of the template's own that cannot be separated.
     """
     source = tokenizer.get_chat_template()
     user, answer, later, system = probes(source, "user", "assistant", "later", "system")

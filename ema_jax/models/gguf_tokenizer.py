@@ -116,7 +116,7 @@ def tokenizer_config(file: GgufFile) -> dict[str, Any]:
     """The contents of `tokenizer_config.json`: special tokens and chat template."""
     tokens = _texts(file, "tokens")
     config: dict[str, Any] = {
-        # Not the family's own class: that one would build its parts anew.
+        # Not the family's own class: that one would build its parts again.
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
     }

@@ -28,8 +28,8 @@ _HARMLESS = {
     "revision",
     "runtime_config",
 }
-# Those that leave the base's weights as they are. PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA and their
-# kin train against a changed base, which the adapter does not hold.
+# Those that leave the base's weights as they are. PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA and
+# similar ones train against a changed base, which the adapter does not hold.
 _INITIALISATIONS = (None, True, False, "gaussian", "eva", "orthogonal")
 
 

@@ -69,7 +69,7 @@ def quiet_libtpu() -> None:
     """Keeps libtpu, where it is installed and no TPU is, from printing errors; before JAX starts.
 
     JAX asks every installed backend for devices. libtpu prints alarming lines, past all log levels,
-    if it cannot tell which TPU it is on; told, it finds no device and says nothing.
+    if it cannot tell which TPU it is on; given one, it finds no device and prints nothing.
     """
     if not any(glob.glob(pattern) for pattern in _TPU_DEVICES):
         os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
