@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -41,16 +42,26 @@ cli.run(main, kept="all is kept")
 """
 
 
+@pytest.fixture
+def started() -> Iterator[Callable[[str], subprocess.Popen]]:
+    """Starts the command on what it is to do; none is left running, whatever the test finds."""
+    processes = []
+
+    def start(doing: str) -> subprocess.Popen:
+        command = [sys.executable, "-c", SCRIPT.format(doing=doing)]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        processes.append(subprocess.Popen(command, text=True, **pipes))
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        process.kill()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("doing", DOING)
-def test_a_signal_ends_a_command_with_one_line(doing, kind):
-    process = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT.format(doing=DOING[doing])],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
+def test_a_signal_ends_a_command_with_one_line(started, doing, kind):
+    process = started(DOING[doing])
     assert process.stdout.readline() == "ready\n"
     time.sleep(0.1)
     process.send_signal(KINDS[kind])
@@ -59,15 +70,9 @@ def test_a_signal_ends_a_command_with_one_line(doing, kind):
     assert process.returncode == 3
 
 
-def test_what_a_terminal_and_a_launcher_both_send_counts_once():
+def test_what_a_terminal_and_a_launcher_both_send_counts_once(started):
     doing = "try: time.sleep(60)\n    finally: time.sleep(0.5); print('cleaned', flush=True)"
-    process = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT.format(doing=doing)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
+    process = started(doing)
     assert process.stdout.readline() == "ready\n"
     time.sleep(0.1)
     process.send_signal(signal.SIGINT)
