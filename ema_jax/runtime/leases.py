@@ -213,7 +213,7 @@ def locked(folder: Path, expiry: float = LOCK_SECONDS) -> Iterator[None]:
 
 
 def _taken(folder: Path, leases: Leases, expiry: float) -> Lease:
-    first, told = None, False
+    first, logged = None, False
     while (lease := leases.take(_LOCK)) is None:
         holder, sign = leases.look(_LOCK)
         if (holder is not None and holder.alive()) or (first and sign and sign != first):
@@ -221,13 +221,13 @@ def _taken(folder: Path, leases: Leases, expiry: float) -> Lease:
                 f"{folder}: another run works in it ({holder or 'of an unknown process'}); wait "
                 "for it, end it, or choose another --workdir"
             )
-        if not told:
+        if not logged:
             logging.info(
                 "%s: locked by %s; waiting up to %.0f s for a sign of life",
                 folder,
                 holder or "an unknown process",
                 expiry,
             )
-        first, told = first or sign, True
+        first, logged = first or sign, True
         time.sleep(expiry / 100)
     return lease

@@ -138,7 +138,7 @@ def test_a_lock_of_an_unknown_kind_is_watched_too(tmp_path, text):
 
 def test_of_many_that_find_a_dead_lock_one_gets_it(tmp_path):
     lock_of(tmp_path, Holder.this()._replace(started="1"))
-    gate, done, told = threading.Barrier(8), [], []
+    gate, done, refused = threading.Barrier(8), [], []
 
     def rush() -> None:
         gate.wait()
@@ -147,14 +147,14 @@ def test_of_many_that_find_a_dead_lock_one_gets_it(tmp_path):
                 done.append(1)
                 time.sleep(0.5)
         except UserError as error:
-            told.append(str(error))
+            refused.append(str(error))
 
     threads = [threading.Thread(target=rush) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert (len(done), len(told)) == (1, 7)
+    assert (len(done), len(refused)) == (1, 7)
 
 
 def test_a_lease_outlives_a_clock_that_is_behind(tmp_path):
