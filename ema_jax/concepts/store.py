@@ -50,7 +50,7 @@ class ActivationStore:
         self._state = state
         if not self.finished:
             begun = read_json(self._progress) if self._progress.exists() else {}
-            done = begun.pop("done", 0)
+            done = begun.pop("done", 0) if isinstance(begun, dict) else 0
             if begun == state and self._partial.exists():
                 self.done = done
             else:

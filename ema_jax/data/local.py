@@ -15,16 +15,19 @@ Other columns are ignored. A path may be a file or a folder of such files.
 
 import csv
 import io
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ema_jax.data.domains import SPLITS, Row
 from ema_jax.errors import UserError
 from ema_jax.runtime.files import parse_json, sha256_text
+from ema_jax.runtime.opening import open_file, read_bytes
 
 COLUMNS = ("prompt", "domain", "id", "split", "source", "group", "category")
 REQUIRED = ("prompt", "domain")
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def read_local(path: str | Path, *, max_chars: int = 8000) -> list[Row]:
@@ -63,6 +66,8 @@ def parse_record(record: Mapping[str, Any], place: str, source: str, max_chars: 
             continue
         if value is not None and not isinstance(value, str):
             raise UserError(f"{place}: {column!r} must be text, found {value!r:.40}")
+        if value is not None and _SURROGATE.search(value):
+            raise UserError(f"{place}: {column!r} holds an unpaired surrogate; store valid UTF-8")
         if column not in ("split", "category") and value is not None and not value.strip():
             raise UserError(f"{place}: {column!r} is empty; fill it in or remove the row")
     prompt, split = record["prompt"], record.get("split") or None
@@ -71,12 +76,6 @@ def parse_record(record: Mapping[str, Any], place: str, source: str, max_chars: 
             f"{place}: 'prompt' has {len(prompt):,} characters, more than max_chars={max_chars:,}; "
             "shorten it or raise max_chars"
         )
-    try:
-        prompt.encode()
-    except UnicodeEncodeError:
-        raise UserError(
-            f"{place}: 'prompt' holds an unpaired surrogate; store valid UTF-8"
-        ) from None
     if split is not None and split not in SPLITS:
         raise UserError(f"{place}: unknown split {split!r:.40}; use one of {', '.join(SPLITS)}")
     key = record.get("id")
@@ -108,7 +107,7 @@ def _files(path: Path) -> list[Path]:
 
 
 def _decode(path: Path) -> str:
-    data = path.read_bytes()
+    data = read_bytes(path)
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -135,23 +134,23 @@ def _jsonl(path: Path) -> Records:
 
 def _csv(path: Path) -> Records:
     reader = csv.DictReader(io.StringIO(_decode(path), newline=""), strict=True)
-    missing = [column for column in REQUIRED if column not in (reader.fieldnames or ())]
-    if missing:
-        found = ", ".join(reader.fieldnames or ()) or "nothing"
-        raise UserError(
-            f"{path}:1: column {missing[0]!r} is missing from the header ({found:.200})"
-        )
-    while True:
+
+    def parsed(read: Callable[[], Any]) -> Any:
         place = f"{path}:{reader.line_num + 1}"
         try:
-            record = next(reader, None)
+            return read()
         except csv.Error as error:
             if "field limit" in str(error):
                 raise UserError(
-                    f"{place}: 'prompt' has over 131,072 characters, the most of a CSV cell; "
-                    "shorten it"
+                    f"{place}: a cell has over 131,072 characters, the most of CSV; shorten it, or "
+                    "close the quotation mark before it"
                 ) from None
             raise UserError(f"{place}: not valid CSV ({error})") from None
+
+    _check_columns(parsed(lambda: reader.fieldnames) or (), f"{path}:1")
+    while True:
+        place = f"{path}:{reader.line_num + 1}"
+        record = parsed(lambda: next(reader, None))
         if record is None:
             return
         if None in record or None in record.values():
@@ -163,24 +162,33 @@ def _csv(path: Path) -> Records:
         )
 
 
+def _check_columns(names: Sequence[str], place: str) -> None:
+    for column in REQUIRED:
+        if column not in names:
+            found = ", ".join(names) or "nothing"
+            raise UserError(f"{place}: column {column!r} is missing from the header ({found:.200})")
+    for column in COLUMNS:
+        if list(names).count(column) > 1:
+            raise UserError(f"{place}: column {column!r} stands twice in the header; remove one")
+
+
 def _parquet(path: Path) -> Records:
     import pyarrow
     import pyarrow.parquet
 
     try:
-        table = pyarrow.parquet.read_table(path)
-    except (pyarrow.ArrowException, OSError) as error:
-        kind = type(error).__name__
-        raise UserError(f"{path}: not a readable Parquet file ({kind})") from None
-    for column in REQUIRED:
-        if column not in table.column_names:
-            found = ", ".join(table.column_names)
-            raise UserError(f"{path}: column {column!r} is missing (found: {found:.200})")
-    wanted = [column for column in COLUMNS if column in table.column_names]
-    try:
+        with open_file(path) as file:
+            table = pyarrow.parquet.read_table(file)
+        _check_columns(table.column_names, str(path))
+        wanted = [column for column in COLUMNS if column in table.column_names]
         records = table.select(wanted).to_pylist()
     except UnicodeDecodeError:
-        raise UserError(f"{path}: not UTF-8; write its text columns as UTF-8") from None
+        raise UserError(
+            f"{path}: not UTF-8; write its text and the names of its columns as UTF-8"
+        ) from None
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+        kind = type(error).__name__
+        raise UserError(f"{path}: not a readable Parquet file ({kind})") from None
     for number, record in enumerate(records, start=1):
         yield f"{path}: row {number}", record
 

@@ -6,6 +6,7 @@ these the host holds a few blocks, and for an accelerator one stacked parameter.
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +20,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from ema_jax.errors import UserError
-from ema_jax.models import gguf_folder, orbax_folder, streaming, token_ids
+from ema_jax.models import folder_links, gguf_folder, orbax_folder, streaming, token_ids
 from ema_jax.models.config import FAMILIES, DecoderConfig
 from ema_jax.models.decoder import Decoder, LoRAParam
 from ema_jax.models.gguf_file import GgufFile
@@ -27,7 +28,14 @@ from ema_jax.models.orbax_folder import is_flax_folder
 from ema_jax.models.safetensors_files import WeightFiles, write_weights
 from ema_jax.models.sharding import host_array, make_mesh, parameter_shardings
 from ema_jax.runtime import distributed
-from ema_jax.runtime.files import TensorSpec, atomic_path, sha256_file, sha256_json
+from ema_jax.runtime.files import (
+    TensorSpec,
+    atomic_path,
+    check_folder,
+    sha256_file,
+    sha256_json,
+)
+from ema_jax.runtime.opening import open_file, read_bytes
 
 MAX_SHARD_BYTES = 5 * 10**9
 
@@ -90,10 +98,11 @@ def check(folder: str | Path) -> DecoderConfig:
     """Validates a model folder without reading its weights, and returns its architecture.
 
     Raises:
-        UserError: a file is missing or damaged, or does not match the architecture, or the
-            tokenizer has more ids than the embedding rows.
+        UserError: a file is missing or damaged, is a link or a pipe, or does not match the
+            architecture, or the tokenizer has more ids than the embedding rows.
     """
     folder = Path(folder)
+    folder_links.check(folder)
     config = DecoderConfig.from_folder(folder)
     token_ids.check_folder(folder, config.vocab_size)
     parameters = _parameters(abstract_decoder(config))
@@ -232,15 +241,17 @@ def check_output(folder: str | Path, overwrite: bool) -> None:
     """Refuses to write over anything but an older checkpoint, and over that without `overwrite`.
 
     Raises:
-        UserError: something is there.
+        UserError: something is there, or the folder cannot be written.
     """
     folder = Path(folder)
-    if not folder.exists():
+    if not os.path.lexists(folder):
+        check_folder(folder)
         return
     if not overwrite:
         raise UserError(f"{folder}: already exists; choose another folder or remove it")
     if not folder.is_dir() or (any(folder.iterdir()) and not (folder / "config.json").exists()):
         raise UserError(f"{folder}: no checkpoint folder, so it is not overwritten; choose another")
+    check_folder(folder)
 
 
 def export(
@@ -271,6 +282,8 @@ def export(
         ValueError: the model has adapters.
     """
     check_output(folder, overwrite)
+    if companions is not None:
+        folder_links.check(companions)
     shapes, tensors = hf_shapes(model, dtype), hf_tensors(model, dtype)
     # No process looks for the folder after the first one made it.
     distributed.barrier(f"writing {folder}")
@@ -328,6 +341,8 @@ def save_flax(
         ValueError: the model has adapters.
     """
     check_output(folder, overwrite)
+    if companions is not None:
+        folder_links.check(companions)
     digest, count = hashlib.sha256(), 0
     for shape, tensor in zip(hf_shapes(model), hf_tensors(model), strict=True):
         digest.update(f"{shape.name} {tensor.dtype.name} {tensor.shape}".encode())
@@ -388,7 +403,7 @@ def weights_fingerprint(folder: str | Path) -> str:
     folder, digest, mib = Path(folder), hashlib.sha256(), 1 << 20
     for name in ("config.json", "tokenizer.json"):
         if (folder / name).exists():
-            digest.update((folder / name).read_bytes())
+            digest.update(read_bytes(folder / name))
     if is_flax_folder(folder):
         digest.update(orbax_folder.read_manifest(folder)["sha256"].encode())
         return digest.hexdigest()
@@ -396,7 +411,7 @@ def weights_fingerprint(folder: str | Path) -> str:
     for path in stored.files:
         size = path.stat().st_size
         digest.update(f"{path.name} {size}".encode())
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             digest.update(file.read(stored.header_size(path) + mib))
             file.seek(max(size - mib, 0))
             digest.update(file.read())

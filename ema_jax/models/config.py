@@ -5,6 +5,7 @@ A model family is one row of `FAMILIES`.
 
 import dataclasses
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from ema_jax.errors import UserError
-from ema_jax.runtime.files import parse_json
+from ema_jax.runtime.files import read_json
+from ema_jax.runtime.opening import other_spelling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,19 +188,17 @@ class DecoderConfig:
     def from_folder(cls, folder: str | Path) -> "DecoderConfig":
         """Reads `config.json` of a checkpoint folder."""
         path = Path(folder) / "config.json"
-        try:
-            config = parse_json(path.read_text(encoding="utf-8-sig"))
-        except FileNotFoundError:
+        if not os.path.lexists(path):
             adapter = path.with_name("adapter_config.json")
             if adapter.exists():
                 raise UserError(
                     f"{path.parent}: an adapter ({adapter.name}) and no model; name the model that "
                     "it was trained on, or merge the two (PEFT: merge_and_unload)"
-                ) from None
-            raise UserError(f"{path}: no such file; a checkpoint folder has config.json") from None
-        except ValueError as error:
-            raise UserError(f"{path}: not valid JSON ({error})") from None
-        return cls.from_hf(config, where=str(path))
+                )
+            raise UserError(
+                f"{path}: no such file{other_spelling(path)}; a checkpoint folder has config.json"
+            )
+        return cls.from_hf(read_json(path), where=str(path))
 
 
 def _refuse_unsupported(config: Mapping[str, Any], family: Family, where: str) -> None:

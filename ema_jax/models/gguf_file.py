@@ -21,6 +21,7 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 
 from ema_jax.errors import UserError
+from ema_jax.runtime.opening import open_file
 
 _AGAIN = "download it again"
 _VERSIONS = (2, 3)
@@ -187,7 +188,7 @@ class GgufFile:
             return _opened(path, status.st_mtime_ns, status.st_size)
         except OSError as error:
             raise UserError(f"{path}: {error.strerror}") from None
-        except (ValueError, struct.error) as error:
+        except (ValueError, OverflowError, MemoryError, struct.error) as error:
             raise UserError(f"{path}: not a readable GGUF file ({error}); {_AGAIN}") from None
 
     @property
@@ -330,7 +331,7 @@ class _Header:
 @functools.lru_cache(maxsize=1)  # a model is found, checked, identified and loaded
 def _opened(path: Path, changed: int, size: int) -> GgufFile:
     del changed, size  # another file under the same name
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         return _read(path, file)
 
 

@@ -18,7 +18,7 @@ from ema_jax.errors import UserError
 from ema_jax.models import gguf_tokenizer
 from ema_jax.models.config import FAMILIES, DecoderConfig
 from ema_jax.models.gguf_file import ROPE_FACTORS, GgufFile
-from ema_jax.runtime.files import read_json
+from ema_jax.runtime.files import full_disk, read_json
 
 SUFFIX = ".gguf"
 PIP = "pip:"
@@ -43,8 +43,8 @@ def locate(source: str) -> Path:
         UserError: no such file, no such package, or a package without one such file.
     """
     if not source.startswith(PIP):
-        path = Path(source).expanduser()
-        if not path.is_file():
+        path = Path(os.path.expanduser(source))
+        if not os.path.isfile(path):
             raise UserError(f"{source}: no such file; name a GGUF file, a folder or a hub id")
         return path
     package = source.removeprefix(PIP)
@@ -74,7 +74,11 @@ def is_gguf_folder(folder: Path) -> bool:
 
 def weights(folder: Path) -> GgufFile:
     """The GGUF file whose weights belong to a folder of `folder_of`."""
-    return GgufFile.open(Path(read_json(folder / _POINTER)["file"]))
+    pointer = read_json(folder / _POINTER)
+    file = pointer.get("file") if isinstance(pointer, dict) else None
+    if not isinstance(file, str):
+        raise UserError(f"{folder / _POINTER}: names no file; delete the folder and try again")
+    return GgufFile.open(Path(file))
 
 
 def folder_of(path: Path) -> Path:
@@ -97,6 +101,8 @@ def folder_of(path: Path) -> Path:
         try:
             _write(folder, _contents(file))
         except OSError as error:
+            if full_disk(error):
+                raise
             raise UserError(
                 f"{folder}: cannot be written ({error.strerror}); set XDG_CACHE_HOME to a folder "
                 "that can"

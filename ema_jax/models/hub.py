@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NoReturn
@@ -97,18 +98,18 @@ def resolve(source: str, revision: str | None = None) -> tuple[Path, str | None]
     Raises:
         UserError: no such folder, file or package, or no such model on the Hub.
     """
-    folder = Path(source).expanduser()
-    if gguf_folder.is_gguf(source) and not folder.is_dir():
+    folder = Path(os.path.expanduser(source))
+    if gguf_folder.is_gguf(source) and not os.path.isdir(folder):
         if revision is not None:
             raise UserError(f"{source}: a file has no revision {revision!r}; leave revision unset")
         return gguf_folder.folder_of(gguf_folder.locate(source)), None
-    if folder.is_dir():
+    if os.path.isdir(folder):
         if revision is not None:
             raise UserError(
                 f"{source}: a folder has no revision {revision!r}; leave revision unset"
             )
         return folder, None
-    if folder.exists():
+    if os.path.lexists(folder):
         raise UserError(
             f"{source}: not a folder; name the checkpoint's folder, a GGUF file or a hub id"
         )
@@ -175,7 +176,7 @@ def _refuse_other_weights(where: str, files: list[str]) -> NoReturn:
 def cached(source: str, revision: str | None = None) -> tuple[Path, str | None] | None:
     """`resolve` without a network: None for a Hub id that is not in the local cache."""
     local = gguf_folder.is_gguf(source) or source.startswith(("/", ".", "~"))
-    if local or Path(source).expanduser().exists():
+    if local or os.path.lexists(Path(os.path.expanduser(source))):
         return resolve(source, revision)
     import huggingface_hub
     from huggingface_hub import errors

@@ -13,7 +13,6 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 from pydantic import Field, PositiveFloat, PositiveInt
-from safetensors.numpy import save_file
 
 from ema_jax.errors import UserError
 from ema_jax.models import peft_config, token_ids
@@ -21,7 +20,7 @@ from ema_jax.models.checkpoint import TENSORS
 from ema_jax.models.decoder import Decoder, DropoutKey, Linear, LoRAParam
 from ema_jax.models.peft_config import ADAPTER_CONFIG, WEIGHTS
 from ema_jax.models.sharding import host_array
-from ema_jax.runtime.files import atomic_path, read_tensors
+from ema_jax.runtime.files import atomic_path, read_tensors, write_tensors
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _PEFT_PREFIX = "base_model.model."
@@ -160,7 +159,7 @@ def save_peft(model: Decoder, folder: str | Path, config: LoRAConfig, base: str)
     }
     with atomic_path(folder) as temporary:
         temporary.mkdir()
-        save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
+        write_tensors(temporary / WEIGHTS, tensors, {"format": "pt"})
         (temporary / ADAPTER_CONFIG).write_text(json.dumps(description, indent=2) + "\n")
 
 
@@ -213,11 +212,13 @@ def load_peft(model: Decoder, folder: str | Path) -> Decoder:
 def _take(
     tensors: dict[str, np.ndarray], key: str, shape: tuple[int, int], path: Path
 ) -> np.ndarray:
-    """Takes a tensor out, which has to be there and of this shape."""
+    """Takes a tensor out, which has to be there, of this shape and finite."""
     if key not in tensors:
         raise UserError(f"{path}: {key} is missing for this model")
     if tensors[key].shape != shape:
         raise UserError(
             f"{path}: {key} has shape {tensors[key].shape}, this model makes it {shape}"
         )
+    if not np.isfinite(tensors[key].astype(np.float32)).all():
+        raise UserError(f"{path}: {key} holds NaN or infinity; use an adapter that did not diverge")
     return tensors.pop(key)

@@ -1,7 +1,11 @@
 """The Orbax half of a Flax checkpoint folder: `parameters/` and `manifest.json`."""
 
+import contextlib
+import gc
+import logging
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +15,7 @@ from flax import traverse_util
 
 from ema_jax.errors import UserError
 from ema_jax.models import streaming
-from ema_jax.runtime.files import read_json, write_json
+from ema_jax.runtime.files import full_disk, read_json, write_json
 
 MANIFEST = "manifest.json"
 PARAMETERS = "parameters"
@@ -22,7 +26,10 @@ _GROUP_BYTES = 1 << 28
 # Compressed as one: several threads restore a parameter, and a device reads its part.
 _CHUNK_BYTES = 1 << 26
 # Raised by Orbax and TensorStore for folders that are damaged or of another writer.
-_DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError)
+_DAMAGED = (
+    *(OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError),
+    *(RuntimeError, NotImplementedError, OverflowError, ExceptionGroup),
+)
 
 
 def is_flax_folder(folder: str | Path) -> bool:
@@ -36,8 +43,14 @@ def write(folder: Path, parameters: Mapping[str, Any], manifest: Mapping[str, An
 
     context = ocp.Context()
     context.array.saving.storage_options.chunk_byte_size = _CHUNK_BYTES
-    with context:
-        ocp.save((folder / PARAMETERS).resolve(), parameters)
+    place = (folder / PARAMETERS).resolve()
+    try:
+        with context, _quietly():
+            ocp.save(place, parameters)
+    except Exception as error:  # TensorStore's have no code of the system's
+        if (code := full_disk(error)) is None:
+            raise
+        raise OSError(code, os.strerror(code), str(place)) from None
     write_json(folder / MANIFEST, {**_FORMAT, **manifest})
 
 
@@ -67,7 +80,8 @@ def check(folder: Path, shapes: Mapping[tuple, tuple[int, ...]]) -> None:
     read_manifest(folder)
     path = folder / PARAMETERS
     try:
-        tree = ocp.metadata(path.resolve()).metadata
+        with _quietly():
+            tree = ocp.metadata(path.resolve()).metadata
         if not isinstance(tree, dict):  # Orbax logs the reason and returns None
             raise ValueError("its metadata cannot be read")
         stored = traverse_util.flatten_dict(tree)
@@ -88,7 +102,7 @@ def read(folder: Path, targets: Mapping[tuple, jax.ShapeDtypeStruct]) -> dict[tu
     A few parameters at a time: Orbax holds much of what it restores twice.
 
     Raises:
-        UserError: the files are damaged.
+        UserError: the files are damaged, or hold NaN or infinity.
     """
     from orbax.checkpoint import v1 as ocp
 
@@ -99,11 +113,20 @@ def read(folder: Path, targets: Mapping[tuple, jax.ShapeDtypeStruct]) -> dict[tu
         for names in _groups(targets, itemsize):
             wanted = {n: targets[n] if n in names else ocp.PLACEHOLDER for n in targets}
             try:
-                tree = ocp.load(path.resolve(), traverse_util.unflatten_dict(wanted))
+                with _quietly():
+                    tree = ocp.load(path.resolve(), traverse_util.unflatten_dict(wanted))
             except _DAMAGED as error:
                 raise _damaged(path, error) from None
             restored = traverse_util.flatten_dict(tree)
-            arrays |= {name: restored[name] for name in names}
+            group = {name: restored[name] for name in names}
+            for name, finite in zip(names, _finite(list(group.values())), strict=True):
+                if not finite:
+                    raise UserError(
+                        f"{path}: {'.'.join(name)} holds NaN or infinity in "
+                        f"{targets[name].dtype.name}: the checkpoint is damaged, or its training "
+                        "diverged; convert an earlier one, or to another dtype"
+                    )
+            arrays |= group
             count(sum(streaming.part_size(targets[name]) * itemsize for name in names))
     return arrays
 
@@ -120,6 +143,25 @@ def _groups(targets: Mapping[tuple, jax.ShapeDtypeStruct], itemsize: int) -> lis
         groups[-1].append(name)
         size += here
     return groups
+
+
+@jax.jit
+def _finite(arrays: list[jax.Array]) -> list[jax.Array]:
+    return [jnp.isfinite(array).all() for array in arrays]
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Without asyncio's tracebacks of Orbax's other tasks, once one of them has failed."""
+    logger = logging.getLogger("asyncio")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    except BaseException:
+        gc.collect()  # a task that nobody waited for is reported when it goes
+        raise
+    finally:
+        logger.disabled = before
 
 
 def _damaged(path: Path, error: Exception) -> UserError:

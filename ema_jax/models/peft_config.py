@@ -7,10 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from ema_jax.errors import UserError
+from ema_jax.models import folder_links
 from ema_jax.runtime.files import read_json
 
 ADAPTER_CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+
+MAX_RANK = 1 << 16
+"""No model is wider, and no rank exceeds the width."""
 
 # Fields that are read here, and those that change nothing in a trained adapter. Any other field,
 # of today's PEFT or of a later one, may hold nothing but its empty value.
@@ -83,6 +87,7 @@ def read(folder: str | Path) -> PeftConfig:
     """
     folder = Path(folder)
     path = folder / ADAPTER_CONFIG
+    folder_links.check(folder)
     if not (folder / WEIGHTS).exists():
         raise UserError(f"{folder}: {_what_else(folder)}")
     found = read_json(path)
@@ -90,8 +95,8 @@ def read(folder: str | Path) -> PeftConfig:
         raise UserError(f"{path}: peft_type is not LORA")
     _refuse_others(found, path)
     rank, alpha = found.get("r"), found.get("lora_alpha")
-    if type(rank) is not int or rank < 1:
-        raise UserError(f"{path}: r is missing or no whole number above 0")
+    if type(rank) is not int or not 0 < rank <= MAX_RANK:
+        raise UserError(f"{path}: r is missing or no whole number from 1 to {MAX_RANK}")
     if type(alpha) not in (int, float) or not 0 < alpha < math.inf:  # type: ignore[operator]
         raise UserError(f"{path}: lora_alpha is missing or no number above 0")
     rslora = found.get("use_rslora") or False

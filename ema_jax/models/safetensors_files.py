@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,13 +14,26 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from ema_jax.errors import UserError
-from ema_jax.runtime.files import TensorSpec, read_json, write_safetensors
+from ema_jax.runtime.files import TensorSpec, parse_json, read_json, write_safetensors
+from ema_jax.runtime.opening import open_file, other_spelling
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
 _DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
 _ROWS_AT_ONCE = 4096
+HEAD = "lm_head.weight"
+"""The tensor that a tied model lacks."""
+
+_BARE = "model."
+# Parts of names that a model gets from what it was wrapped into when it was saved.
+_WRAPPERS = {
+    "_orig_mod.": "torch.compile",
+    "_fsdp_wrapped_module.": "FSDP",
+    "_forward_module.": "Lightning",
+    "base_model.": "PEFT",
+    "module.": "DataParallel",
+}
 # Old Llama and Mistral checkpoints store these; they follow from config.json.
 _DERIVED = re.compile(r"rotary_emb\.inv_freq$")
 # Stored by GPTQ, AWQ, FP8, bitsandbytes and MLX in addition to a matrix or in its place.
@@ -104,13 +118,16 @@ class WeightFiles:
             UserError: no such weights, or an index that does not match its files.
         """
         index, single = folder / INDEX, folder / SINGLE
-        if index.exists() and single.exists():
+        if os.path.lexists(index) and os.path.lexists(single):
             raise UserError(f"{folder}: both {SINGLE} and {INDEX}; remove the one that is stale")
-        if index.exists():
+        if os.path.lexists(index):
             return cls(folder, _read_index(index))
-        if single.exists():
+        if os.path.lexists(single):
             return cls(folder, dict.fromkeys(open_weights(single).keys(), single))
-        raise UserError(f"{folder}: {_what_else(folder)}; a checkpoint has {SINGLE} or {INDEX}")
+        there = other_spelling(single) or other_spelling(index)
+        raise UserError(
+            f"{folder}: {_what_else(folder)}{there}; a checkpoint has {SINGLE} or {INDEX}"
+        )
 
     @property
     def files(self) -> list[Path]:
@@ -167,10 +184,7 @@ class WeightFiles:
                 "the unquantised checkpoint"
             )
         if missing:
-            raise UserError(
-                f"{self.folder}: {len(missing)} tensors are missing, first {missing[0]}; "
-                "is the download complete, and config.json its own?"
-            )
+            raise UserError(f"{self.folder}: {self._what_instead(expected, missing)}")
         stored = self.tensors()
         unexpected = [
             name
@@ -201,6 +215,31 @@ class WeightFiles:
                     "tie_word_embeddings = true; set it to false, or remove the tensor"
                 )
 
+    def _what_instead(self, expected: Mapping[str, tuple[int, ...]], missing: list[str]) -> str:
+        """Says what stands in the place of missing tensors, and what to do."""
+        if missing == [HEAD]:
+            return (
+                f"{HEAD} is missing, and config.json has tie_word_embeddings = false; set it to "
+                "true if the model's head is its embedding, else download the folder again"
+            )
+        count = f"{len(missing)} tensors are missing, first {missing[0]}"
+        for name in self.file_of:
+            for wanted in missing:
+                if name.endswith(f".{wanted}"):
+                    prefix = name.removesuffix(wanted)
+                    by = next((by for part, by in _WRAPPERS.items() if part in prefix), "a wrapper")
+                    return (
+                        f"{count}; the names start with {prefix!r} ({name}), which {by} leaves; "
+                        "save the model that is inside (save_pretrained), or take that off the "
+                        "names"
+                    )
+                if wanted == _BARE + name:
+                    return (
+                        f"{count}; the names lack {_BARE!r} ({name}), as of a model without its "
+                        "head (AutoModel); save it with AutoModelForCausalLM"
+                    )
+        return f"{count}; is the download complete, and config.json its own?"
+
     def dtype(self) -> np.dtype:
         """The narrowest dtype that holds every tensor exactly."""
         held = {t.dtype_name for name, t in self.tensors().items() if not _DERIVED.search(name)}
@@ -209,10 +248,9 @@ class WeightFiles:
 
 def open_weights(path: Path) -> Any:
     """Opens a safetensors file for NumPy; a damaged one is a `UserError`."""
+    open_file(path).close()
     try:
         return safe_open(path, framework="np")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
     except (SafetensorError, OSError) as error:
         raise UserError(
             f"{path}: not a readable safetensors file ({error}); download it again"
@@ -269,7 +307,7 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
     open_weights(path)  # safetensors itself checks sizes, offsets and dtypes
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
+        header = parse_json(file.read(length).decode())
     header.pop("__metadata__", None)
     return {
         name: StoredTensor(

@@ -16,9 +16,11 @@ from concurrent.futures import Executor
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
+from ema_jax.errors import UserError
 from ema_jax.models.gguf_file import GgufTensor
 from ema_jax.models.safetensors_files import StoredTensor
 from ema_jax.runtime.progress import Progress
@@ -60,7 +62,8 @@ def read_parameter(
         count: called with the number of bytes of each block that was read.
 
     Raises:
-        UserError: a file ends too early.
+        UserError: a file ends too early, or holds NaN or infinity, or numbers that the target's
+            dtype does not hold.
     """
     shape, sharding = target.shape, target.sharding
     assert sharding is not None
@@ -73,6 +76,7 @@ def read_parameter(
         layer, place = job
         rows, *columns = reversed(place) if transpose else place
         block = stored[layer].read(rows, columns[0] if columns else None, _memory())
+        _check_numbers(block, target.dtype, stored[layer])
         for tile, where in _transposed(block, place) if transpose else [(block, place)]:
             for ranges, values in parts.items():
                 if not stacked:
@@ -93,6 +97,33 @@ def read_parameter(
     )
     # Otherwise the host would hold several parameters that are being copied to an accelerator.
     return jax.block_until_ready(result)
+
+
+def _check_numbers(block: np.ndarray, dtype: np.dtype, stored: StoredTensor | GgufTensor) -> None:
+    """Refuses numbers that are not finite, or would not be in `dtype`; as they are read.
+
+    On their bits, whose order as signed and as unsigned integers is that of positive and of
+    negative numbers: two reductions without a copy.
+    """
+    if not block.size:
+        return
+    size = 8 * block.itemsize
+    infinity = np.array(np.inf, block.dtype).view(f"i{block.itemsize}").item()
+    if block.view(f"i{block.itemsize}").max() >= infinity or block.view(
+        f"u{block.itemsize}"
+    ).max() >= infinity + (1 << (size - 1)):
+        raise UserError(
+            f"{stored.file}: {stored.name} holds NaN or infinity: the checkpoint is damaged, or "
+            "its training diverged; download it again or use an earlier one"
+        )
+    largest = float(jnp.finfo(dtype).max)
+    if largest < float(jnp.finfo(block.dtype).max):
+        most = max(float(block.max()), -float(block.min()))
+        if most > largest:
+            raise UserError(
+                f"{stored.file}: {stored.name} holds {most:.3g}, beyond the {largest:.3g} of "
+                f"{dtype.name}; load it in bfloat16 or float32"
+            )
 
 
 def part_size(target: jax.ShapeDtypeStruct) -> int:

@@ -4,12 +4,12 @@ A gather beyond the last row is clamped by XLA: a model whose tokenizer grew and
 not would run, and read another token's row.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ema_jax.errors import UserError
+from ema_jax.runtime.files import read_json
 
 
 def largest_of(ids: Mapping[str, int]) -> tuple[int, str]:
@@ -60,8 +60,8 @@ def check_largest(folder: str | Path, largest: int, token: str, rows: int) -> No
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError):
+        found = read_json(path)
+    except UserError:
         return {}
     return found if isinstance(found, dict) else {}
 

@@ -4,13 +4,14 @@ None of the sets is part of the project; a folder holds those that the user has.
 """
 
 import csv
-import json
-from collections.abc import Iterator
+import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ema_jax.refusal.verdicts import COMPLIED, LABELS, REFUSED
+from ema_jax.runtime import files
+from ema_jax.runtime.opening import read_bytes
 
 # Tones of the ChatGPT set that are clearly one or the other; redirecting, contradicting and not
 # knowing are neither, and have no label.
@@ -49,7 +50,7 @@ def read_folder(folder: Path) -> list[Labelled]:
 
 def read_xstest(path: Path) -> list[Labelled]:
     """One model's completions with XSTest's final labels."""
-    with open(path, newline="", encoding="utf-8") as file:
+    with io.StringIO(read_bytes(path).decode("utf-8"), newline="") as file:
         return [
             Labelled(
                 path.stem.removeprefix("completions_"),
@@ -64,7 +65,7 @@ def read_xstest(path: Path) -> list[Labelled]:
 
 def read_jsonl(path: Path) -> list[Labelled]:
     """The labelled rows of a JSONL file: none if it has neither labels nor tones."""
-    return [row for value in _objects(path) if (row := _labelled(path, value)) is not None]
+    return [row for value in files.read_jsonl(path) if (row := _labelled(path, value)) is not None]
 
 
 def _labelled(path: Path, row: dict[str, Any]) -> Labelled | None:
@@ -78,9 +79,3 @@ def _labelled(path: Path, row: dict[str, Any]) -> Labelled | None:
     group = str(row.get("group") or row.get("style") or "")
     finished = bool(row.get("finished", True))
     return Labelled(row.get("source", path.stem), group, prompt, response, row["label"], finished)
-
-
-def _objects(path: Path) -> Iterator[dict[str, Any]]:
-    for line in path.read_text(encoding="utf-8").splitlines():
-        if line.strip() and isinstance(value := json.loads(line), dict):
-            yield value

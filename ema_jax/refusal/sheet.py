@@ -21,9 +21,11 @@ from ema_jax.errors import UserError
 from ema_jax.refusal.corrected import summary
 from ema_jax.refusal.verdicts import LABELS, REFUSED, UNJUDGED, share
 from ema_jax.runtime.files import read_json, read_jsonl, sha256_file, write_json, write_text
+from ema_jax.runtime.opening import read_bytes
 
 SHEET, KEY = "labels.csv", "labels.key.json"
 COLUMNS = ("id", "arm", "seed", "domain", "prompt", "response", "label")
+_TEXTS = ("id", "domain", "prompt", "response", "response_sha256", "verdict")
 _BOM = "\ufeff"
 _MAX_CELL = 32_000  # Excel cuts at 32,767 characters
 _FORMULA = ("=", "+", "-", "@", "\t", "＝", "＋", "－", "＠")
@@ -52,12 +54,19 @@ def write_sheet(workdir: str | Path, sample: int, seed: int = 0) -> Path:
     files = sorted((workdir / "responses").glob("*.jsonl"))
     if not files:
         raise UserError(f"{workdir}: no responses/*.jsonl; --workdir is the folder of a study")
-    rows = [{"run": f.stem, **row} for f in files for row in read_jsonl(f)]
+    rows = [{**row, "run": f.stem} for f in files for row in read_jsonl(f)]
     if not all("response" in row and "prompt" in row for row in rows):
         raise UserError(
             f"{workdir}: its responses were kept without text, so there is nothing to label; run "
             "the study with --config.keep_text=True in a new --workdir and sample from that"
         )
+    for row in rows:
+        texts = all(isinstance(row.get(field), str) for field in _TEXTS)
+        if not texts or not isinstance(row.get("reason"), str | None):
+            raise UserError(
+                f"{workdir}/responses/{row['run']}.jsonl: {str(row.get('id'))[:80]!r} is no judged "
+                "response of a study; run the study again in a new --workdir"
+            )
     rows = [row for row in rows if share(row["verdict"], row["reason"]) != UNJUDGED]
     rng = np.random.default_rng(seed)
     drawn, probability = _draw([_stratum(row) for row in rows], sample, rng)
@@ -135,7 +144,7 @@ def read_sheet(path: str | Path) -> dict[str, str]:
         UserError: naming the line, for a missing column, an unknown label, or an id that is
             missing or repeated.
     """
-    text = _decoded(Path(path).read_bytes())
+    text = _decoded(read_bytes(path))
     lines = csv.reader(io.StringIO(text, newline=""), delimiter=_delimiter(text))
     try:
         return _labels(str(path), lines)
@@ -222,6 +231,15 @@ def label_results(workdir: Any, runs: Mapping[str, Sequence[str]]) -> dict[str, 
     return summary(labelled, counts, sum(row["share"] == REFUSED for row in rows) / len(rows))
 
 
+def _is_key(drawn: Any) -> bool:
+    """Whether a row of the key is what `write_sheet` wrote."""
+    if not isinstance(drawn, dict):
+        return False
+    texts = all(isinstance(drawn.get(k), str) for k in ("run", "prompt", "response_sha256"))
+    share_drawn = drawn.get("probability")
+    return texts and isinstance(share_drawn, float | int) and 0 < share_drawn <= 1
+
+
 def _found(
     workdir: Any, given: Mapping[str, str], rows: Sequence[Mapping[str, Any]], runs: set[str]
 ) -> Iterator[tuple[Mapping[str, Any], str, float]]:
@@ -229,9 +247,13 @@ def _found(
     by_place = {(row["run"], row["id"]): row for row in rows}
     key = read_json(workdir / KEY)
     for name, label in given.items():
-        if name not in key:
-            raise UserError(f"{workdir / SHEET}: id {name} is none of {workdir / KEY}")
-        drawn = key[name]
+        drawn = key.get(name) if isinstance(key, dict) else None
+        if drawn is None:
+            raise UserError(f"{workdir / SHEET}: id {name!r:.80} is none of {workdir / KEY}")
+        if not _is_key(drawn):
+            raise UserError(
+                f"{workdir / KEY}: {name!r:.80} is damaged; move the sheet away and sample again"
+            )
         if drawn["run"] not in runs:
             continue
         row = by_place.get((drawn["run"], drawn["prompt"]))

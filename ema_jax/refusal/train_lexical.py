@@ -22,6 +22,7 @@ from ema_jax.refusal import lexical
 from ema_jax.refusal.labelled_sets import Labelled, read_folder
 from ema_jax.refusal.phrases import FAMILIES
 from ema_jax.refusal.verdicts import COMPLIED, REFUSED
+from ema_jax.runtime.files import read_jsonl
 
 # Points for the features that rules would be made of; every other feature starts from 0.
 POINTS = {
@@ -192,7 +193,7 @@ def own_rows(folder: Path) -> list[Labelled]:
     held_out = {
         row["response"]
         for path in sorted(folder.glob("*.jsonl"))
-        for row in map(json.loads, path.read_text(encoding="utf-8").splitlines())
+        for row in read_jsonl(path)
         if row.get("part") == "held_out"
     }
     return [row for row in read_folder(folder) if row.response not in held_out]

@@ -9,6 +9,7 @@ from typing import Any
 
 from ema_jax.runtime import distributed
 from ema_jax.runtime.files import parse_json
+from ema_jax.runtime.opening import read_bytes
 
 
 class AppendLog:
@@ -24,13 +25,16 @@ class AppendLog:
 
     Args:
         path: the file, made when the first row is added.
+
+    Raises:
+        UserError: something else is there, or it cannot be read.
     """
 
     def __init__(self, path: str | os.PathLike):
         self._path, self._lock = Path(path), threading.Lock()
         self.rows: dict[int, dict[str, Any]] = {}
         self.torn: dict[int, str] = {}
-        data = self._path.read_bytes() if self._path.exists() else b""
+        data = read_bytes(path) if os.path.lexists(path) else b""
         self._separator = "\n" if data and not data.endswith(b"\n") else ""
         for number, line in enumerate(data.decode("utf-8", errors="replace").split("\n"), start=1):
             try:

@@ -5,6 +5,7 @@ import glob
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from logging import WARNING, Formatter, LogRecord
 from pathlib import Path
@@ -14,6 +15,7 @@ from absl import app, flags, logging
 
 from ema_jax.errors import RunStoppedError, UserError
 from ema_jax.runtime import signals
+from ema_jax.runtime.files import FULL_DISK
 
 _PACKAGE = str(Path(__file__).parents[1]) + os.sep
 # Its threads log with a traceback what this project reports in one line.
@@ -22,8 +24,18 @@ _MISSING_FLAG = re.compile(r"flag --(\S+)=None: Flag --\1 must have a value othe
 _TRACEBACK = "Traceback (most recent call last):"
 # Chips up to v4, and later ones (as any device that is passed through).
 _TPU_DEVICES = ("/dev/accel*", "/dev/vfio/[0-9]*")
-_FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
-_BAD_PATH = (PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
+# Of the system's errors those that are faults of the environment: a missing file is a bug here, as
+# every file of a user is looked for before.
+_ENVIRONMENT = {
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.EEXIST),
+    *(errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTEMPTY, errno.EBUSY, errno.ETXTBSY, errno.EXDEV),
+    *(errno.ENXIO, errno.ENODEV, errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE),
+}
+_PLATFORMS = ("JAX_PLATFORMS", "JAX_PLATFORM_NAME", "JAX_NUM_CPU_DEVICES")
+# Where JAX starts its backends, and where it reads its variables.
+_JAX_BACKENDS, _JAX_SETTINGS = (
+    f"{os.sep}jax{os.sep}_src{os.sep}{n}.py" for n in ("xla_bridge", "config")
+)
 
 
 def run(
@@ -57,12 +69,36 @@ def run(
         by = asked.by if isinstance(asked, signals.StopRequested) else signals.StopRequested.by
         exit_with("stopped", f"asked to stop ({by}); {kept}", RunStoppedError.exit_code)
     except OSError as error:
-        if error.errno in _FULL_DISK:
-            exit_with("stopped", f"{error.filename or 'disk'}: no space left", 3)
-        if isinstance(error, _BAD_PATH) and error.filename:
-            exit_with("error", f"{error.filename}: {error.strerror}", UserError.exit_code)
+        place = error.filename or "the disk"
+        if error.errno in FULL_DISK:
+            exit_with("stopped", f"{place}: {error.strerror}; make room, then: {kept}", 3)
+        if error.errno in _ENVIRONMENT:
+            exit_with("error", f"{place}: {error.strerror}", UserError.exit_code)
+        raise
+    except (RuntimeError, ValueError, AssertionError) as error:
+        if fault := _jax_environment(error):
+            exit_with("error", fault, UserError.exit_code)
         raise
     sys.exit(0)
+
+
+def _jax_environment(error: Exception) -> str:
+    """Says which variable of the environment keeps JAX from starting; "" for another error."""
+    raised_in = ""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        raised_in = frame.f_code.co_filename
+    said = str(error).partition("(set JAX_PLATFORMS")[0].strip()[:300]
+    if raised_in.endswith(_JAX_BACKENDS):
+        given = [f"{n}={os.environ[n]!r:.80}" for n in _PLATFORMS if os.environ.get(n)]
+        which = f"{' '.join(given)}: " if given else ""
+        return (
+            f"{which}JAX starts no device ({said or 'none of that kind'}); name platforms that "
+            "this machine and this JAX have (JAX_PLATFORMS=cpu, cuda or tpu), or none"
+        )
+    named = [name.upper() for name in re.findall(r"jax_\w+", said, re.IGNORECASE)]
+    if raised_in.endswith(_JAX_SETTINGS) and any(name in os.environ for name in named):
+        return f"{said}; correct {named[0]} in the environment, or unset it"
+    return ""
 
 
 def quiet_libtpu() -> None:

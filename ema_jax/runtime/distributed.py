@@ -25,6 +25,7 @@ from ema_jax.runtime import signals
 
 BARRIER_SECONDS = 1800
 _CONNECT_SECONDS = 300
+_SLURM = ("SLURM_JOB_ID", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_NODES")
 
 
 class _Processes:
@@ -62,8 +63,8 @@ def initialise(heartbeat_seconds: int, environment: Mapping[str, str] | None = N
             heartbeat_timeout_seconds=heartbeat_seconds,
             shutdown_timeout_seconds=max(heartbeat_seconds, 30),
         )
-    except (RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0][:200]
+    except (RuntimeError, ValueError, LookupError, TypeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise UserError(
             f"distributed: the other processes cannot be reached ({reason}); see that all of them "
             "run, with one EMA_JAX_COORDINATOR that they can connect to"
@@ -81,20 +82,29 @@ def _arguments(environment: Mapping[str, str]) -> dict[str, Any] | None:
     if address == "auto":
         return {}
     if address is None:
-        several = int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1
-        return {} if several else None
+        if _number(environment, "SLURM_STEP_NUM_TASKS", "1") < 2:
+            return None
+        for name in _SLURM:  # which JAX reads
+            _number(environment, name, "0")
+        return {}
     if re.fullmatch(r"[\w.:\[\]-]+:\d+", address) is None:
         raise UserError(f"EMA_JAX_COORDINATOR: {address!r} is neither HOST:PORT nor auto")
-    numbers = []
-    for name in ("EMA_JAX_NUM_PROCESSES", "EMA_JAX_PROCESS_ID"):
-        text = environment.get(name, "")
-        if not text.isdigit():
-            raise UserError(f"{name}: {text!r} is no number; it goes with EMA_JAX_COORDINATOR")
-        numbers.append(int(text))
-    count, index = numbers
+    if not 0 < int(address.rpartition(":")[2]) < 1 << 16:
+        raise UserError(f"EMA_JAX_COORDINATOR: {address!r} has no port below 65536")
+    count = _number(environment, "EMA_JAX_NUM_PROCESSES")
+    index = _number(environment, "EMA_JAX_PROCESS_ID")
     if not index < count:
         raise UserError(f"EMA_JAX_PROCESS_ID: {index} is not below EMA_JAX_NUM_PROCESSES ({count})")
     return {"coordinator_address": address, "num_processes": count, "process_id": index}
+
+
+def _number(environment: Mapping[str, str], name: str, default: str = "") -> int:
+    text = environment.get(name, default)
+    if re.fullmatch(r"\s*[0-9]{1,9}\s*", text, re.ASCII) is None:
+        ours = name.startswith("EMA_JAX")
+        fix = "it goes with EMA_JAX_COORDINATOR" if ours else "correct it or unset it"
+        raise UserError(f"{name}: {text!r:.80} is no number; {fix}")
+    return int(text)
 
 
 def several() -> bool:

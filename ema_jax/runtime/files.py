@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import errno
 import hashlib
 import json
 import math
@@ -12,13 +13,14 @@ import socket
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from ema_jax.errors import UserError
 from ema_jax.runtime import distributed
+from ema_jax.runtime.opening import open_file, read_bytes, why
 
 # Process ids repeat over machines that share a folder.
 _WRITER = f"{socket.gethostname()}.{os.getpid()}"
@@ -28,6 +30,11 @@ _SAFETENSORS = {"bool": "BOOL", "bfloat16": "BF16"}
 _SAFETENSORS |= {f"float{bits}": f"F{bits}" for bits in (16, 32, 64)}
 _SAFETENSORS |= {f"int{bits}": f"I{bits}" for bits in (8, 16, 32, 64)}
 _SAFETENSORS |= {f"uint{bits}": f"U{bits}" for bits in (8, 16, 32, 64)}
+
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Codes of the system for writes that find no room: disk, quota, or largest size of a file."""
+
+_FULL_DISK_TEXTS = {os.strerror(code): code for code in FULL_DISK}
 
 MAX_DEPTH = 100
 """Deepest nesting of arrays and objects in a JSON file; this project's are far from it."""
@@ -85,8 +92,46 @@ def check_writable(path: str | os.PathLike) -> None:
         trial.touch()
         trial.unlink()
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{path}: cannot be written ({reason}); name another file") from None
+        raise UserError(f"{path}: cannot be written ({why(error)}); name another file") from None
+
+
+def check_folder(path: str | os.PathLike) -> None:
+    """Refuses a folder that could not be made or written to, before the work that fills it.
+
+    Leaves nothing behind.
+
+    Raises:
+        UserError: it is something else, or below something that is no folder or is read-only.
+    """
+    path = Path(path)
+    try:
+        parents = [path.absolute(), *path.absolute().parents]
+        place = next(parent for parent in parents if os.path.lexists(parent))
+        # Temporary names are longer than the folder's own.
+        names = [_beside(path.absolute(), "tmp").name, *path.absolute().relative_to(place).parts]
+        trial = place / max(names, key=lambda name: len(os.fsencode(name)))
+        trial.mkdir()
+        trial.rmdir()
+    except (OSError, ValueError) as error:
+        if getattr(error, "errno", None) in FULL_DISK:
+            raise
+        raise UserError(f"{path}: cannot be written ({why(error)}); name another folder") from None
+
+
+def full_disk(error: BaseException) -> int | None:
+    """The code of `FULL_DISK` that an error or its cause has, or tells of; None without one.
+
+    Libraries that write in their own threads (Orbax, TensorStore, safetensors) keep the text alone.
+    """
+    if isinstance(error, OSError) and error.errno in FULL_DISK:
+        return error.errno
+    for text, code in _FULL_DISK_TEXTS.items():
+        if text in str(error):
+            return code
+    inner = [error.__cause__, error.__context__]
+    inner += error.exceptions if isinstance(error, BaseExceptionGroup) else []
+    found = (full_disk(other) for other in inner if other is not None)
+    return next((code for code in found if code is not None), None)
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
@@ -170,21 +215,11 @@ def _check_depth(value: Any) -> None:
 
 def read_json(path: str | os.PathLike) -> Any:
     """Reads a JSON file (`parse_json`); a missing or malformed one is a `UserError` naming it."""
-    with _opened(path) as file:
-        data = file.read()
+    data = read_bytes(path)
     try:
         return parse_json(data.decode("utf-8-sig"))
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON ({error})") from None
-
-
-def _opened(path: str | os.PathLike) -> BinaryIO:
-    try:
-        return open(path, "rb")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
 
 
 def write_jsonl(path: str | os.PathLike, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -206,7 +241,7 @@ def numbered_rows(path: str | os.PathLike) -> Iterator[tuple[int, dict[str, Any]
     Raises:
         UserError: naming file and line, for a missing file and a line that is anything else.
     """
-    with _opened(path) as file:
+    with open_file(path) as file:
         for number, line in enumerate(file, start=1):
             try:
                 text = line.decode("utf-8").removeprefix("\ufeff")
@@ -295,14 +330,13 @@ def write_tensors(
 
 def read_tensors(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """Reads a safetensors file: `(tensors, metadata)`."""
+    open_file(path).close()
     try:
         with safe_open(path, framework="np") as file:
             # SafeTensors files offer keys() but are not iterable themselves.
             names = file.keys()
             return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except SafetensorError as error:
+    except (SafetensorError, OSError, TypeError) as error:  # a dtype that NumPy lacks
         raise UserError(f"{path}: not a readable safetensors file ({error})") from None
 
 
@@ -318,5 +352,5 @@ def sha256_json(value: Any) -> str:
 
 def sha256_file(path: str | os.PathLike) -> str:
     """Hex SHA-256 of a file's bytes."""
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -23,6 +23,7 @@ from absl import logging
 
 from ema_jax.errors import UserError
 from ema_jax.runtime import distributed
+from ema_jax.runtime.files import parse_json
 
 LOCK_SECONDS = 60.0
 """Expiry of the lock on a folder."""
@@ -48,7 +49,7 @@ class Holder(NamedTuple):
     def read(cls, text: str) -> "Holder | None":
         """The holder that a lease names; None for text of another kind."""
         try:
-            return cls(**json.loads(text))
+            return cls(**parse_json(text))
         except (ValueError, TypeError):
             return None
 

@@ -10,6 +10,8 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from absl import logging
+
 from ema_jax.concepts.capture import pooling
 from ema_jax.config import StudyConfig
 from ema_jax.data.chat import Chat, first_line
@@ -241,6 +243,29 @@ def _preferred(config: StudyConfig, asked: Asked) -> None:
             raise UserError(f"arms.{name}: {error}") from None
 
 
+def _control_tokens(config: StudyConfig, asked: Asked) -> None:
+    """Warns of prompts whose text holds the model's own markers of turns and ends."""
+    del config
+    tokenizer = asked.chat.tokenizer
+    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+    markers = {*tokenizer.all_special_tokens, *(str(token) for token in added if token.special)}
+    found = [
+        (prompt.id, marker)
+        for prompt in asked.prompts
+        for marker in sorted(markers)
+        if marker.strip() and marker in prompt.prompt
+    ]
+    if found:
+        rows = list(dict.fromkeys(name for name, _ in found))
+        logging.warning(
+            "prompts: %s%s: the text holds the control token %r, which the model reads as the end "
+            "or the start of a turn and not as text; remove it from the prompt",
+            ", ".join(rows[:5]),
+            f" and {len(rows) - 5} more" if len(rows) > 5 else "",
+            found[0][1],
+        )
+
+
 OF_CONFIG: Sequence[Callable[[StudyConfig], None]] = (
     _domains,
     _counts,
@@ -252,4 +277,5 @@ OF_PROMPTS: Sequence[Callable[[StudyConfig, Asked], None]] = (
     _positions,
     _poolings,
     _preferred,
+    _control_tokens,
 )

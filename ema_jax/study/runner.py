@@ -1,6 +1,7 @@
 """Runs what a config describes: one study, or with `cells` several in one folder."""
 
 import functools
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -43,8 +44,9 @@ def run(
     if config.grid:
         raise UserError("config: grid: this is a sweep; run it with python -m ema_jax.sweep")
     root = Path(workdir)
-    if root.exists() and not root.is_dir():
+    if os.path.lexists(root) and not os.path.isdir(root):
         raise UserError(f"--workdir: {root} is a file; name a folder")
+    files.check_folder(root)
     cells = {name: config_lib.cell(config, name) for name in config.cells} or {"": config}
     if bool(config.cells) != (root / "cells").is_dir() and any(root.glob("[!.]*")):
         kind = "a single study" if config.cells else "a replication"

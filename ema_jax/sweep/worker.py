@@ -45,8 +45,9 @@ class StudyGrid:
 
     def __init__(self, config: StudyConfig, folder: str | Path, *, download: bool = True):
         self.folder = Path(folder)
-        if self.folder.exists() and not self.folder.is_dir():
+        if os.path.lexists(self.folder) and not os.path.isdir(self.folder):
             raise UserError(f"--workdir: {self.folder} is a file; name a folder")
+        files.check_folder(self.folder)
         if any((self.folder / name).exists() for name in ("stages", "cells")):
             raise UserError(f"{self.folder}: holds a study or a replication; choose another")
         self.points = points(config)

@@ -423,7 +423,7 @@ BAD_FILES = [
     ("x.csv", HEADER + b'"A?,b,1\n', "x.csv:2: not valid CSV"),
     ("x.csv", HEADER + b"A?,b,1\n,b,2\n", "x.csv:3: 'prompt' is empty"),
     ("x.csv", HEADER + b"A?,b,1\n\xff,b,2\n", "x.csv:3: not UTF-8"),
-    ("x.csv", HEADER + b"a" * 200_000 + b",b,1\n", "x.csv:2: 'prompt' has over 131,072 charac"),
+    ("x.csv", HEADER + b"a" * 200_000 + b",b,1\n", "x.csv:2: a cell has over 131,072 characters"),
     ("x.parquet", b"not parquet", "x.parquet: not a readable Parquet file"),
     ("x.txt", b"A?\n", "x.txt: unknown file type '.txt'; use .jsonl, .csv, .parquet"),
 ]

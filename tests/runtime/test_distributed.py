@@ -23,6 +23,8 @@ ROOT = Path(__file__).parents[2]
 ADDRESS = {"EMA_JAX_COORDINATOR": "host-0.job:8476"}
 NUMBERS = {"EMA_JAX_NUM_PROCESSES": "4", "EMA_JAX_PROCESS_ID": "3"}
 
+NO_NUMBERS = ("", "two", "2.0", "-1", "\u00b2", "\u0662", "2(x3)", "9" * 5000, "1e3", "2,2", "\x00")
+
 
 @pytest.mark.parametrize(
     ("environment", "arguments"),
@@ -48,6 +50,23 @@ def test_the_environment_says_who_takes_part(environment, arguments):
         (ADDRESS, "EMA_JAX_NUM_PROCESSES"),
         (ADDRESS | {"EMA_JAX_NUM_PROCESSES": "2"}, "EMA_JAX_PROCESS_ID"),
         (ADDRESS | NUMBERS | {"EMA_JAX_PROCESS_ID": "4"}, "not below"),
+        *(
+            (ADDRESS | NUMBERS | {name: text}, f"{name}: .* no number")
+            for name in NUMBERS
+            for text in NO_NUMBERS
+        ),
+        *(
+            ({"SLURM_STEP_NUM_TASKS": text}, "SLURM_STEP_NUM_TASKS: .* no number")
+            for text in NO_NUMBERS
+        ),
+        *(
+            ({"SLURM_STEP_NUM_TASKS": "2", name: "2(x3)"}, f"{name}: .* no number")
+            for name in ("SLURM_JOB_ID", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
+        ),
+        *(
+            (NUMBERS | {"EMA_JAX_COORDINATOR": f"host:{port}"}, "no port below 65536")
+            for port in ("0", "65536", "99999999999999999999")
+        ),
     ],
 )
 def test_half_an_environment_is_refused(environment, said):

@@ -64,6 +64,7 @@ class AnswerCache:
             try:
                 score, reason = float(row["score"]), row["reason"]
                 verdict = Verdict(row["verdict"], score, reason, row.get("harm"))
+                hash(row["hash"]), hash(verdict)
             except (ValueError, KeyError, TypeError):
                 unfinished += 1
                 continue
