@@ -1,5 +1,6 @@
 """NaN, infinity and numbers beyond a dtype are found while weights are read, and named."""
 
+import re
 import shutil
 
 import jax
@@ -83,7 +84,7 @@ def test_numbers_beyond_the_dtype_that_is_asked_for(tmp_path, stored, target, va
 )
 def test_a_checkpoint_names_tensor_and_file(tiny, tmp_path, name, value):
     damaged_copy(tiny("qwen2"), tmp_path / "m", name, value)
-    with pytest.raises(UserError, match=f"{SINGLE}: {name} holds NaN or infinity"):
+    with pytest.raises(UserError, match=rf"{re.escape(SINGLE)}: {re.escape(name)} holds NaN"):
         checkpoint.load(tmp_path / "m")
 
 

@@ -52,5 +52,5 @@ def test_a_missing_head():
 
 @pytest.mark.parametrize("left", [0, 1, 2])
 def test_an_incomplete_download(left):
-    with pytest.raises(UserError, match="are missing, first .*; is the download complete"):
+    with pytest.raises(UserError, match=r"are missing, first .*; is the download complete"):
         check([name for i, name in enumerate(NAMES) if i != left])

@@ -144,11 +144,14 @@ def test_fields_that_change_nothing_are_taken(plain, tmp_path, base, changes):
 
 
 IMPOSSIBLE = [
-    ({"r": 0}, "r is missing or no whole number above 0"),
-    ({"r": -1}, "r is missing"),
-    ({"r": 2.7}, "r is missing"),
-    ({"r": True}, "r is missing"),
-    ({"r": 10**9}, "has shape"),
+    *(
+        ({"r": rank}, "r is missing or no whole number from 1 to 65536")
+        for rank in (0, -1, -(10**300), 2.7, True, None, "8", [8], 65_537, 10**9, 10**300)
+    ),
+    ({"r": 65_536}, "has shape"),
+    ({"lora_alpha": -1}, "lora_alpha"),
+    ({"layers_to_transform": [10**300]}, "is no projection of this model"),
+    ({"layers_to_transform": [-1]}, "is no projection of this model"),
     ({"lora_alpha": "8"}, "lora_alpha is missing or no number"),
     ({"lora_alpha": 0}, "lora_alpha"),
     ({"use_rslora": "false"}, "use_rslora is 'false', expected true or false"),

@@ -60,7 +60,7 @@ WRITERS = {
 def test_a_full_disk_is_told_as_one(tiny, tmp_path, full, writer):
     model, path = checkpoint.load(tiny("qwen2")), tmp_path / "out"
     full()
-    with pytest.raises(OSError) as caught:
+    with pytest.raises(OSError, match="File too large") as caught:
         WRITERS[writer](path, model)
     assert caught.value.errno in files.FULL_DISK
     if writer not in ("a log", "activations"):  # which are continued

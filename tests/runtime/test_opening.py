@@ -121,7 +121,7 @@ def test_folders_that_cannot_be_made(tmp_path, name):
     before = sorted(tmp_path.iterdir())
     with pytest.raises(UserError, match="cannot be written"):
         check_folder(path)
-    with pytest.raises(UserError, match="cannot be written|is a folder"):
+    with pytest.raises(UserError, match=r"cannot be written|is a folder"):
         check_writable(path / "x")
     assert sorted(tmp_path.iterdir()) == before
 

@@ -29,7 +29,9 @@ TOKENIZER = SimpleNamespace(
 
 def warned(caplog, *texts):
     prompts = [
-        Prompt(id=f"row-{i}", domain="d", split="eval", prompt=text, source="s", sha256="")
+        Prompt(
+            id=f"row-{i}", domain="d", split="eval", prompt=text, source="s", sha256="", group="g"
+        )
         for i, text in enumerate(texts)
     ]
     asked = Asked(None, SimpleNamespace(tokenizer=TOKENIZER), prompts, [3] * len(prompts))
