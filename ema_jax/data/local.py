@@ -15,6 +15,7 @@ Other columns are ignored. A path may be a file or a folder of such files.
 
 import csv
 import io
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -94,9 +95,9 @@ def parse_record(record: Mapping[str, Any], place: str, source: str, max_chars: 
 
 def _files(path: Path) -> list[Path]:
     known = ", ".join(_READERS)
-    if not path.exists():
+    if not os.path.lexists(path):
         raise UserError(f"{path}: no such prompt file or folder; set prompts.path to one")
-    if path.is_dir():
+    if os.path.isdir(path):
         files = sorted(file for file in path.iterdir() if file.suffix.lower() in _READERS)
         if not files:
             raise UserError(f"{path}: no prompt files in this folder; it needs {known}")

@@ -28,7 +28,7 @@ _CHUNK_BYTES = 1 << 26
 # Raised by Orbax and TensorStore for folders that are damaged or of another writer.
 _DAMAGED = (
     *(OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError),
-    *(RuntimeError, NotImplementedError, OverflowError, ExceptionGroup),
+    *(NotImplementedError, OverflowError, ExceptionGroup),
 )
 
 

@@ -53,6 +53,7 @@ class AppendLog:
             return
         with self._lock:
             self._path.parent.mkdir(parents=True, exist_ok=True)
+            text, self._separator = f"{self._separator}{line}\n", "\n"
             with open(self._path, "a", encoding="utf-8") as file:
-                file.write(f"{self._separator}{line}\n")
-            self._separator = ""
+                file.write(text)
+            self._separator = ""  # else the disk is full, and the line may be torn

@@ -84,38 +84,36 @@ def check_writable(path: str | os.PathLike) -> None:
         UserError: `path` is a folder, or its folder cannot be written to.
     """
     path = Path(path)
-    try:
-        if path.is_dir():
-            raise UserError(f"{path}: is a folder; name a file")
-        folder = next(parent for parent in path.absolute().parents if parent.exists())
-        trial = _beside(folder / path.name, "tmp")
-        trial.touch()
-        trial.unlink()
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be written ({why(error)}); name another file") from None
+    if os.path.isdir(path):
+        raise UserError(f"{path}: is a folder; name a file")
+    _try_to_write(path, path.parent, "file")
 
 
 def check_folder(path: str | os.PathLike) -> None:
     """Refuses a folder that could not be made or written to, before the work that fills it.
 
-    Leaves nothing behind.
-
     Raises:
         UserError: it is something else, or below something that is no folder or is read-only.
     """
-    path = Path(path)
+    _try_to_write(Path(path), Path(path), "folder")
+
+
+def _try_to_write(path: Path, folder: Path, what: str) -> None:
+    """Makes and removes a folder where `folder` is, or would be made; leaves nothing behind."""
     try:
-        parents = [path.absolute(), *path.absolute().parents]
-        place = next(parent for parent in parents if os.path.lexists(parent))
-        # Temporary names are longer than the folder's own.
-        names = [_beside(path.absolute(), "tmp").name, *path.absolute().relative_to(place).parts]
-        trial = place / max(names, key=lambda name: len(os.fsencode(name)))
+        folder, temporary = folder.absolute(), _beside(path.absolute(), "tmp").name
+        with contextlib.suppress(FileNotFoundError):
+            os.lstat(folder / temporary)  # which refuses a path that is too long in all
+        place = next(there for there in (folder, *folder.parents) if os.path.lexists(there))
+        parts = folder.relative_to(place).parts
+        longest = max(len(os.fsencode(name)) for name in (temporary, *parts))
+        trial = place / (temporary + "x" * (longest - len(os.fsencode(temporary))))
         trial.mkdir()
         trial.rmdir()
     except (OSError, ValueError) as error:
-        if getattr(error, "errno", None) in FULL_DISK:
+        if full_disk(error):
             raise
-        raise UserError(f"{path}: cannot be written ({why(error)}); name another folder") from None
+        raise UserError(f"{path}: cannot be written ({why(error)}); name another {what}") from None
 
 
 def full_disk(error: BaseException) -> int | None:

@@ -56,7 +56,8 @@ def other_spelling(path: str | os.PathLike) -> str:
         names = sorted(os.listdir(path.parent))
     except (OSError, ValueError):
         return ""
-    found = [name for name in names if name.casefold() == path.name.casefold()]
+    alike = [name for name in names if name.casefold() == path.name.casefold()]
+    found = [name for name in alike if name != path.name]
     return f" (but {found[0]}: rename it to {path.name})" if found else ""
 
 

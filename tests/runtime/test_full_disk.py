@@ -20,10 +20,9 @@ TEXT = "x" * (2 * LIMIT)
 
 
 @pytest.fixture
-def full(monkeypatch):
+def full():
     """A context in which no file may grow beyond `LIMIT` bytes."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    monkeypatch.setattr(resource, "before", before, raising=False)
 
     def fill():
         resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT, before[1]))
@@ -70,7 +69,6 @@ def test_a_full_disk_is_told_as_one(tiny, tmp_path, full, writer):
 CAUSES = {
     "the system's": OSError(28, "No space left on device"),
     "of a quota": OSError(122, "Disk quota exceeded"),
-    "as safetensors has it": RuntimeError("Error while serializing: I/O error: No space left on "),
     "as TensorStore has it": ValueError("RESOURCE_EXHAUSTED: write: [No space left on device]"),
     "as a group": ExceptionGroup("x", [ValueError("a"), OSError(28, "No space left on device")]),
 }

@@ -1,0 +1,46 @@
+"""Damaged Flax folders: one line, and nothing of Orbax's own threads beside it."""
+
+import gc
+import itertools
+import shutil
+
+import pytest
+
+from ema_jax.errors import UserError
+from ema_jax.models import checkpoint
+
+DAMAGE = {
+    "removed": lambda path: path.unlink(),
+    "emptied": lambda path: path.write_bytes(b""),
+    "cut": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "other bytes": lambda path: path.write_bytes(b"\xff" * path.stat().st_size),
+    "a folder": lambda path: (path.unlink(), path.mkdir()),
+}
+# Parts of the names of Orbax's files; one of each kind.
+FILES = ("_METADATA", "manifest.ocdbt", "d/", "_sharding", "checkpoint_metadata")
+
+
+@pytest.fixture(scope="module")
+def flax(tiny, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("flax") / "m"
+    checkpoint.save_flax(checkpoint.load(tiny("qwen2")), folder)
+    return folder
+
+
+@pytest.mark.parametrize(("name", "damage"), itertools.product(FILES, DAMAGE))
+def test_one_line_and_nothing_beside_it(flax, tmp_path, caplog, capfd, name, damage):
+    folder = tmp_path / "m"
+    shutil.copytree(flax, folder)
+    files = [p for p in sorted(folder.rglob("*")) if p.is_file()]
+    found = [path for path in files if "parameters" in path.parts and name in str(path)]
+    if not found:
+        pytest.fail(f"Orbax has no {name} any more: {[str(p.relative_to(folder)) for p in files]}")
+    for path in found:
+        DAMAGE[damage](path)
+    try:
+        checkpoint.load(folder)
+    except UserError as error:
+        assert "\n" not in str(error)
+    gc.collect()
+    assert not [record for record in caplog.records if record.name == "asyncio"]
+    assert "Traceback" not in capfd.readouterr().err
