@@ -1,10 +1,10 @@
 """Opening files that others made: regular ones alone, and every fault of the system in one line."""
 
+import io
 import os
 import stat
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
 
 from ema_jax.errors import UserError
 
@@ -17,7 +17,7 @@ _KINDS: dict[Callable[[int], bool], str] = {
 }
 
 
-def open_file(path: str | os.PathLike) -> BinaryIO:
+def open_file(path: str | os.PathLike) -> io.BufferedReader:
     """Opens a regular file for reading: nothing that would block, or never end.
 
     Raises:

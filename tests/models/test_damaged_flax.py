@@ -27,20 +27,27 @@ def flax(tiny, tmp_path_factory):
     return folder
 
 
+def refusal(folder):
+    """What a load says that is refused; some faults do no harm."""
+    try:
+        checkpoint.load(folder)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
 @pytest.mark.parametrize(("name", "damage"), itertools.product(FILES, DAMAGE))
 def test_one_line_and_nothing_beside_it(flax, tmp_path, caplog, capfd, name, damage):
     folder = tmp_path / "m"
     shutil.copytree(flax, folder)
     files = [p for p in sorted(folder.rglob("*")) if p.is_file()]
-    found = [path for path in files if "parameters" in path.parts and name in str(path)]
+    inside = [p for p in files if "parameters" in p.parts]
+    found = [p for p in inside if name in str(p.relative_to(folder / "parameters"))]
     if not found:
         pytest.fail(f"Orbax has no {name} any more: {[str(p.relative_to(folder)) for p in files]}")
     for path in found:
         DAMAGE[damage](path)
-    try:
-        checkpoint.load(folder)
-    except UserError as error:
-        assert "\n" not in str(error)
+    assert "\n" not in refusal(folder)
     gc.collect()
     assert not [record for record in caplog.records if record.name == "asyncio"]
     assert "Traceback" not in capfd.readouterr().err
