@@ -71,7 +71,7 @@ def run(
     except OSError as error:
         place = error.filename or "the disk"
         if error.errno in FULL_DISK:
-            exit_with("stopped", f"{place}: {error.strerror}; make room, then: {kept}", 3)
+            exit_with("stopped", f"{place}: {error.strerror}; {kept}, once there is room", 3)
         if error.errno in _ENVIRONMENT:
             exit_with("error", f"{place}: {error.strerror}", UserError.exit_code)
         raise

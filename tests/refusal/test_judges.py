@@ -374,7 +374,12 @@ cli.run(main)
             "stopped: asked to stop (Ctrl-C); what it was writing is not there; the same "
             "command starts again\n",
         ),
-        ("full", 3, "stopped: disk: no space left\n"),
+        (
+            "full",
+            3,
+            "stopped: disk: No space left on device; what it was writing is not there; the same "
+            "command starts again, once there is room\n",
+        ),
         ("path", 2, "error: there: Permission denied\n"),
         ("bug", 1, None),
     ],

@@ -100,7 +100,7 @@ def test_a_full_disk_says_what_is_kept(ended, code):
     number = getattr(errno, code)
     exit_code, said = ended(OSError(number, os.strerror(number)))
     assert exit_code == 3
-    assert said == f"stopped: the disk: {os.strerror(number)}; make room, then: all is kept\n"
+    assert said == f"stopped: the disk: {os.strerror(number)}; all is kept, once there is room\n"
 
 
 def test_a_missing_file_is_a_bug(ended):
