@@ -42,9 +42,12 @@ class Address:
         """
         try:
             parts = urllib.parse.urlsplit(url)
-            host, _ = parts.hostname or "", parts.port
-            if httpx.URL(url).host != host:  # the host that is checked is the host that is reached
+            host = parts.hostname or ""
+            read = httpx.URL(url)
+            # The host that is checked is the host that is reached.
+            if read.host != host or parts.port == 0:
                 raise ValueError
+            read.raw_host.decode("ascii").encode("idna")  # as a socket does, which refuses a..b
         except (ValueError, httpx.InvalidURL):
             raise UserError("judge 'endpoint': url is malformed; give https://HOST/v1") from None
         login = parts.username is not None or parts.password is not None

@@ -113,6 +113,9 @@ def retry_after(headers: Mapping[str, str]) -> float:
         pass
     try:
         moment = email.utils.parsedate_to_datetime(text)
-    except (ValueError, TypeError):
+        seconds = moment.replace(tzinfo=moment.tzinfo or datetime.UTC).timestamp() - time.time()
+    except OverflowError:  # beyond the years that Python has
+        return math.inf
+    except (ValueError, TypeError, IndexError):
         return 0.0
-    return max(0.0, moment.replace(tzinfo=moment.tzinfo or datetime.UTC).timestamp() - time.time())
+    return max(0.0, seconds)
