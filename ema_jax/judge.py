@@ -157,4 +157,8 @@ def judge_rows(judge: Judge, rows: Sequence[Mapping[str, Any]]) -> list[dict[str
 
 if __name__ == "__main__":
     define_flags()
-    cli.run(main)
+    cli.run(
+        main,
+        kept="no output is written, but the endpoint judge's answers are kept (--cache); the same "
+        "command goes on from them",
+    )

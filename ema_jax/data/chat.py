@@ -110,7 +110,7 @@ class Chat:
 
     def _try_template(self, folder: Path) -> None:
         """Refuses a template that fails, or drops or changes what it is given."""
-        user, system = system_turns.probes(self.tokenizer.get_chat_template(), "user", "system")
+        user, system = self._probes("user", "system")
         messages = [{"role": "user", "content": user}]
         if self.system_prompt is not None:
             messages.insert(0, {"role": "system", "content": system})
@@ -139,7 +139,7 @@ class Chat:
 
     def _warn_of_endless_responses(self, folder: Path) -> None:
         """Warns where the template ends a response otherwise than generation does."""
-        user, answer = system_turns.probes(self.tokenizer.get_chat_template(), "user", "assistant")
+        user, answer = self._probes("user", "assistant")
         try:
             _, _, after = self.render(user, answer).partition(answer)
         except templates.TemplateError:  # one for prompts alone: `example` says so where it matters
@@ -196,15 +196,38 @@ class Chat:
         Raises:
             UserError: the template does not render a response after its own prompt.
         """
-        before, both = self.prompt_tokens(prompt), self._encode(self.render(prompt, response))
-        if both[: len(before)] != before:
-            raise UserError(
-                "the chat template renders a prompt differently once it has a response; "
-                "use a template whose generation prompt is a prefix of the conversation"
-            )
-        after = both[len(before) :]
-        ends = [i for i, token in enumerate(after) if token in self.eos_ids]
-        return TokenExample(before, after[: ends[0] + 1] if ends else after)
+        before = self.render(prompt)
+        after = self._continuation(before, self.render(prompt, response))
+        start, both = self._encode(before), self._encode(before + after)
+        # Some tokenizers would merge the prompt's last characters with the response's first ones,
+        # which a model that continues the prompt cannot do.
+        tokens = both[len(start) :] if both[: len(start)] == start else self._encode(after)
+        ends = [i for i, token in enumerate(tokens) if token in self.eos_ids]
+        return TokenExample(start, tokens[: ends[0] + 1] if ends else tokens)
+
+    def _continuation(self, before: str, both: str) -> str:
+        """The text that a conversation has after its prompt: the response and the turn's end.
+
+        Mistral's templates write the system message into the last user turn, and only if nothing
+        follows it. The model under study has seen it there: what differs before the user's text is
+        the prompt's.
+        """
+        if both.startswith(before):
+            return both[len(before) :]
+        user, answer = self._probes("user", "assistant")
+        opening, _, closing = self.render(user).partition(user)
+        shorter, found, rest = self.render(user, answer).partition(user)
+        if before.startswith(opening) and found and rest.startswith(closing):
+            turn = shorter + before[len(opening) :]
+            if both.startswith(turn):
+                return both[len(turn) :]
+        raise UserError(
+            "the chat template renders a prompt differently once it has a response; "
+            "use a template whose generation prompt is a prefix of the conversation"
+        )
+
+    def _probes(self, *names: str) -> list[str]:
+        return system_turns.probes(self.tokenizer.get_chat_template(), *names)
 
     def tokens(self, text: str) -> tuple[int, ...]:
         """Token ids of plain text, without special tokens."""
