@@ -63,6 +63,7 @@ def main(argv: Sequence[str]) -> None:
     if options.judge == _CACHING:
         settings = {"cache": f"{options.output}.cache"} | settings
         settings |= {"cache": options.cache} if options.cache else {}
+        _check_cache(str(settings["cache"]), options.output, options.input)
     elif options.cache is not None:
         raise UserError(f"--cache: the {options.judge} judge keeps none; remove the flag")
     rows = read_rows(options.input, needs_response=options.judge not in PROMPT_JUDGES)
@@ -73,6 +74,12 @@ def main(argv: Sequence[str]) -> None:
     counts = Counter(row["verdict"] for row in judged)
     summary = ", ".join(f"{counts[v]} {v}" for v in VERDICTS)
     logging.info("%s: %d rows, %s", options.output, len(judged), summary)
+
+
+def _check_cache(cache: str, *others: str) -> None:
+    """Refuses a cache that the command reads or replaces as something else."""
+    if os.path.realpath(cache) in [os.path.realpath(other) for other in others]:
+        raise UserError(f"--cache: {cache} is the input or the output; name another file")
 
 
 def _write_sheet(workdir: str | None, sample: int) -> None:

@@ -74,12 +74,13 @@ def check_writable(path: str | os.PathLike) -> None:
     """Refuses a file that `atomic_path` could not write, before the work whose result it holds.
 
     Raises:
-        UserError: `path` is a folder, or its folder cannot be written to.
+        UserError: `path` is a folder, a device or a pipe, or its folder cannot be written to.
     """
     path = Path(path)
     try:
-        if path.is_dir():
-            raise UserError(f"{path}: is a folder; name a file")
+        if path.exists() and not path.is_file():
+            kind = "a folder" if path.is_dir() else "no regular file"
+            raise UserError(f"{path}: is {kind}; name a file")
         folder = next(parent for parent in path.absolute().parents if parent.exists())
         trial = _beside(folder / path.name, "tmp")
         trial.touch()

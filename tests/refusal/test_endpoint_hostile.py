@@ -1,13 +1,17 @@
 """The endpoint judge against servers that never come to an end, and settings without measure."""
 
 import itertools
+import json
+import os
 import socket
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 from test_endpoint_judge import ANSWER, FAST, KEY, Server, drip, judge_at, rows_of
 
+from ema_jax import judge
 from ema_jax.errors import RunStoppedError, UserError
 from ema_jax.refusal.endpoint import pace
 from ema_jax.refusal.judges import get_judge
@@ -239,3 +243,60 @@ def test_any_script_and_another_one():
         assert [v.reason == "script" for v in found] == reasons
     found = get_judge("lexical", script="cyrillic")(rows)
     assert [v.reason == "script" for v in found] == [False, True]
+
+
+PATHS = {
+    "folder": "is a folder",
+    "pipe": "is no regular file",
+    "link to a pipe": "is no regular file",
+    "link to a folder": "is a folder",
+    "/dev/null": "is no regular file",
+    "file/out.jsonl": "cannot be written",
+    "/proc/out.jsonl": "cannot be written",
+    "x" * 256: "cannot be written",
+    "x" * 250: "cannot be written",
+    "x" * 300 + "/out.jsonl": "cannot be written",
+    "a\0b": "cannot be written",
+    "in.jsonl": "is the input or the output",
+    "./in.jsonl": "is the input or the output",
+    "out.jsonl": "is the input or the output",
+}
+
+
+class Flags(dict):
+    """Flags of a command without the command line."""
+
+    def __getattr__(self, name):
+        return self.get(name)
+
+    def __getitem__(self, name):
+        return SimpleNamespace(value=self.get(name))
+
+
+@pytest.mark.parametrize("flag", ["output", "cache"])
+@pytest.mark.parametrize("name", PATHS)
+def test_a_place_that_cannot_be_written_is_named_before_anything_is_asked(
+    tmp_path, monkeypatch, name, flag
+):
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link to a pipe").symlink_to("pipe")
+    (tmp_path / "link to a folder").symlink_to("folder")
+    (tmp_path / "file").write_text("")
+    row = {"prompt": "Why?", "response": ANSWER}
+    (tmp_path / "in.jsonl").write_text(json.dumps(row) + "\n")
+    if flag == "output" and PATHS[name] == "is the input or the output":
+        return  # the output may replace the input
+    server = Server()
+    options = {"model": "m", "url": server.url}
+    paths = {"input": "in.jsonl", "output": "out.jsonl", flag: name}
+    flags = {key: str(tmp_path / value) for key, value in paths.items()}
+    given = {"cache": None, "sample": None, "overwrite": True, "judge": "endpoint"}
+    given |= flags | {"judge_options": json.dumps(options)}
+    monkeypatch.setattr(judge.flags, "FLAGS", Flags(given))
+    with pytest.raises(UserError, match=PATHS[name]) as error:
+        judge.main([])
+    assert "\n" not in str(error.value)
+    assert not server.requests
+    server.shutdown()
+    server.server_close()
