@@ -178,7 +178,7 @@ NUMBERS = {
     "timeout": (1e300, 1e10, 86_401.0, float("inf"), float("nan"), 0.0, -1.0),
     "requests_per_minute": (1e-300, 1e-5, 5e-324, float("inf"), float("nan"), -1.0),
     "backoff": (1e300, 1e10, float("inf"), float("nan"), -1.0),
-    "concurrency": (0, -1),
+    "concurrency": (0, -1, 1001, 10**30),
     "max_retries": (-1,),
 }
 

@@ -30,14 +30,13 @@ from ema_jax.refusal.endpoint.connection import Connection
 from ema_jax.refusal.endpoint.errors import FILTERED, PassingError, ServerError, declined
 from ema_jax.refusal.endpoint.pace import Pace, Pacer, retry_after
 from ema_jax.refusal.endpoint.rubrics import RUBRICS, Rubric
-from ema_jax.refusal.judge_options import check_positive, check_template
+from ema_jax.refusal.judge_options import check_template
 from ema_jax.refusal.validity import judge_valid
 from ema_jax.refusal.verdicts import UNREADABLE, Verdict
 from ema_jax.runtime.files import sha256_json
 from ema_jax.runtime.progress import Progress
 
 MAX_BODY_BYTES = 1 << 20
-LONGEST_SECONDS = 86_400
 ANSWER_ATTEMPTS = 2  # an unusable answer is asked for once more before it counts as unreadable
 
 _PASSING = (408, 409, 425, 429, 500, 502, 503, 504, 520, 522, 524, 529)
@@ -88,22 +87,7 @@ class Endpoint:
         Raises:
             UserError: an unsafe or malformed address, no key, a bad template or number.
         """
-        check_positive(
-            "endpoint",
-            requests_per_minute=pace.requests_per_minute,
-            concurrency=pace.concurrency,
-            timeout=pace.timeout,
-        )
-        if pace.max_retries < 0 or not 0 <= pace.backoff <= LONGEST_SECONDS:
-            raise UserError(
-                "judge 'endpoint': max_retries and backoff are 0 or more, backoff at most "
-                f"{LONGEST_SECONDS} s"
-            )
-        if max(pace.timeout, 60.0 / pace.requests_per_minute) > LONGEST_SECONDS:
-            raise UserError(
-                "judge 'endpoint': timeout, or the time between two requests "
-                f"(60 / requests_per_minute), is more than a day ({LONGEST_SECONDS} s)"
-            )
+        pace.check()
         try:
             json.dumps(dict(extra_body), allow_nan=False)
         except (TypeError, ValueError, RecursionError):
@@ -185,15 +169,11 @@ class Endpoint:
         for name in ("httpx", "httpcore"):  # they log headers, in which a server may echo the key
             getLogger(name).setLevel(WARNING)
         thread, context = threading.local(), ssl.create_default_context()
-        first = self._client(context)  # before any thread: it refuses a wrong proxy
-        made = [Connection(first, self.pace.timeout)]
-        unused = made.copy()
+        made: list[Connection] = []
+        self._client(context).close()  # before any thread starts: it refuses a wrong proxy
 
         def connection() -> Connection:
             if not hasattr(thread, "connection"):
-                with contextlib.suppress(IndexError):
-                    thread.connection = unused.pop()
-                    return thread.connection
                 thread.connection = Connection(self._client(context), self.pace.timeout)
                 made.append(thread.connection)
             return thread.connection
