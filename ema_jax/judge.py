@@ -63,11 +63,12 @@ def main(argv: Sequence[str]) -> None:
     if options.judge == _CACHING:
         settings = {"cache": f"{options.output}.cache"} | settings
         settings |= {"cache": options.cache} if options.cache else {}
-        _check_cache(str(settings["cache"]), options.output, options.input)
     elif options.cache is not None:
         raise UserError(f"--cache: the {options.judge} judge keeps none; remove the flag")
     rows = read_rows(options.input, needs_response=options.judge not in PROMPT_JUDGES)
     files.check_writable(options.output)
+    if "cache" in settings:
+        _check_cache(str(settings["cache"]), options.output, options.input)
     judge = get_judge(options.judge, **settings)
     judged = judge_rows(judge, rows)
     files.write_jsonl(options.output, judged)
@@ -78,6 +79,7 @@ def main(argv: Sequence[str]) -> None:
 
 def _check_cache(cache: str, *others: str) -> None:
     """Refuses a cache that the command reads or replaces as something else."""
+    files.check_writable(cache)
     if os.path.realpath(cache) in [os.path.realpath(other) for other in others]:
         raise UserError(f"--cache: {cache} is the input or the output; name another file")
 

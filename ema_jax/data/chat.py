@@ -255,7 +255,8 @@ def load_tokenizer(folder: Path) -> Any:
     """The fast tokenizer of a checkpoint folder.
 
     Raises:
-        UserError: there is none, it cannot be read, or it has ids that the model has no rows for.
+        UserError: there is none, it cannot be read or brings code, or it has ids that the model has
+            no rows for.
     """
     # It would advise to install PyTorch, which nothing here needs.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -264,8 +265,16 @@ def load_tokenizer(folder: Path) -> Any:
     Chat.check(folder)
     transformers.logging.set_verbosity_error()
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
     except Exception as error:  # the tokenizers library raises plain ones
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"{folder}: the tokenizer brings code of its own, which is not run; if its "
+                "tokenizer.json is complete, set tokenizer_class in tokenizer_config.json to "
+                "PreTrainedTokenizerFast and remove auto_map there"
+            ) from None
         raise UserError(
             f"{folder}: the tokenizer cannot be read ({first_line(error)}); download it again"
         ) from None

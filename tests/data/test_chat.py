@@ -314,3 +314,20 @@ def test_tokenizers_that_cannot_be_used_are_refused_in_one_line(tmp_path, case):
         Chat.load(tmp_path, system_prompt)
     assert str(error.value).startswith(str(tmp_path))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["slow", "fast", "both"])
+def test_a_tokenizer_that_brings_code_is_refused_without_a_question(tmp_path, kind, monkeypatch):
+    write_tokenizer(tmp_path, QWEN3)
+    path = tmp_path / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    names = {"slow": ["mine.Slow", None], "fast": [None, "mine.Fast"], "both": ["mine.S", "mine.F"]}
+    config |= {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": names[kind]}}
+    path.write_text(json.dumps(config))
+    (tmp_path / "mine.py").write_text("raise SystemExit('ran')")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    with pytest.raises(
+        UserError, match="brings code of its own, which is not run; if its"
+    ) as error:
+        Chat.load(tmp_path)
+    assert "\n" not in str(error.value)

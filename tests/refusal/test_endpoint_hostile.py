@@ -153,7 +153,6 @@ URLS = [
     "https://example.org/" + "v" * 70_000,
     "https://example.org:0/v1",
     "https://example.org:99999/v1",
-    "https://[fe80::1%eth0]/v1",
     "https://[::1]]/v1",
     "https://xn--\u00e9.org/v1",
     "https://\u2100.org/v1",
