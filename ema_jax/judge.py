@@ -67,7 +67,7 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"--cache: the {options.judge} judge keeps none; remove the flag")
     rows = read_rows(options.input, needs_response=options.judge not in PROMPT_JUDGES)
     files.check_writable(options.output)
-    if "cache" in settings:
+    if settings.get("cache"):
         _check_cache(str(settings["cache"]), options.output, options.input)
     judge = get_judge(options.judge, **settings)
     judged = judge_rows(judge, rows)
