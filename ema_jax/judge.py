@@ -67,12 +67,21 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"--cache: the {options.judge} judge keeps none; remove the flag")
     rows = read_rows(options.input, needs_response=options.judge not in PROMPT_JUDGES)
     files.check_writable(options.output)
+    if settings.get("cache"):
+        _check_cache(str(settings["cache"]), options.output, options.input)
     judge = get_judge(options.judge, **settings)
     judged = judge_rows(judge, rows)
     files.write_jsonl(options.output, judged)
     counts = Counter(row["verdict"] for row in judged)
     summary = ", ".join(f"{counts[v]} {v}" for v in VERDICTS)
     logging.info("%s: %d rows, %s", options.output, len(judged), summary)
+
+
+def _check_cache(cache: str, *others: str) -> None:
+    """Refuses a cache that the command reads or replaces as something else."""
+    files.check_writable(cache)
+    if os.path.realpath(cache) in [os.path.realpath(other) for other in others]:
+        raise UserError(f"--cache: {cache} is the input or the output; name another file")
 
 
 def _write_sheet(workdir: str | None, sample: int) -> None:
@@ -157,4 +166,8 @@ def judge_rows(judge: Judge, rows: Sequence[Mapping[str, Any]]) -> list[dict[str
 
 if __name__ == "__main__":
     define_flags()
-    cli.run(main)
+    cli.run(
+        main,
+        kept="no output is written, but the endpoint judge's answers are kept (--cache); the same "
+        "command goes on from them",
+    )

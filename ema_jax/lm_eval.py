@@ -26,7 +26,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ema_jax.data.batching import Batch, map_batches, pad_examples
 from ema_jax.data.chat import Chat, TokenExample, first_line
-from ema_jax.errors import UserError
+from ema_jax.errors import RunStoppedError, UserError
 from ema_jax.generation.sampler import Sampling, generate
 from ema_jax.models import checkpoint, hub, lora
 from ema_jax.models.decoder import Decoder
@@ -348,21 +348,22 @@ def register() -> type:
 
 
 def main() -> None:
-    """Runs lm_eval's own command; a user's error ends it with one line and exit code 2."""
+    """Runs lm_eval's own command; errors and signals end it with a line and the project's codes."""
     cli.quiet_libtpu()
-    try:
+    with cli.exit_codes("no results are written; lm_eval's --use_cache keeps answers for the next"):
         register()
         from lm_eval.__main__ import cli_evaluate
 
-        cli_evaluate()
-    except UserError as error:
-        cli.exit_with("error", error, UserError.exit_code)
-    except Exception as error:
-        # lm_eval reports a bad argument, task or config as an exception of some built-in type.
-        frames = traceback.extract_tb(error.__traceback__)
-        if not any(name in frames[-1].filename for name in _HARNESS):
+        try:
+            cli_evaluate()
+        except (UserError, RunStoppedError):
             raise
-        cli.exit_with("error", f"lm_eval: {first_line(error)}", UserError.exit_code)
+        except Exception as error:
+            # lm_eval reports a bad argument, task or config as an exception of some built-in type.
+            frames = traceback.extract_tb(error.__traceback__)
+            if not any(name in frames[-1].filename for name in _HARNESS):
+                raise
+            cli.exit_with("error", f"lm_eval: {first_line(error)}", UserError.exit_code)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """Chat: templates and tokens."""
 
 import dataclasses
-import functools
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,13 +8,15 @@ from typing import Any, NamedTuple
 
 from absl import logging
 
-from ema_jax.data import system_turns
+from ema_jax.data import system_turns, templates
 from ema_jax.errors import UserError
 from ema_jax.models import token_ids
 from ema_jax.runtime.files import read_json, sha256_text
 
 # Stands for a prompt in the rendered template that results record.
 _PLACEHOLDER = "PROMPT"
+# Llama 3.1's template takes the date as a variable, where it is given.
+_DATE_STRING = templates.DAY.strftime("%d %b %Y")
 # Renderings that are compared: enough to catch one of two random texts (1 in 128 escapes).
 _REPEATS = 8
 
@@ -109,19 +110,17 @@ class Chat:
 
     def _try_template(self, folder: Path) -> None:
         """Refuses a template that fails, or drops or changes what it is given."""
-        user, system = system_turns.probes(self._template_source, "user", "system")
+        user, system = self._probes("user", "system")
         messages = [{"role": "user", "content": user}]
         if self.system_prompt is not None:
             messages.insert(0, {"role": "system", "content": system})
         try:
             texts = {self._apply(messages) for _ in range(_REPEATS)}
-        except Exception as error:  # Jinja's own kinds and whatever a template raises
+        except templates.TemplateError as error:
             if self.system_prompt is None:
-                raise UserError(
-                    f"{folder}: the chat template fails ({first_line(error)}); correct it"
-                ) from None
+                raise
             raise UserError(
-                f"{folder}: the chat template takes no system message ({first_line(error)}); "
+                f"{folder}: the chat template takes no system message ({error.what}); "
                 "leave system_prompt unset"
             ) from None
         if len(texts) > 1:
@@ -140,10 +139,10 @@ class Chat:
 
     def _warn_of_endless_responses(self, folder: Path) -> None:
         """Warns where the template ends a response otherwise than generation does."""
-        user, answer = system_turns.probes(self._template_source, "user", "assistant")
+        user, answer = self._probes("user", "assistant")
         try:
             _, _, after = self.render(user, answer).partition(answer)
-        except Exception:  # a template for prompts alone; `example` will say so where it matters
+        except templates.TemplateError:  # one for prompts alone: `example` says so where it matters
             return
         if not set(self._encode(after)) & set(self.eos_ids):
             names = ", ".join(map(repr, self.tokenizer.convert_ids_to_tokens(list(self.eos_ids))))
@@ -178,18 +177,12 @@ class Chat:
         text = self._apply(messages, opened)
         return text if messages[0]["role"] == "system" else text.replace(self.left_out, "", 1)
 
-    @functools.cached_property
-    def _template_source(self) -> str:
-        """The Jinja template, with a clock that stands still."""
-        return system_turns.without_clock(self.tokenizer.get_chat_template())
-
     def _apply(self, messages: list[dict[str, str]], opened: bool | None = None) -> str:
-        return self.tokenizer.apply_chat_template(
+        return templates.render(
+            self.tokenizer,
             messages,
-            chat_template=self._template_source,
-            tokenize=False,
             add_generation_prompt=messages[-1]["role"] != "assistant" if opened is None else opened,
-            date_string=system_turns.DATE_STRING,
+            date_string=_DATE_STRING,
             enable_thinking=self.enable_thinking,
         )
 
@@ -203,15 +196,38 @@ class Chat:
         Raises:
             UserError: the template does not render a response after its own prompt.
         """
-        before, both = self.prompt_tokens(prompt), self._encode(self.render(prompt, response))
-        if both[: len(before)] != before:
-            raise UserError(
-                "the chat template renders a prompt differently once it has a response; "
-                "use a template whose generation prompt is a prefix of the conversation"
-            )
-        after = both[len(before) :]
-        ends = [i for i, token in enumerate(after) if token in self.eos_ids]
-        return TokenExample(before, after[: ends[0] + 1] if ends else after)
+        before = self.render(prompt)
+        after = self._continuation(before, self.render(prompt, response))
+        start, both = self._encode(before), self._encode(before + after)
+        # Some tokenizers would merge the prompt's last characters with the response's first ones,
+        # which a model that continues the prompt cannot do.
+        tokens = both[len(start) :] if both[: len(start)] == start else self._encode(after)
+        ends = [i for i, token in enumerate(tokens) if token in self.eos_ids]
+        return TokenExample(start, tokens[: ends[0] + 1] if ends else tokens)
+
+    def _continuation(self, before: str, both: str) -> str:
+        """The text that a conversation has after its prompt: the response and the turn's end.
+
+        Mistral's templates write the system message into the last user turn, and only if nothing
+        follows it. The model under study has seen it there: what differs before the user's text is
+        the prompt's.
+        """
+        if both.startswith(before):
+            return both[len(before) :]
+        user, answer = self._probes("user", "assistant")
+        opening, _, closing = self.render(user).partition(user)
+        shorter, found, rest = self.render(user, answer).partition(user)
+        if before.startswith(opening) and found and rest.startswith(closing):
+            turn = shorter + before[len(opening) :]
+            if both.startswith(turn):
+                return both[len(turn) :]
+        raise UserError(
+            "the chat template renders a prompt differently once it has a response; "
+            "use a template whose generation prompt is a prefix of the conversation"
+        )
+
+    def _probes(self, *names: str) -> list[str]:
+        return system_turns.probes(self.tokenizer.get_chat_template(), *names)
 
     def tokens(self, text: str) -> tuple[int, ...]:
         """Token ids of plain text, without special tokens."""
@@ -239,7 +255,8 @@ def load_tokenizer(folder: Path) -> Any:
     """The fast tokenizer of a checkpoint folder.
 
     Raises:
-        UserError: there is none, it cannot be read, or it has ids that the model has no rows for.
+        UserError: there is none, it cannot be read or brings code, or it has ids that the model has
+            no rows for.
     """
     # It would advise to install PyTorch, which nothing here needs.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -248,8 +265,16 @@ def load_tokenizer(folder: Path) -> Any:
     Chat.check(folder)
     transformers.logging.set_verbosity_error()
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
     except Exception as error:  # the tokenizers library raises plain ones
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"{folder}: the tokenizer brings code of its own, which is not run; if its "
+                "tokenizer.json is complete, set tokenizer_class in tokenizer_config.json to "
+                "PreTrainedTokenizerFast and remove auto_map there"
+            ) from None
         raise UserError(
             f"{folder}: the tokenizer cannot be read ({first_line(error)}); download it again"
         ) from None

@@ -62,6 +62,8 @@ class Source:
     group: str | None = None
 
 
+_REACHED_SECONDS = 10
+
 _JBB: dict[str, Any] = {
     "hub_id": "JailbreakBench/JBB-Behaviors",
     "config": "behaviors",
@@ -280,10 +282,7 @@ def load_rows(
 
 
 def _download(name: str, source: Source, load_dataset: Loader | None) -> Any:
-    if load_dataset is None:
-        import datasets
-
-        load_dataset = datasets.load_dataset
+    load_dataset = load_dataset or _load_dataset
     try:
         return load_dataset(
             source.hub_id, source.config, split=source.split, revision=source.revision
@@ -305,6 +304,25 @@ def _download(name: str, source: Source, load_dataset: Loader | None) -> Any:
             f"source {name!r}: cannot load {source.hub_id} ({source.config or 'default'}, "
             f"{source.split}; {kind}); {fix}"
         ) from None
+
+
+def _load_dataset(hub_id: str, config: str | None, **arguments: Any) -> Any:
+    """`datasets.load_dataset`, which takes minutes to see by itself that there is no network."""
+    import datasets
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError
+
+    offline = datasets.config.HF_HUB_OFFLINE
+    try:
+        huggingface_hub.HfApi().dataset_info(hub_id, timeout=_REACHED_SECONDS)
+    except HfHubHTTPError:
+        pass  # the hub answers; what is wrong, the loader says
+    except Exception:  # kinds of the HTTP library that the hub's client uses
+        datasets.config.HF_HUB_OFFLINE = True  # from its cache, or not at all
+    try:
+        return datasets.load_dataset(hub_id, config, **arguments)
+    finally:
+        datasets.config.HF_HUB_OFFLINE = offline
 
 
 def _check_columns(name: str, source: Source, columns: Iterable[str]) -> None:

@@ -1,42 +1,19 @@
-"""The system turn that a chat template writes of its own accord, and its clock."""
+"""The system turn that a chat template writes of its own accord."""
 
-import datetime
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ema_jax.data.templates import TemplateError
 from ema_jax.errors import UserError
 
-_DAY = datetime.datetime(2024, 7, 26)
-# A template that writes today's date would render another prompt tomorrow (Llama 3.1's takes it as
-# this variable, where it is given).
-DATE_STRING = _DAY.strftime("%d %b %Y")
-_DIRECTIVES = "aAbBcdDeFGhHIjklmMpPrRSTuUVwWxXyYzZ"
 # What a template may write before the first turn, besides the tokenizer's own token.
 _OPENINGS = ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "<|endoftext|>")
 # A turn's marker has no more ("### Instruction:"); a sentence has.
 _MARKER_WORDS = 3
 
 Apply = Callable[..., str]  # of (messages, whether the next response is opened)
-
-
-def without_clock(template: str) -> str:
-    """The Jinja template with a `strftime_now` that always tells the same day.
-
-    transformers takes no function as a variable, so a macro of that name hides its own.
-    """
-    if "strftime_now" not in template:
-        return template
-    steps = [("%%", "\\x00")]
-    for flag in ("-", ""):  # glibc's %-d before %d
-        for letter in _DIRECTIVES:
-            steps.append((f"%{flag}{letter}", _DAY.strftime(f"%{flag}{letter}")))
-    steps.append(("\\x00", "%"))
-    filters = "".join(f"|replace('{old}','{new}')" for old, new in steps)
-    # The line break after the macro is the block's (trim_blocks), not the template's.
-    macro = "{%- macro strftime_now(format) -%}{{ format" + filters + " }}{%- endmacro %}\n"
-    return macro + template
 
 
 def probes(template: str, *names: str) -> list[str]:
@@ -96,7 +73,7 @@ def _openings(
     try:
         one = apply(turns, False)
         two = apply([*turns, {"role": "user", "content": later}], False)
-    except Exception:  # whatever a template raises
+    except TemplateError:
         return None, None
     closing = one.partition(answer)[2]
     first, has_user, _ = two.partition(user)
@@ -139,7 +116,7 @@ def _holds_message(text: str, apply: Apply, user: str, system: str) -> bool:
     messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
     try:
         given = apply(messages)
-    except Exception:  # no system role
+    except TemplateError:  # no system role
         return False
     opening, found, closing = given.partition(system)
     longer = len(text) > len(opening) + len(closing)

@@ -20,7 +20,7 @@ from ema_jax.errors import UserError
 from ema_jax.refusal import lexical
 from ema_jax.refusal.judge_options import fit_option
 from ema_jax.refusal.substrings import ARDITI, KEYWORD, ORBENCH, XSTEST
-from ema_jax.refusal.validity import judge_valid
+from ema_jax.refusal.validity import check_script, judge_valid
 from ema_jax.refusal.verdicts import Judge, Verdict
 
 
@@ -295,6 +295,7 @@ def get_judge(name: str, **options: Any) -> Judge:
     for option, parameter in parameters.items():
         if parameter.default is parameter.empty and option not in options:
             raise UserError(f"judge {name!r}: option {option!r} is missing; give {option}=VALUE")
-    return maker(
-        **{option: fit_option(name, option, v, hints[option]) for option, v in options.items()}
-    )
+    fitted = {option: fit_option(name, option, v, hints[option]) for option, v in options.items()}
+    if fitted.get("script") is not None:
+        fitted["script"] = check_script(name, fitted["script"])
+    return maker(**fitted)

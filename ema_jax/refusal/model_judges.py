@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ema_jax.data.chat import Chat, first_line
+from ema_jax.data import templates
+from ema_jax.data.chat import Chat
 from ema_jax.errors import UserError
 from ema_jax.refusal.judge_model import (
     JudgeModel,
@@ -215,9 +216,9 @@ class Guard:
         render = functools.partial(_moderation, chat)
         try:
             rendered = render({"prompt": "PROMPT", "response": "RESPONSE"})
-        except Exception as error:  # Jinja's own kinds and whatever a template raises
+        except templates.TemplateError as error:
             raise UserError(
-                f"{source.folder}: the chat template fails ({first_line(error)}); name a "
+                f"{source.folder}: the chat template fails ({error.what}); name a "
                 "checkpoint of Qwen3Guard-Gen"
             ) from None
         if not 0 <= rendered.find("PROMPT") < rendered.find("RESPONSE"):
@@ -361,7 +362,7 @@ def _moderation(chat: Chat, row: Mapping[str, Any]) -> str:
         {"role": "user", "content": row["prompt"]},
         {"role": "assistant", "content": row["response"]},
     ]
-    return chat.tokenizer.apply_chat_template(messages, tokenize=False)
+    return templates.render(chat.tokenizer, messages)
 
 
 def _filled(template: str, row: Mapping[str, Any]) -> str:

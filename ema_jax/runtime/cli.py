@@ -1,12 +1,13 @@
 """Start, log lines and exit codes of every command."""
 
+import contextlib
 import errno
 import glob
 import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from logging import WARNING, Formatter, LogRecord
 from pathlib import Path
 from typing import NoReturn
@@ -58,9 +59,20 @@ def run(
     # XLA's C++ log would print its own banner before the project's first line.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     quiet_libtpu()
+    with exit_codes(kept):
+        app.run(main, flags_parser=_parse_flags)
+    sys.exit(0)
+
+
+@contextlib.contextmanager
+def exit_codes(kept: str) -> Iterator[None]:
+    """Ends the process with the project's codes and one line for what a command may raise.
+
+    SIGTERM and Ctrl-C raise from here on. The arguments are those of `run`.
+    """
     try:
         signals.raise_on_signals()
-        app.run(main, flags_parser=_parse_flags)
+        yield
     except UserError as error:
         exit_with("error", error, UserError.exit_code)
     except RunStoppedError as error:
@@ -79,7 +91,6 @@ def run(
         if fault := _jax_environment(error):
             exit_with("error", fault, UserError.exit_code)
         raise
-    sys.exit(0)
 
 
 def _jax_environment(error: Exception) -> str:

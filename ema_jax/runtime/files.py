@@ -81,11 +81,12 @@ def check_writable(path: str | os.PathLike) -> None:
     """Refuses a file that `atomic_path` could not write, before the work whose result it holds.
 
     Raises:
-        UserError: `path` is a folder, or its folder cannot be written to.
+        UserError: `path` is a folder, a device or a pipe, or its folder cannot be written to.
     """
     path = Path(path)
-    if os.path.isdir(path):
-        raise UserError(f"{path}: is a folder; name a file")
+    if os.path.exists(path) and not os.path.isfile(path):
+        kind = "a folder" if os.path.isdir(path) else "no regular file"
+        raise UserError(f"{path}: is {kind}; name a file")
     _try_to_write(path, path.parent, "file")
 
 

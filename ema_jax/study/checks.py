@@ -14,10 +14,11 @@ from absl import logging
 
 from ema_jax.concepts.capture import pooling
 from ema_jax.config import StudyConfig
-from ema_jax.data.chat import Chat, first_line
+from ema_jax.data.chat import Chat
 from ema_jax.data.denylist import denied_domain
 from ema_jax.data.domains import BENIGN, LOOKALIKE
 from ema_jax.data.prompts import DEFAULT_COUNTS, Prompt
+from ema_jax.data.templates import TemplateError
 from ema_jax.errors import UserError
 from ema_jax.models import hub
 from ema_jax.models.config import DecoderConfig
@@ -60,10 +61,10 @@ class Asked:
         for prompt in prompts:
             try:
                 tokens.append(len(chat.prompt_tokens(prompt.prompt)))
-            except Exception as error:  # Jinja's own kinds and whatever a template raises
+            except TemplateError as error:
                 raise UserError(
                     f"prompts: {prompt.id}: the model's chat template fails on this prompt "
-                    f"({first_line(error)}); correct one of them"
+                    f"({error.what}); correct one of them"
                 ) from None
         return cls(decoder, chat, prompts, tokens)
 

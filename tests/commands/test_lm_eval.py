@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -199,3 +200,36 @@ def test_without_lm_eval_it_says_what_to_install(monkeypatch, capsys):
         adapter.main()
     assert stopped.value.code == 2
     assert "error: lm_eval is not installed; pip install" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("when", ["at the start", "at work", "in its cleaning up"])
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_ends_it_with_one_line(monkeypatch, capsys, name, when):
+    import lm_eval.__main__
+
+    def send() -> None:
+        os.kill(os.getpid(), signal.Signals[name])
+
+    def work() -> None:
+        try:
+            if when == "at work":
+                send()
+            raise ValueError
+        finally:
+            send()
+
+    monkeypatch.setattr(adapter, "register", send if when == "at the start" else lambda: None)
+    monkeypatch.setattr(lm_eval.__main__, "cli_evaluate", work)
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    before = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with pytest.raises(SystemExit) as ended:
+            adapter.main()
+    finally:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
+    assert ended.value.code == 3
+    said = capsys.readouterr().err
+    by = {"SIGINT": "Ctrl-C"}.get(name, name)
+    assert said.startswith(f"stopped: asked to stop ({by}); no results are written")
+    assert said.count("\n") == 1

@@ -198,6 +198,31 @@ def test_a_response_follows_its_prompt_and_ends_with_eos(form):
     assert chat.pad_id == tokenizer.eos_token_id  # there is no pad token
 
 
+@pytest.mark.parametrize("name", [n for n in FORMS if FORMS[n][4]])
+@pytest.mark.parametrize("prompt", ["Why?", "Because.", "[/INST]", "Be brief.", " Why?\n"])
+def test_a_response_follows_the_prompt_that_a_system_message_stands_in(tmp_path, name, prompt):
+    """Mistral writes it into the last user turn, and nowhere once a response follows."""
+    template, bos, eos = FORMS[name][:3]
+    tokenizer = write_tokenizer(tmp_path, template, bos, eos)
+    chat, plain = Chat.load(tmp_path, "Be brief."), Chat.load(tmp_path)
+    example = chat.example(prompt, "Because.")
+    assert example.prompt == chat.prompt_tokens(prompt)
+    assert "Be brief." in tokenizer.decode(example.prompt)
+    assert example.response == plain.example(prompt, "Because.").response
+    assert example.response[-1] == tokenizer.eos_token_id
+
+
+def test_a_response_that_does_not_follow_its_prompt_is_refused(tmp_path):
+    # As templates that drop the thoughts of earlier turns.
+    template = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]<think>{% else %}{{ eos_token }}{% endif %}"
+    )
+    write_tokenizer(tmp_path, template)
+    with pytest.raises(UserError, match="renders a prompt differently once it has a response"):
+        Chat.load(tmp_path).example("Why?", "Because.")
+
+
 def test_what_is_rendered_is_said(tmp_path, caplog):
     write_tokenizer(tmp_path, QWEN25)
     with caplog.at_level("INFO", logger="absl"):
@@ -288,4 +313,21 @@ def test_tokenizers_that_cannot_be_used_are_refused_in_one_line(tmp_path, case):
     with pytest.raises(UserError, match=message) as error:
         Chat.load(tmp_path, system_prompt)
     assert str(error.value).startswith(str(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["slow", "fast", "both"])
+def test_a_tokenizer_that_brings_code_is_refused_without_a_question(tmp_path, kind, monkeypatch):
+    write_tokenizer(tmp_path, QWEN3)
+    path = tmp_path / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    names = {"slow": ["mine.Slow", None], "fast": [None, "mine.Fast"], "both": ["mine.S", "mine.F"]}
+    config |= {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": names[kind]}}
+    path.write_text(json.dumps(config))
+    (tmp_path / "mine.py").write_text("raise SystemExit('ran')")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    with pytest.raises(
+        UserError, match="brings code of its own, which is not run; if its"
+    ) as error:
+        Chat.load(tmp_path)
     assert "\n" not in str(error.value)

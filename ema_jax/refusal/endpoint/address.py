@@ -13,6 +13,8 @@ from ema_jax.errors import UserError
 
 DEFAULT_KEY = "OPENAI_API_KEY"
 
+_LONGEST_HOST = 253  # of the domain name system
+
 _ENVIRONMENT_NAME = re.compile(r"[A-Z_][A-Z0-9_]*")
 _KEY = re.compile(r"[!-~]+")
 _API_VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,39}")
@@ -42,9 +44,12 @@ class Address:
         """
         try:
             parts = urllib.parse.urlsplit(url)
-            host, _ = parts.hostname or "", parts.port
-            if httpx.URL(url).host != host:  # the host that is checked is the host that is reached
+            host = parts.hostname or ""
+            read = httpx.URL(url)
+            # The host that is checked is the host that is reached.
+            if read.host != host or parts.port == 0 or len(read.raw_host) > _LONGEST_HOST:
                 raise ValueError
+            read.raw_host.decode("ascii").encode("idna")  # as a socket does, which refuses a..b
         except (ValueError, httpx.InvalidURL):
             raise UserError("judge 'endpoint': url is malformed; give https://HOST/v1") from None
         login = parts.username is not None or parts.password is not None

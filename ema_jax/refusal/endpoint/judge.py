@@ -12,10 +12,10 @@ import http.cookiejar
 import json
 import math
 import ssl
-import time
+import threading
 import urllib.parse
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from logging import WARNING, getLogger
 from typing import Any, NamedTuple
@@ -26,10 +26,11 @@ from absl import logging
 from ema_jax.errors import RunStoppedError, UserError
 from ema_jax.refusal.endpoint.address import Address, read_key
 from ema_jax.refusal.endpoint.answer_cache import AnswerCache
+from ema_jax.refusal.endpoint.connection import Connection
 from ema_jax.refusal.endpoint.errors import FILTERED, PassingError, ServerError, declined
 from ema_jax.refusal.endpoint.pace import Pace, Pacer, retry_after
 from ema_jax.refusal.endpoint.rubrics import RUBRICS, Rubric
-from ema_jax.refusal.judge_options import check_positive, check_template
+from ema_jax.refusal.judge_options import check_template
 from ema_jax.refusal.validity import judge_valid
 from ema_jax.refusal.verdicts import UNREADABLE, Verdict
 from ema_jax.runtime.files import sha256_json
@@ -86,14 +87,11 @@ class Endpoint:
         Raises:
             UserError: an unsafe or malformed address, no key, a bad template or number.
         """
-        check_positive(
-            "endpoint",
-            requests_per_minute=pace.requests_per_minute,
-            concurrency=pace.concurrency,
-            timeout=pace.timeout,
-        )
-        if pace.max_retries < 0 or not 0 <= pace.backoff < math.inf:
-            raise UserError("judge 'endpoint': max_retries and backoff are 0 or more")
+        pace.check()
+        try:
+            json.dumps(dict(extra_body), allow_nan=False)
+        except (TypeError, ValueError, RecursionError):
+            raise UserError("judge 'endpoint': extra_body is no JSON object") from None
         if rubric not in RUBRICS:
             raise UserError(
                 f"judge 'endpoint': rubric {rubric!r} is unknown; choose {', '.join(RUBRICS)}"
@@ -146,8 +144,8 @@ class Endpoint:
         """Asks concurrently; every answer goes into the cache as it comes."""
         pacer = Pacer(self.pace)
         pool = concurrent.futures.ThreadPoolExecutor(self.pace.concurrency)
-        with self._client() as client:
-            futures = [pool.submit(self._ask, q, client, pacer, cache) for q in questions]
+        with self._connections() as connection:
+            futures = [pool.submit(self._ask, q, connection, pacer, cache) for q in questions]
             try:
                 with Progress(self.name, len(questions), "rows") as progress:
                     for future in concurrent.futures.as_completed(futures):
@@ -165,9 +163,28 @@ class Endpoint:
                 pacer.stop()
                 pool.shutdown(wait=True, cancel_futures=True)
 
-    def _client(self) -> httpx.Client:
+    @contextlib.contextmanager
+    def _connections(self) -> Iterator[Callable[[], Connection]]:
+        """Gives every thread that asks a connection of its own; closes them at the end."""
         for name in ("httpx", "httpcore"):  # they log headers, in which a server may echo the key
             getLogger(name).setLevel(WARNING)
+        thread, context = threading.local(), ssl.create_default_context()
+        made: list[Connection] = []
+        self._client(context).close()  # before any thread starts: it refuses a wrong proxy
+
+        def connection() -> Connection:
+            if not hasattr(thread, "connection"):
+                thread.connection = Connection(self._client(context), self.pace.timeout)
+                made.append(thread.connection)
+            return thread.connection
+
+        try:
+            yield connection
+        finally:
+            for each in made:
+                each.close()
+
+    def _client(self, context: ssl.SSLContext) -> httpx.Client:
         headers = {"Content-Type": "application/json", "User-Agent": "ema_jax"}
         headers["Accept-Encoding"] = "identity"  # so that the bound on a body's size holds
         if self.key:
@@ -177,8 +194,7 @@ class Endpoint:
             client = httpx.Client(
                 headers=headers,
                 timeout=self.pace.timeout,
-                limits=httpx.Limits(),  # `concurrency` is the limit
-                verify=ssl.create_default_context(),
+                verify=context,
                 proxy=_proxy(self.url),
                 trust_env=False,
             )
@@ -190,7 +206,11 @@ class Endpoint:
         return client
 
     def _ask(
-        self, question: _Question, client: httpx.Client, pacer: Pacer, cache: AnswerCache
+        self,
+        question: _Question,
+        connection: Callable[[], Connection],
+        pacer: Pacer,
+        cache: AnswerCache,
     ) -> None:
         text = self.rubric.template.format(
             id=question.id, prompt=question.prompt, response=question.response
@@ -205,7 +225,7 @@ class Endpoint:
         data = json.dumps({k: v for k, v in body.items() if v is not None}).encode()
         try:
             for _ in range(ANSWER_ATTEMPTS):
-                verdict = pacer.retry(lambda: self._post(client, data, question.id))
+                verdict = pacer.retry(lambda: self._post(connection(), data, question.id))
                 if verdict != UNREADABLE:
                     break
             cache.add(question.hash, verdict)
@@ -213,14 +233,14 @@ class Endpoint:
             pacer.stop()  # before another question is sent in vain
             raise
 
-    def _post(self, client: httpx.Client, data: bytes, question_id: str) -> Verdict:
+    def _post(self, connection: Connection, data: bytes, question_id: str) -> Verdict:
         # Failures are handled outside of the handler: an error raised there would carry the
         # server's words as its context.
         reply, body = None, b""
         failure: BaseException | None = None
         try:
-            with client.stream("POST", self.url, content=data) as reply:
-                body = _body(reply, self.pace)
+            with connection.post(self.url, data) as reply:
+                body = _body(reply)
         except (httpx.HTTPError, OSError, PassingError) as error:
             failure = error
         if reply is not None and not reply.is_success:
@@ -231,6 +251,8 @@ class Endpoint:
             return self._read(body, question_id)
         if isinstance(failure, PassingError):
             raise failure
+        if isinstance(failure, TimeoutError):
+            raise PassingError("an answer that takes too long")
         while cause := failure.__cause__ or failure.__context__:
             failure = cause
         if isinstance(failure, ssl.SSLCertVerificationError):
@@ -292,16 +314,14 @@ class Endpoint:
         return self.rubric.read(content, question_id)
 
 
-def _body(reply: httpx.Response, pace: Pace) -> bytes:
-    """The whole body, within bounds of size and time that a slow server cannot exceed."""
-    parts, size, deadline = [], 0, time.monotonic() + pace.timeout
+def _body(reply: httpx.Response) -> bytes:
+    """The whole body, within bounds of size."""
+    parts, size = [], 0
     for chunk in reply.iter_raw():
         parts.append(chunk)
         size += len(chunk)
         if size > MAX_BODY_BYTES:
             raise PassingError(f"an answer of more than {MAX_BODY_BYTES} bytes")
-        if time.monotonic() > deadline:
-            raise PassingError("an answer that takes too long")
     return b"".join(parts)
 
 

@@ -13,8 +13,13 @@ from typing import Any
 
 import tenacity
 
+from ema_jax.errors import UserError
 from ema_jax.refusal.endpoint.errors import PassingError
+from ema_jax.refusal.judge_options import check_positive
 from ema_jax.refusal.verdicts import Verdict
+
+LONGEST_SECONDS = 86_400
+MOST_AT_ONCE = 1000
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,31 @@ class Pace:
     backoff: float = 1.0
     longest_backoff: float = 60.0
     longest_wait: float = 600.0  # a server that asks for more stops the run
+
+    def check(self) -> None:
+        """Refuses limits that cannot be kept to.
+
+        Raises:
+            UserError: naming the option.
+        """
+        check_positive(
+            "endpoint",
+            requests_per_minute=self.requests_per_minute,
+            concurrency=self.concurrency,
+            timeout=self.timeout,
+        )
+        if self.max_retries < 0 or not 0 <= self.backoff <= LONGEST_SECONDS:
+            raise UserError(
+                "judge 'endpoint': max_retries and backoff are 0 or more, backoff at most "
+                f"{LONGEST_SECONDS} s"
+            )
+        if max(self.timeout, 60.0 / self.requests_per_minute) > LONGEST_SECONDS:
+            raise UserError(
+                "judge 'endpoint': timeout, or the time between two requests "
+                f"(60 / requests_per_minute), is more than a day ({LONGEST_SECONDS} s)"
+            )
+        if self.concurrency > MOST_AT_ONCE:
+            raise UserError(f"judge 'endpoint': concurrency is more than {MOST_AT_ONCE}")
 
 
 class Pacer:
@@ -113,6 +143,9 @@ def retry_after(headers: Mapping[str, str]) -> float:
         pass
     try:
         moment = email.utils.parsedate_to_datetime(text)
-    except (ValueError, TypeError):
+        seconds = moment.replace(tzinfo=moment.tzinfo or datetime.UTC).timestamp() - time.time()
+    except OverflowError:  # beyond the years that Python has
+        return math.inf
+    except (ValueError, TypeError, IndexError):
         return 0.0
-    return max(0.0, moment.replace(tzinfo=moment.tzinfo or datetime.UTC).timestamp() - time.time())
+    return max(0.0, seconds)

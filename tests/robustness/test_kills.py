@@ -1,0 +1,160 @@
+"""A small study that is killed, asked to stop, or runs out of disk: identical results in the end.
+
+pytest -m slow tests/robustness -s
+
+prints what was counted. The numbers of signals are EMA_JAX_KILLS and EMA_JAX_STOPS.
+"""
+
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from ema_jax.runtime.files import read_json, read_jsonl, read_tensors
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[2]
+KILLS = int(os.environ.get("EMA_JAX_KILLS", "50"))
+STOPS = int(os.environ.get("EMA_JAX_STOPS", "20"))
+# Of the finished folder's size.
+SHARES = (0.01, 0.1, 0.3, 0.6, 0.95)
+CONFIG = "from small_study import small_config\n\n\ndef get_config():\n    return small_config()\n"
+_TEMPORARY = re.compile(r"\..*\.(?:tmp|old)")
+
+
+class Runs:
+    """Starts the study in a folder; `whole` is one that nothing disturbed."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        (folder / "config.py").write_text(CONFIG)
+        before = time.monotonic()
+        code, said = self.end(self.start("whole"))
+        assert code == 0, said
+        # Programs are compiled by now: later runs take about as long as this one takes again.
+        self.seconds = time.monotonic() - before
+        self.whole = folder / "whole"
+
+    def start(self, name: str) -> subprocess.Popen:
+        command = [sys.executable, "-m", "ema_jax.main", f"--config={self.folder}/config.py"]
+        environment = os.environ | {
+            "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests/helpers'}",
+            "JAX_COMPILATION_CACHE_DIR": str(self.folder / "xla"),
+            "XLA_FLAGS": "",
+        }
+        return subprocess.Popen(
+            [*command, f"--workdir={self.folder / name}"],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def end(self, process: subprocess.Popen) -> tuple[int, str]:
+        """Exit code, and what was said on stderr."""
+        said = process.communicate()[1]
+        return process.returncode, said
+
+    def finish(self, name: str) -> None:
+        """Runs to the end, and compares with `whole`."""
+        code, said = self.end(self.start(name))
+        assert code == 0, said
+        self.compare(name)
+
+    def compare(self, name: str) -> None:
+        """Asserts that everything but times is as in `whole`, and that nothing is left behind."""
+        folder = self.folder / name
+        ours, theirs = _contents(folder), _contents(self.whole)
+        assert ours.keys() == theirs.keys()
+        assert [path for path in theirs if ours[path] != theirs[path]] == []
+        left = [p for p in folder.rglob(".*") if _TEMPORARY.fullmatch(p.name)]
+        assert left == []
+
+
+def _contents(folder: Path) -> dict[str, object]:
+    """What the study's artifacts hold, without times."""
+    found: dict[str, object] = {}
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if path.suffix == ".safetensors":
+            tensors, metadata = read_tensors(path)
+            found[name] = ({k: v.tobytes() for k, v in tensors.items()}, metadata)
+        elif path.suffix == ".jsonl" and name.startswith(("prompts", "responses")):
+            found[name] = read_jsonl(path)
+        elif name == "results.json":
+            results = read_json(path)
+            del results["provenance"]["wall_seconds"]
+            found[name] = results
+        elif path.suffix == ".csv":
+            found[name] = path.read_text()
+    return found
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Runs:
+    return Runs(tmp_path_factory.mktemp("kills"))
+
+
+@pytest.mark.parametrize(
+    ("number", "wanted"),
+    [(signal.SIGKILL, KILLS), (signal.SIGTERM, STOPS)],
+    ids=["SIGKILL", "SIGTERM"],
+)
+def test_signals_at_random_moments(runs, number, wanted):
+    rng = random.Random(int(number))
+    sent, studies, codes = 0, 1, Counter[int]()
+    name = f"{number.name}_{studies}"
+    while sent < wanted:
+        process = runs.start(name)
+        try:
+            # Some find it at its start; most while it works.
+            process.wait(rng.uniform(0.1, 0.7) * runs.seconds)
+        except subprocess.TimeoutExpired:
+            process.send_signal(number)
+            sent += 1
+        code, said = runs.end(process)
+        codes[code] += 1
+        if code == 0:  # it was faster
+            runs.compare(name)
+            studies += 1
+            name = f"{number.name}_{studies}"
+        elif number == signal.SIGKILL:
+            assert code == -signal.SIGKILL, said
+        elif code != -signal.SIGTERM:  # before the command has begun
+            assert code == 3, said
+            assert said.splitlines()[-1].startswith("stopped: "), said
+            assert "Traceback" not in said
+    runs.finish(name)
+    print(f"\n{number.name}: {sent} sent to {studies} studies, exit codes {dict(codes)}")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a small disk is mounted, which takes root")
+@pytest.mark.parametrize("share", SHARES)
+def test_a_full_disk(runs, share):
+    name = f"disk_{share}"
+    folder = runs.folder / name
+    folder.mkdir()
+    whole = sum(p.stat().st_size for p in runs.whole.rglob("*") if p.is_file())
+    size = max(int(share * whole), 8192)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], check=True)
+    try:
+        code, said = runs.end(runs.start(name))
+        assert code == 3, said
+        assert re.match(r"stopped: .*no space left", said.splitlines()[-1]), said
+        assert "Traceback" not in said
+        left = [str(p) for p in folder.rglob(".*") if _TEMPORARY.fullmatch(p.name)]
+        assert left == []
+        subprocess.run(["mount", "-o", f"remount,size={4 * whole}", folder], check=True)
+        runs.finish(name)
+    finally:
+        subprocess.run(["umount", folder], check=True)
+    print(f"\ndisk of {size} bytes of {whole}: {said.splitlines()[-1]}")
