@@ -40,6 +40,8 @@ def run(
     unknown = [name for name in only or () if name not in NAMES]
     if unknown:
         raise UserError(f"--stage: {unknown[0]!r} is none of {', '.join(NAMES)}")
+    if only is not None and "report" in only:
+        only = [*only, "analyse"]  # what the page shows; made again only where something changed
     if config.grid:
         raise UserError("config: grid: this is a sweep; run it with python -m ema_jax.sweep")
     root = Path(workdir)

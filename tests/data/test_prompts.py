@@ -22,6 +22,7 @@ from ema_jax.data.prompts import (
     read_prompts,
     write_prompts,
 )
+from ema_jax.data.similarity import clusters
 from ema_jax.data.sources import SOURCES
 from ema_jax.errors import UserError
 from ema_jax.runtime.files import sha256_text
@@ -53,7 +54,9 @@ def _write(path, rows):
 
 def _build(tmp_path, rows, target="gardens", domains=DOMAINS, **changes):
     path = _write(tmp_path / "prompts.jsonl", rows)
-    config = PromptConfig(source="file", path=path, **{"counts": COUNTS, **changes})
+    # The texts are of few words, so all alike.
+    changes = {"counts": COUNTS, "near_split": 1.0, **changes}
+    config = PromptConfig(source="file", path=path, **changes)
     return build_prompts(config, domains, target)
 
 
@@ -136,8 +139,84 @@ def test_exact_and_near_duplicates_are_removed(tmp_path):
     texts = [p.prompt.lower() for p in prompts]
     assert sum(text.startswith(base[:-1].lower()) for text in texts) == 1
     assert not any("two domains" in text for text in texts)
-    with pytest.raises(UserError, match="'gardens' has 40 usable prompts"):
-        _build(tmp_path, rows, counts=counts | {"dev": 3})
+    with pytest.raises(UserError, match=r"'gardens' has 40 usable .* it gets 18 of 30 for eval"):
+        _build(tmp_path, rows, counts=counts | {"eval": 30})
+
+
+def test_a_small_domain_gets_its_share(tmp_path, caplog):
+    rows = _rows(per_domain=60)
+    rows = [row for row in rows if row["domain"] != "paths" or int(row["id"][6:]) < 30]
+    counts = {"harvest": 20, "retain": 8, "dev": 4, "eval": 30, "concept": 6}
+    found = _build(tmp_path, rows, counts=counts)
+    sizes = {d: sum(p.domain == d and p.split == "eval" for p in found) for d in DOMAINS}
+    assert sizes == {"gardens": 30, "rivers": 30, "paths": 20}
+    assert "domain 'paths' has 30 usable prompts" in caplog.text
+    assert "it gets 20 of 30 for eval" in caplog.text
+    assert sum(p.domain == "paths" for p in found) <= 30
+
+
+def test_near_duplicates_never_part_over_splits(tmp_path):
+    subjects = [
+        "pear",
+        "plum",
+        "bean",
+        "leek",
+        "oat",
+        "rye",
+        "hop",
+        "fig",
+        "yam",
+        "pea",
+        "kale",
+        "corn",
+        "mint",
+        "sage",
+        "dill",
+    ]
+    ways = (
+        "How do I grow {}",
+        "Explain how one grows {} well",
+        "Growing {}: a guide for {} lovers",
+    )
+    rows = [
+        {"domain": domain, "prompt": f"{way.format(f'{s}{domain}', s)}{domain[::-1] * k}?"}
+        for domain in (*DOMAINS, BENIGN)
+        for s in subjects
+        for k, way in enumerate(ways)
+    ]
+    counts = {"harvest": 8, "retain": 4, "dev": 3, "eval": 12, "concept": 6}
+    found = _build(tmp_path, rows, counts=counts, near_split=0.5, match_length=False)
+    alike = clusters([p.prompt for p in found], 0.55)
+    splits = {}
+    for prompt, cluster in zip(found, alike.tolist(), strict=True):
+        splits.setdefault(cluster, set()).add(prompt.split)
+    assert max(map(len, splits.values())) == 1
+    assert len(splits) > 8
+    assert len({p.group for p in found}) < len(found)
+
+
+def test_a_row_near_two_splits_is_left_out(tmp_path):
+    rows = _rows()
+    near = "Which soil does a quince tree want in a dry summer"
+    rows += [
+        {"id": "a", "domain": "gardens", "prompt": f"{near}?", "split": "harvest"},
+        {"id": "b", "domain": "gardens", "prompt": f"{near} and autumn?", "split": "eval"},
+        {"id": "c", "domain": "gardens", "prompt": f"{near} and winter?"},
+    ]
+    counts = {"harvest": 19, "retain": 3, "dev": 2, "eval": 16, "concept": 4}
+    names = {p.id for p in _build(tmp_path, rows, counts=counts, near_split=0.8)}
+    assert names & {"a", "b", "c"} == {"a", "b"}
+
+
+def test_a_misspelt_domain_is_named(tmp_path):
+    rows = _rows()
+    rows[3] |= {"domain": "Garden"}
+    with pytest.raises(
+        UserError, match=r"1 rows \(first: gardens-3\) have the domain 'Garden'.*'gard"
+    ):
+        _build(tmp_path, rows)
+    rows[3] |= {"domain": "bias"}  # a domain of others is no mistake
+    _build(tmp_path, rows)
 
 
 def test_a_measured_row_wins_over_its_copy_in_training(tmp_path):
