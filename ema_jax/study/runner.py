@@ -16,7 +16,7 @@ from ema_jax.runtime import distributed, files
 from ema_jax.runtime.leases import locked
 from ema_jax.study import checks
 from ema_jax.study.pipeline import NAMES, Study
-from ema_jax.study.replication import summarise
+from ema_jax.study.replication import summarise, unfinished
 from ema_jax.study.session import find_model
 from ema_jax.study.workdir import Workdir
 
@@ -112,6 +112,10 @@ def _dry_run(
 
 
 def _write_replication(root: Path, cells: Mapping[str, StudyConfig]) -> None:
+    left = unfinished(root, cells)
+    if left:
+        logging.warning("no report of the replication yet: cells %s are unfinished", ", ".join(left))
+        return
     made = summarise(root, cells)
     files.write_json(root / "replication.json", made)
     files.write_csv(root / "replication.csv", made["rows"])
