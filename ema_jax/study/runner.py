@@ -114,7 +114,9 @@ def _dry_run(
 def _write_replication(root: Path, cells: Mapping[str, StudyConfig]) -> None:
     left = unfinished(root, cells)
     if left:
-        logging.warning("no report of the replication yet: cells %s are unfinished", ", ".join(left))
+        logging.warning(
+            "no report of the replication yet: cells %s are unfinished", ", ".join(left)
+        )
         return
     made = summarise(root, cells)
     files.write_json(root / "replication.json", made)
