@@ -23,7 +23,7 @@ from ema_jax.data.denylist import check_target, denied_category, denied_domain, 
 from ema_jax.data.domains import BENIGN, DEFINITIONS, LOOKALIKE, SPLITS, TRAINED, Row
 from ema_jax.data.local import parse_record, read_local
 from ema_jax.data.similarity import NEAR, clusters
-from ema_jax.data.sources import SOURCES, Loader, load_rows
+from ema_jax.data.sources import SOURCES, Loader, is_published, load_rows
 from ema_jax.data.splits import common_lengths, draw, fewest
 from ema_jax.errors import UserError
 from ema_jax.runtime.files import read_jsonl, sha256_text, write_jsonl
@@ -207,6 +207,15 @@ def validate(config: PromptConfig, domains: Sequence[str], target: str) -> None:
         raise UserError("prompts.path: set it together with prompts.source='file'")
     if config.source == "organism" and config.path is not None:
         raise UserError("prompts.path: the source 'organism' has no file; leave it unset")
+    for name in _public_sets(config):
+        path = _path_of(config, name)
+        if SOURCES[name].hub_id is None and path is None:
+            raise UserError(
+                f"prompts.path: the set {name!r} is read from the file that its authors publish, "
+                f"{SOURCES[name].file}; set it to a folder that holds it"
+            )
+        if name == config.source and SOURCES[name].file is None and path and not path.is_dir():
+            raise UserError(f"prompts.path: the set {name!r} is read from the hub; leave it unset")
     for split in config.counts:
         if split not in SPLITS:
             raise UserError(f"prompts.counts: unknown split {split!r}; use {', '.join(SPLITS)}")
@@ -215,6 +224,30 @@ def validate(config: PromptConfig, domains: Sequence[str], target: str) -> None:
         labels = SOURCES[config.source].used.get(target, ())
         trained = [x for x in labels if denied_category(config.source, x) != "cbrn"]
         check_target(target, trained or labels, config.source)
+
+
+def known_offline(config: PromptConfig) -> bool:
+    """Whether all prompts are here: the project's, the user's, or in published files."""
+    return config.source in OWN_SOURCES or all(
+        is_published(name, _path_of(config, name)) for name in _public_sets(config)
+    )
+
+
+def _public_sets(config: PromptConfig) -> list[str]:
+    """The public sets that are read, as far as the config tells."""
+    names = [config.source, config.eval_source, config.lookalike_source]
+    if config.source in SOURCES and BENIGN not in SOURCES[config.source].used:
+        names.append(config.benign_source)
+    return [name for name in names if name in SOURCES]
+
+
+def _path_of(config: PromptConfig, name: str) -> Path | None:
+    """Where the published file of a set is to be looked for, if anywhere.
+
+    A single file is the source's; in a folder those of the others are found by their names.
+    """
+    path = None if config.path is None else Path(config.path)
+    return path if path is not None and (name == config.source or path.is_dir()) else None
 
 
 def write_prompts(folder: str | Path, prompts: Sequence[Prompt]) -> None:
@@ -258,15 +291,11 @@ def _load(
     counts: Mapping[str, int],
     load_dataset: Loader | None,
 ) -> list[Row]:
-    path = Path(config.path) if config.path is not None else None
-
     def load(name: str, wanted: Sequence[str]) -> list[Row]:
-        # A single file is the source's; in a folder those of the others are found by their names.
-        mine = path is not None and (name == config.source or path.is_dir())
         return load_rows(
             name,
             wanted,
-            path=path if mine else None,
+            path=_path_of(config, name),
             max_chars=config.max_chars,
             load_dataset=load_dataset,
         )

@@ -18,7 +18,7 @@ from typing_extensions import TypedDict
 from ema_jax.data.dedupe import normalise
 
 _WIDTHS = (3, 4, 5)
-_BLOCK = 512
+_BLOCK = 256
 _FEWEST_SHARED = 0.5
 
 NEAR = 0.6

@@ -390,6 +390,12 @@ def load_rows(
     return rows
 
 
+def is_published(name: str, path: str | Path | None) -> bool:
+    """Whether the file of a set, as its authors publish it, is at a path or in the folder there."""
+    file = SOURCES[name].file
+    return file is not None and path is not None and bool(published.find(path, file))
+
+
 def _published(name: str, source: Source, path: str | Path | None) -> list[Path]:
     """Files of the set below a path; none where it is to be loaded from the hub."""
     files = [] if path is None or source.file is None else published.find(path, source.file)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from absl import logging
 
 from ema_jax.config import SensitivityConfig, StudyConfig
-from ema_jax.data.prompts import OWN_SOURCES, Prompt
+from ema_jax.data.prompts import Prompt, known_offline
 from ema_jax.data.similarity import NEAR
 from ema_jax.models.hub import ModelSource
 from ema_jax.models.sharding import AXES
@@ -273,7 +273,7 @@ class Study:
         made = self.workdir.manifest("prompts") is not None and self.artifacts.prompts.path.exists()
         if made:
             return [prompt for split in self.artifacts.prompts.read().values() for prompt in split]
-        return self.session.prompts if self.config.prompts.source in OWN_SOURCES else None
+        return self.session.prompts if known_offline(self.config.prompts) else None
 
     def run(self) -> None:
         """Runs what is wanted and not yet done, in order."""

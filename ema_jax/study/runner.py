@@ -8,7 +8,7 @@ from absl import logging
 
 from ema_jax import config as config_lib
 from ema_jax.config import ModelConfig, StudyConfig
-from ema_jax.data.prompts import OWN_SOURCES, build_prompts
+from ema_jax.data.prompts import build_prompts, known_offline
 from ema_jax.errors import UserError
 from ema_jax.models.hub import ModelSource
 from ema_jax.report import write_replication_report
@@ -91,7 +91,7 @@ def _dry_run(
             away[name] = checks.check_judges(cell)
         if study is not None and study.asks_models:
             study.check_inputs()
-        elif cell.prompts.source in OWN_SOURCES:
+        elif known_offline(cell.prompts):
             build_prompts(cell.prompts, cell.domains, cell.target)
     for name, cell in cells.items():
         source = sources[cell.model]

@@ -294,7 +294,10 @@ def test_public_source_and_benign_contrast(tmp_path):
         return datasets.Dataset.from_list(data[hub_id])
 
     prompts = build_prompts(
-        PromptConfig(counts=COUNTS), tuple(SALAD_USED), "safety", load_dataset=load_dataset
+        PromptConfig(counts=COUNTS, near_split=1.0),
+        tuple(SALAD_USED),
+        "safety",
+        load_dataset=load_dataset,
     )
     label_of = {f"salad/{row['qid']}": row["3-category"] for row in salad}
     for p in prompts:
@@ -310,7 +313,7 @@ def test_public_source_and_benign_contrast(tmp_path):
         {"id": i, "prompt": _text(rng), "type": kind} for i, kind in enumerate(kinds * 2)
     ]
     data["Paul/XSTest"][0]["prompt"] = dolly[5]["instruction"]
-    config = PromptConfig(counts=COUNTS, lookalike_source="xstest")
+    config = PromptConfig(counts=COUNTS, near_split=1.0, lookalike_source="xstest")
     more = build_prompts(config, tuple(SALAD_USED), "safety", load_dataset=load_dataset)
     assert [p for p in more if p.domain != LOOKALIKE] == prompts
     alike = [p for p in more if p.domain == LOOKALIKE]
@@ -333,7 +336,7 @@ def test_eval_prompts_of_another_source(tmp_path):
     rows = _rows(domains=names)
     rows[0]["prompt"] = air[8]["prompt"]
     path = _write(tmp_path / "prompts.jsonl", rows)
-    config = PromptConfig("file", path=path, counts=COUNTS, eval_source="air_bench")
+    config = PromptConfig("file", path=path, counts=COUNTS, near_split=1.0, eval_source="air_bench")
 
     def load_dataset(*_, **__):
         return datasets.Dataset.from_list(air)
@@ -562,20 +565,32 @@ def test_bad_parquet_and_folders(tmp_path):
         ({"source": "sallad"}, DOMAINS, "gardens", "prompts.source: unknown source 'sallad'"),
         ({"benign_source": "x"}, DOMAINS, "gardens", "prompts.benign_source: unknown source 'x'"),
         ({"path": None}, DOMAINS, "gardens", "prompts.path: set it together with"),
-        ({"source": "salad"}, DOMAINS, "gardens", "prompts.path: set it together with"),
+        (
+            {"source": "salad"},
+            DOMAINS,
+            "gardens",
+            "prompts.path: the set 'salad' is read from the hub",
+        ),
+        (
+            {"source": "cast", "path": None},
+            DOMAINS,
+            "gardens",
+            "prompts.path: the set 'cast' is read from the file that its authors publish, cond",
+        ),
         ({"counts": {"train": 1}}, DOMAINS, "gardens", "prompts.counts: unknown split 'train'"),
         ({"max_chars": 9}, DOMAINS, "gardens", "characters, more than max_chars=9"),
         (
-            {"counts": COUNTS | {"eval": 30}},
+            {"counts": {"harvest": 16, "dev": 8, "eval": 20, "concept": 16}},
             DOMAINS,
             "gardens",
-            "domain 'gardens' has 40 usable prompts (0 of them only for evaluation), 42 are asked "
-            "for (harvest 6, dev 2, eval 30, concept 4) and it lacks 2 for concept; lower",
+            "domain 'gardens' has 40 usable prompts (0 of them only for evaluation, 1 in its "
+            "largest group of variants and near duplicates), 60 are asked for and it gets 16 of 20 "
+            "for eval, 0 of 16 for concept (at least: eval 20, concept 16); lower",
         ),
     ],
 )
 def test_bad_requests(tmp_path, changes, domains, target, message):
-    changes = {"counts": COUNTS, "match_length": False, **changes}
+    changes = {"counts": COUNTS, "match_length": False, "near_split": 1.0, **changes}
     config = PromptConfig(source="file", path=_write(tmp_path / "prompts.jsonl", _rows()))
     with pytest.raises(UserError) as caught:
         build_prompts(dataclasses.replace(config, **changes), domains, target)
