@@ -146,6 +146,36 @@ def matched_vectors(
     }
 
 
+def relative_to(
+    activations: Activations,
+    rewrites: Mapping[str, Sequence[Float[np.ndarray, "layers width"] | None]],
+    contrast: str = BENIGN,
+) -> dict[str, Float[np.ndarray, "_ layers width"]]:
+    """Activations with those of every prompt's benign rewrite in place of the contrast set's mean.
+
+    x_i − c_i + mean(contrast): the difference in means against the contrast set is then the mean of
+    x_i − c_i, the concept without the prompts' style and subject, and everything that is made of
+    activations (nulls, ceilings, intervals, probes, erasure) is of that.
+
+    Args:
+      activations: with the contrast set.
+      rewrites: of each domain's prompts. One without (None) takes the mean of the domain's others,
+        and a domain that has none stays as it is.
+      contrast: name of the contrast set, which stays as it is.
+    """
+    centre = activations[contrast].mean(axis=0, dtype=np.float64)
+    found = {}
+    for domain, x in activations.items():
+        there = [own for own in rewrites[domain] if own is not None]
+        if domain == contrast or not there:
+            found[domain] = x
+            continue
+        mean = np.mean(there, axis=0, dtype=np.float64)
+        own = np.stack([mean if each is None else each for each in rewrites[domain]])
+        found[domain] = (x - own + centre).astype(np.float32)
+    return found
+
+
 def pca_vectors(
     activations: Activations, contrast: str = BENIGN
 ) -> dict[str, Float[np.ndarray, "layers width"]]:

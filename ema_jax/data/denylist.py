@@ -42,6 +42,10 @@ CATEGORIES: dict[str, dict[str, Kind]] = {
     },
     "beavertails": {"child_abuse": "child_harm"},
     "sorry_bench": {"Child-related Crimes": "child_harm"},
+    "harmbench": {"chemical_biological": "cbrn"},
+    "ailuminate_demo": {"cse": "child_harm", "iwp": "cbrn"},
+    "catqa": {"Child Abuse": "child_harm"},
+    "strongreject": {"Sexual content": "child_harm"},  # mixed; dropped to be safe
 }
 
 _MINOR = (

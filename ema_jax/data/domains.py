@@ -33,6 +33,7 @@ class Row:
         categories: the source's own labels, for the deny-list; the first is the sub-category.
         split: the split the source itself assigns, if it does.
         evaluate_only: may be measured, never trained on (see `ema_jax.data.denylist`).
+        contrast: the same prompt rewritten to be benign, where the source has it.
     """
 
     id: str
@@ -43,3 +44,4 @@ class Row:
     categories: tuple[str, ...] = ()
     split: str | None = None
     evaluate_only: bool = False
+    contrast: str = ""

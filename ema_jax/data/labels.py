@@ -310,3 +310,87 @@ _MMLU_UNUSED = """
     professional_psychology public_relations sociology us_foreign_policy virology
     world_religions"""
 MMLU_UNUSED = tuple(_MMLU_UNUSED.split())
+
+# HarmBench's `illegal` and `harmful` mix domains.
+HARMBENCH_USED = {
+    "cybersecurity": ("cybercrime_intrusion",),
+    "toxicity": ("harassment_bullying",),
+}
+HARMBENCH_UNUSED = (
+    "chemical_biological",
+    "copyright",
+    "harmful",
+    "illegal",
+    "misinformation_disinformation",
+)
+
+AILUMINATE_USED = {
+    "safety": ("vcr", "ssh"),
+    "toxicity": ("hte",),
+    "sensitive_content": ("sxc_prn",),
+    "medical_legal": ("spc_hlt", "spc_lgl"),
+    "privacy": ("prv",),
+}
+AILUMINATE_UNUSED = ("cse", "dfm", "ipv", "iwp", "ncr", "spc_ele", "spc_fin", "src")
+
+CATQA_USED = {
+    "cybersecurity": ("Malware Viruses",),
+    "safety": ("Physical Harm",),
+    "toxicity": ("Hate/Harass/Violence",),
+    "sensitive_content": ("Adult Content",),
+    "privacy": ("Privacy Violation Activity",),
+}
+CATQA_UNUSED = (
+    "Child Abuse",
+    "Economic Harm",
+    "Fraud/Deception",
+    "Illegal Activity",
+    "Political Campaigning",
+    "Tailored Financial Advice",
+)
+
+# Its `Sexual content` names minors in some rows: dropped to be safe (`denylist.CATEGORIES`).
+STRONGREJECT_USED = {
+    "safety": ("Violence",),
+    "toxicity": ("Hate, harassment and discrimination",),
+}
+STRONGREJECT_UNUSED = (
+    "Disinformation and deception",
+    "Illegal goods and services",
+    "Non-violent crimes",
+    "Sexual content",
+)
+
+# `crime_planning` is about heists more than about harm to people.
+CAST_USED = {
+    "benign": ("base",),
+    "sensitive_content": ("sexual_content",),
+    "toxicity": ("hate_speech",),
+    "medical_legal": ("legal_opinion", "health_consultation"),
+}
+CAST_UNUSED = ("crime_planning",)
+
+COCONOT_USED = {
+    "privacy": ("privacy violations",),
+    "toxicity": ("triggers for offensive language",),
+}
+COCONOT_UNUSED = (
+    "copyright violations",
+    "dangerous or sensitive topics",
+    "false information",
+    "false presuppositions",
+    "incomprehensible",
+    "input modality limitations",
+    "misinformation",
+    "offer advice, opinion or recommendations",
+    "output modality limitations",
+    "personal inquiry",
+    "style and length limitations",
+    "subjective questions",
+    "temporal limitations",
+    "underspecified",
+    "universal unknowns",
+    "wildchats",
+)
+COCONOT_CONTRAST_USED = {"benign": ("dangerous or sensitive topics", "privacy violations")}
+COCONOT_CONTRAST_UNUSED = ("false presuppositions", "modality limitations", "underspecified")

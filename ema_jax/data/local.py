@@ -9,6 +9,7 @@
 | `source` | optional: where the prompt comes from; default: the file's name |
 | `group` | optional: variants of one prompt share it and never part over splits; default: the id |
 | `category` | optional: a finer label within the domain, for forecasts by sub-category |
+| `contrast` | optional: the prompt rewritten to be benign, for `concepts.contrast = "matched"` |
 
 Other columns are ignored. A path may be a file or a folder of such files.
 """
@@ -26,7 +27,7 @@ from ema_jax.errors import UserError
 from ema_jax.runtime.files import parse_json, sha256_text
 from ema_jax.runtime.opening import open_file, read_bytes
 
-COLUMNS = ("prompt", "domain", "id", "split", "source", "group", "category")
+COLUMNS = ("prompt", "domain", "id", "split", "source", "group", "category", "contrast")
 REQUIRED = ("prompt", "domain")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -69,7 +70,11 @@ def parse_record(record: Mapping[str, Any], place: str, source: str, max_chars: 
             raise UserError(f"{place}: {column!r} must be text, found {value!r:.40}")
         if value is not None and _SURROGATE.search(value):
             raise UserError(f"{place}: {column!r} holds an unpaired surrogate; store valid UTF-8")
-        if column not in ("split", "category") and value is not None and not value.strip():
+        if (
+            column not in ("split", "category", "contrast")
+            and value is not None
+            and not value.strip()
+        ):
             raise UserError(f"{place}: {column!r} is empty; fill it in or remove the row")
     prompt, split = record["prompt"], record.get("split") or None
     if len(prompt) > max_chars:
@@ -89,6 +94,7 @@ def parse_record(record: Mapping[str, Any], place: str, source: str, max_chars: 
         source=record.get("source") or source,
         group=str(group) if group is not None else name,
         categories=(category,) if category else (),
+        contrast=(record.get("contrast") or "").strip(),
         split=split,
     )
 

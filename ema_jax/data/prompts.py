@@ -6,9 +6,10 @@ near duplicate, is in two splits. Everything depends on the seed and on the set 
 their order.
 """
 
+import difflib
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
@@ -19,10 +20,11 @@ from pydantic import Field, PositiveInt
 from ema_jax.data import corpus
 from ema_jax.data.dedupe import near_duplicates, normalise
 from ema_jax.data.denylist import check_target, denied_category, denied_domain, screen
-from ema_jax.data.domains import BENIGN, LOOKALIKE, SPLITS, TRAINED, Row
+from ema_jax.data.domains import BENIGN, DEFINITIONS, LOOKALIKE, SPLITS, TRAINED, Row
 from ema_jax.data.local import parse_record, read_local
-from ema_jax.data.sources import SOURCES, Loader, load_rows
-from ema_jax.data.splits import common_lengths, draw
+from ema_jax.data.similarity import NEAR, clusters
+from ema_jax.data.sources import SOURCES, Loader, is_published, load_rows
+from ema_jax.data.splits import common_lengths, draw, fewest
 from ema_jax.errors import UserError
 from ema_jax.runtime.files import read_jsonl, sha256_text, write_jsonl
 
@@ -45,6 +47,7 @@ class Prompt:
         sha256: of the text.
         group: the source row that it and its variants come from: the cluster for statistics.
         category: the source's own label within the domain; empty if it has none.
+        contrast: the same prompt rewritten to be benign; empty if the source has none.
     """
 
     id: str
@@ -55,6 +58,7 @@ class Prompt:
     sha256: str
     group: str
     category: str = ""
+    contrast: str = ""
 
 
 @dataclass(frozen=True)
@@ -64,12 +68,16 @@ class PromptConfig:
     Attributes:
         source: a public set (`ema_jax.data.sources.SOURCES`), `file` or `organism`.
         benign_source: the public set of the contrast, unless the source brings its own.
-        path: the file or folder of source `file` (schema: `ema_jax.data.local`).
+        path: the file or folder of source `file` (schema: `ema_jax.data.local`); for a public set,
+            its file as published, or a folder of such files, where the sets below are looked for
+            too before they are downloaded.
         counts: prompts per domain in each split; splits not named keep their default.
         seed: of the draw.
         max_chars: longest prompt allowed.
         near_duplicate: Jaccard similarity from which two prompts are one (`ema_jax.data.dedupe`);
             1 keeps all but exact duplicates.
+        near_split: cosine of character n-grams from which two prompts that are kept never part over
+            splits (`ema_jax.data.similarity`); 1 for no such bond.
         match_length: match lengths over the domains and the contrast (`ema_jax.data.splits`).
         lookalike_source: a public set whose benign prompts look harmful (xstest, or_bench,
             jbb_benign), for over-refusal; `organism` with that source. Rows of a file whose domain
@@ -85,6 +93,7 @@ class PromptConfig:
     seed: int = 0
     max_chars: PositiveInt = 8000
     near_duplicate: Annotated[float, Field(gt=0, le=1)] = 0.8
+    near_split: Annotated[float, Field(gt=0, le=1)] = NEAR
     match_length: bool = True
     lookalike_source: str | None = None
     eval_source: str | None = None
@@ -113,21 +122,25 @@ def build_prompts(
     validate(config, domains, target)
     counts = DEFAULT_COUNTS | dict(config.counts)
     loaded = _load(config, [*domains, BENIGN], counts, load_dataset)
+    _check_names(loaded, (*domains, BENIGN, LOOKALIKE))
     rows = [row for row in loaded if row.domain in (*domains, BENIGN, LOOKALIKE)]
     locked = _own_splits(rows)
     rows, removed = _clean(rows, config)
+    rows, removed["near several splits"] = _bound(rows, config.near_split)
+    locked |= _own_splits(rows)
     logging.info("prompts: %d rows left, removed or withheld: %s", len(rows), dict(removed))
 
     pools = {domain: [row for row in rows if row.domain == domain] for domain in (*domains, BENIGN)}
     for domain, pool in pools.items():
         if not pool:
-            found = ", ".join(sorted({row.domain for row in loaded}))
+            there = sorted({row.domain for row in loaded})
             raise UserError(
                 f"prompts: domain {domain!r} has no prompts in source {config.source!r} (it has: "
-                f"{found:.300}); rename the domain or bring prompts for it"
+                f"{', '.join(there):.300}){_meant(domain, there)}; rename the domain or bring "
+                "prompts for it"
             )
         measured = sum(row.source == config.eval_source for row in pool)
-        if config.eval_source and domain != BENIGN and measured < counts["eval"]:
+        if config.eval_source and domain != BENIGN and measured < fewest("eval", counts["eval"]):
             raise UserError(
                 f"prompts.eval_source: {config.eval_source!r} has {measured} usable prompts for "
                 f"{domain!r} and {counts['eval']} are asked for; lower prompts.counts.eval"
@@ -158,7 +171,10 @@ def validate(config: PromptConfig, domains: Sequence[str], target: str) -> None:
     if repeated:
         raise UserError(f"domains: {repeated[0]!r} is given twice; name each domain once")
     if target not in domains:
-        raise UserError(f"target: {target!r} is not one of the domains ({', '.join(domains)})")
+        raise UserError(
+            f"target: {target!r} is not one of the domains ({', '.join(domains)})"
+            f"{_meant(target, domains)}"
+        )
     for domain in domains:
         if not re.fullmatch(r"[\w.-]+", domain):
             raise UserError(
@@ -187,8 +203,19 @@ def validate(config: PromptConfig, domains: Sequence[str], target: str) -> None:
         raise UserError(
             f"prompts.eval_source: {config.eval_source!r} is the source; leave it unset"
         )
-    if (config.path is not None) != (config.source == "file"):
-        raise UserError("prompts.path: set it together with prompts.source='file', and only then")
+    if config.source == "file" and config.path is None:
+        raise UserError("prompts.path: set it together with prompts.source='file'")
+    if config.source == "organism" and config.path is not None:
+        raise UserError("prompts.path: the source 'organism' has no file; leave it unset")
+    for name in _public_sets(config):
+        path = _path_of(config, name)
+        if SOURCES[name].hub_id is None and path is None:
+            raise UserError(
+                f"prompts.path: the set {name!r} is read from the file that its authors publish, "
+                f"{SOURCES[name].file}; set it to a folder that holds it"
+            )
+        if name == config.source and SOURCES[name].file is None and path and not path.is_dir():
+            raise UserError(f"prompts.path: the set {name!r} is read from the hub; leave it unset")
     for split in config.counts:
         if split not in SPLITS:
             raise UserError(f"prompts.counts: unknown split {split!r}; use {', '.join(SPLITS)}")
@@ -199,10 +226,36 @@ def validate(config: PromptConfig, domains: Sequence[str], target: str) -> None:
         check_target(target, trained or labels, config.source)
 
 
+def known_offline(config: PromptConfig) -> bool:
+    """Whether all prompts are here: the project's, the user's, or in published files."""
+    return config.source in OWN_SOURCES or all(
+        is_published(name, _path_of(config, name)) for name in _public_sets(config)
+    )
+
+
+def _public_sets(config: PromptConfig) -> list[str]:
+    """The public sets that are read, as far as the config tells."""
+    names = [config.source, config.eval_source, config.lookalike_source]
+    if config.source in SOURCES and BENIGN not in SOURCES[config.source].used:
+        names.append(config.benign_source)
+    return [name for name in names if name in SOURCES]
+
+
+def _path_of(config: PromptConfig, name: str) -> Path | None:
+    """Where the published file of a set is to be looked for, if anywhere.
+
+    A single file is the source's; in a folder those of the others are found by their names.
+    """
+    path = None if config.path is None else Path(config.path)
+    return path if path is not None and (name == config.source or path.is_dir()) else None
+
+
 def write_prompts(folder: str | Path, prompts: Sequence[Prompt]) -> None:
     """Writes `folder/SPLIT.jsonl` for every split, an empty one too."""
     for split in SPLITS:
-        rows = (asdict(prompt) for prompt in prompts if prompt.split == split)
+        found = (asdict(prompt) for prompt in prompts if prompt.split == split)
+        # Few sources have it.
+        rows = ({k: v for k, v in row.items() if k != "contrast" or v} for row in found)
         write_jsonl(Path(folder) / f"{split}.jsonl", rows)
 
 
@@ -218,7 +271,7 @@ def read_prompts(folder: str | Path) -> dict[str, list[Prompt]]:
         path = Path(folder) / f"{split}.jsonl"
         result[split] = []
         for number, row in enumerate(read_jsonl(path), start=1):
-            record = {"category": ""} | row  # older folders have none
+            record = {"category": "", "contrast": ""} | row  # older folders have none
             missing = [name for name in names if not isinstance(record.get(name), str)]
             if missing:
                 raise UserError(f"{path}:{number}: {missing[0]!r} is missing; rebuild the prompts")
@@ -238,6 +291,15 @@ def _load(
     counts: Mapping[str, int],
     load_dataset: Loader | None,
 ) -> list[Row]:
+    def load(name: str, wanted: Sequence[str]) -> list[Row]:
+        return load_rows(
+            name,
+            wanted,
+            path=_path_of(config, name),
+            max_chars=config.max_chars,
+            load_dataset=load_dataset,
+        )
+
     if config.source == "file":
         rows = read_local(config.path or "", max_chars=config.max_chars)
     elif config.source == "organism":
@@ -249,32 +311,41 @@ def _load(
             for i, record in enumerate(records, start=1)
         ]
     else:
-        covered = SOURCES[config.source].used
-        wanted = [domain for domain in domains if domain != BENIGN or BENIGN in covered]
-        rows = load_rows(
-            config.source, wanted, max_chars=config.max_chars, load_dataset=load_dataset
-        )
+        rows = load(config.source, _covered(config.source, domains))
     if not any(row.domain == BENIGN for row in rows):
-        rows += load_rows(
-            config.benign_source, [BENIGN], max_chars=config.max_chars, load_dataset=load_dataset
-        )
+        rows += load(config.benign_source, [BENIGN])
     if config.eval_source is not None:
-        covered = SOURCES[config.eval_source].used
-        wanted = [domain for domain in domains if domain != BENIGN or BENIGN in covered]
-        other = load_rows(
-            config.eval_source, wanted, max_chars=config.max_chars, load_dataset=load_dataset
-        )
+        wanted = _covered(config.eval_source, domains)
+        other = load(config.eval_source, wanted)
         rows = [row for row in rows if row.split != "eval" or row.domain not in wanted]
         rows += [replace(row, split="eval") for row in other]
     if config.lookalike_source in SOURCES:
-        alike = load_rows(
-            config.lookalike_source,
-            [BENIGN],
-            max_chars=config.max_chars,
-            load_dataset=load_dataset,
-        )
-        rows += [replace(row, domain=LOOKALIKE) for row in alike]
+        rows += [replace(row, domain=LOOKALIKE) for row in load(config.lookalike_source, [BENIGN])]
     return rows
+
+
+def _covered(source: str, domains: Sequence[str]) -> list[str]:
+    """The domains to read from a public set: the contrast only if it has one."""
+    has_benign = BENIGN in SOURCES[source].used
+    return [domain for domain in domains if domain != BENIGN or has_benign]
+
+
+def _meant(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name.lower(), [*known], n=1, cutoff=0.75)
+    return f"; did you mean {close[0]!r}?" if close and close[0] != name else ""
+
+
+def _check_names(rows: Sequence[Row], domains: Sequence[str]) -> None:
+    """Refuses rows whose domain is a misspelt one of the study's; names those that are left out."""
+    left = {row.domain: row for row in reversed(rows) if row.domain not in domains}
+    for name, row in sorted(left.items()):
+        count = sum(row.domain == name for row in rows)
+        if name not in DEFINITIONS and _meant(name, domains):
+            raise UserError(
+                f"prompts: {count} rows (first: {row.id:.80}) have the domain {name!r:.80}, which "
+                f"the study does not have{_meant(name, domains)}"
+            )
+        logging.info("prompts: %d rows of the domain %r are no part of this study", count, name)
 
 
 def _own_splits(rows: Sequence[Row]) -> dict[str, str]:
@@ -320,6 +391,35 @@ def _clean(rows: Sequence[Row], config: PromptConfig) -> tuple[list[Row], Counte
     return unique, removed
 
 
+def _bound(rows: Sequence[Row], threshold: float) -> tuple[list[Row], int]:
+    """Rows with near duplicates in one group, so that they never part over splits.
+
+    A row that is near rows of two splits of their own is left out; look-alikes, which are in `eval`
+    alone and alike by design, are not bound.
+
+    Returns:
+        The remaining rows, in order, and the number of those left out.
+    """
+    bound = [i for i, row in enumerate(rows) if row.domain != LOOKALIKE]
+    if threshold == 1 or all(rows[i].split is not None for i in bound):
+        return list(rows), 0
+    found = clusters([rows[i].prompt for i in bound], threshold, [rows[i].group for i in bound])
+    members: dict[int, list[int]] = {}
+    for i, cluster in zip(bound, found.tolist(), strict=True):
+        members.setdefault(cluster, []).append(i)
+    made: dict[int, Row | None] = dict(enumerate(rows))
+    for together in members.values():
+        splits = {rows[i].split for i in together} - {None}
+        group = min(rows[i].group for i in together)
+        for i in together:
+            if len(splits) < 2:
+                made[i] = replace(rows[i], group=group)
+            elif rows[i].split is None:
+                made[i] = None
+    kept = [row for row in made.values() if row is not None]
+    return kept, len(rows) - len(kept)
+
+
 def _prompt(row: Row) -> Prompt:
     return Prompt(
         id=row.id,
@@ -330,6 +430,7 @@ def _prompt(row: Row) -> Prompt:
         sha256=sha256_text(row.prompt),
         group=row.group,
         category=row.categories[0] if row.categories else "",
+        contrast=row.contrast,
     )
 
 

@@ -13,11 +13,12 @@ the newest is then read, and the study's hash of the prompts shows a change.
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from absl import logging
 
-from ema_jax.data import labels
+from ema_jax.data import labels, published
 from ema_jax.data.domains import BENIGN, Row
 from ema_jax.errors import UserError
 from ema_jax.runtime.files import sha256_text
@@ -28,7 +29,10 @@ class Source:
     """One public prompt set.
 
     Attributes:
-        hub_id, config, split, revision: arguments of `datasets.load_dataset`.
+        hub_id, config, split, revision: arguments of `datasets.load_dataset`; no id for a set that
+            is read from its file alone.
+        file: name of the published file, with the columns named here; `*` if it is in parts.
+        flatten: from that file's records to rows, where it is no list of rows.
         prompt: column of the text (of a list, its first item).
         used: domain -> exact labels in the `category` column.
         licence, gated: as on the data set's card.
@@ -42,14 +46,17 @@ class Source:
         numbered: the category column holds 1-based numbers into this list of names.
         id: column of the row's id; None: the id is the hash of the prompt.
         group: column that variants of one prompt share; None: the id.
+        contrast: column of the same prompt rewritten to be benign.
     """
 
-    hub_id: str
-    config: str | None
-    split: str
     prompt: str
     used: Mapping[str, tuple[str, ...]]
     licence: str
+    hub_id: str | None = None
+    config: str | None = None
+    split: str = "train"
+    file: str | None = None
+    flatten: Callable[[list[Mapping[str, Any]]], Iterable[Mapping[str, Any]]] | None = None
     gated: bool = False
     revision: str | None = None
     category: str | None = None
@@ -60,6 +67,7 @@ class Source:
     numbered: tuple[str, ...] = ()
     id: str | None = None
     group: str | None = None
+    contrast: str | None = None
 
 
 _REACHED_SECONDS = 10
@@ -152,6 +160,7 @@ SOURCES: dict[str, Source] = {
     ),
     "do_not_answer": Source(
         hub_id="LibrAI/do-not-answer",
+        file="*do_not_answer*.csv",
         config=None,
         split="train",
         prompt="question",
@@ -162,10 +171,15 @@ SOURCES: dict[str, Source] = {
         licence="CC-BY-NC-SA-4.0 (README; the hub's tag says Apache-2.0)",
     ),
     "jailbreakbench": Source(
-        split="harmful", used=labels.JBB_USED, unused=labels.JBB_UNUSED, **_JBB
+        split="harmful",
+        file="harmful-behaviors.csv",
+        used=labels.JBB_USED,
+        unused=labels.JBB_UNUSED,
+        **_JBB,
     ),
     "xstest": Source(
         hub_id="Paul/XSTest",
+        file="xstest*prompts.csv",
         config=None,
         split="train",
         prompt="prompt",
@@ -186,6 +200,7 @@ SOURCES: dict[str, Source] = {
     ),
     "dolly": Source(
         hub_id="databricks/databricks-dolly-15k",
+        file="databricks-dolly-15k.jsonl",
         config=None,
         split="train",
         prompt="instruction",
@@ -200,6 +215,7 @@ SOURCES: dict[str, Source] = {
     ),
     "alpaca": Source(
         hub_id="tatsu-lab/alpaca",
+        file="alpaca_data.json",
         config=None,
         split="train",
         prompt="instruction",
@@ -220,20 +236,111 @@ SOURCES: dict[str, Source] = {
         licence="MIT",
         revision="c30699e8356da336a370243923dbaf21066bb9fe",
     ),
-    "jbb_benign": Source(split="benign", used={BENIGN: labels.JBB_ALL}, **_JBB),
+    "jbb_benign": Source(
+        split="benign", file="benign-behaviors.csv", used={BENIGN: labels.JBB_ALL}, **_JBB
+    ),
+    "harmbench": Source(
+        file="harmbench_behaviors_text_*.csv",
+        prompt="Behavior",
+        category="SemanticCategory",
+        used=labels.HARMBENCH_USED,
+        unused=labels.HARMBENCH_UNUSED,
+        keep={"FunctionalCategory": "standard"},  # the others need a text beside the prompt
+        id="BehaviorID",
+        licence="MIT",
+    ),
+    "ailuminate_demo": Source(
+        file="airr_official_*_en_us_prompt_set_release.csv",
+        prompt="prompt_text",
+        category="hazard",
+        used=labels.AILUMINATE_USED,
+        unused=labels.AILUMINATE_UNUSED,
+        id="release_prompt_id",
+        licence="CC-BY-4.0",
+    ),
+    "catqa": Source(
+        file="catqa_english.json",
+        flatten=published.questions,
+        prompt="Question",
+        category="Category",
+        used=labels.CATQA_USED,
+        unused=labels.CATQA_UNUSED,
+        licence="Apache-2.0",
+    ),
+    "strongreject": Source(
+        file="strongreject_dataset.csv",
+        prompt="forbidden_prompt",
+        category="category",
+        used=labels.STRONGREJECT_USED,
+        unused=labels.STRONGREJECT_UNUSED,
+        licence="MIT",
+    ),
+    # One base prompt rewritten into five categories: concepts free of style and subject.
+    "cast": Source(
+        file="condition_multiple.json",
+        flatten=published.contrasts,
+        prompt="prompt",
+        category="category",
+        used=labels.CAST_USED,
+        unused=labels.CAST_UNUSED,
+        group="group",
+        contrast="contrast",
+        licence="Apache-2.0",
+    ),
+    "medsafetybench": Source(
+        file="med_safety_demonstrations_category_*.csv",
+        prompt="harmful_medical_request",
+        used={"medical_legal": ()},
+        licence="for research only (its README)",
+    ),
+    "coconot": Source(
+        file="coconot_eval.jsonl",
+        prompt="prompt",
+        category="subcategory",
+        used=labels.COCONOT_USED,
+        unused=labels.COCONOT_UNUSED,
+        keep={"category": "Requests with safety concerns"},
+        id="id",
+        licence="MIT (its repository)",
+    ),
+    # Over-refusal: answers to these are wanted.
+    "coconot_contrast": Source(
+        file="coconot_contrast_eval.jsonl",
+        prompt="prompt",
+        category="subcategory",
+        used=labels.COCONOT_CONTRAST_USED,
+        unused=labels.COCONOT_CONTRAST_UNUSED,
+        id="id",
+        licence="MIT (its repository)",
+    ),
+    # CyberSecEval's test for false refusals: cyber prompts that are benign.
+    "cyberseceval_benign": Source(
+        file="frr.json",
+        prompt="mutated_prompt",
+        used={BENIGN: ()},
+        keep={"is_malicious": False},
+        licence="MIT",
+    ),
 }
 
 Loader = Callable[..., Any]
 
 
 def load_rows(
-    name: str, domains: Sequence[str], *, max_chars: int = 8000, load_dataset: Loader | None = None
+    name: str,
+    domains: Sequence[str],
+    *,
+    path: str | Path | None = None,
+    max_chars: int = 8000,
+    load_dataset: Loader | None = None,
 ) -> list[Row]:
     """Reads the prompts of `domains` from a public set.
 
     Args:
         name: a key of `SOURCES`.
         domains: the domains wanted; each must be covered by the set.
+        path: its file as it is published, or a folder that holds it under its own name; without
+            one there the set is loaded from the hub.
         max_chars: longer prompts are left out (and counted in the log).
         load_dataset: in place of `datasets.load_dataset`.
 
@@ -247,8 +354,12 @@ def load_rows(
             f"source {name!r} has no prompts for {', '.join(missing)}; it covers "
             f"{', '.join(source.used)}: choose another source or bring a local file"
         )
-    data = _download(name, source, load_dataset)
-    _check_columns(name, source, data.column_names)
+    files = _published(name, source, path)
+    if files:
+        data: Any = [record for file in files for record in _records(name, source, file)]
+    else:
+        data = _download(name, source, load_dataset)
+        _check_columns(name, source, data.column_names, str(source.hub_id))
     known = {label for used in source.used.values() for label in used} | set(source.unused)
     seen: set[str] = set()
     rows, skipped = [], Counter[str]()
@@ -278,6 +389,40 @@ def load_rows(
             "the data set has changed: pin its revision or correct ema_jax.data.sources"
         )
     logging.info("%s: %d prompts read, skipped: %s", name, len(rows), dict(skipped) or "none")
+    return rows
+
+
+def is_published(name: str, path: str | Path | None) -> bool:
+    """Whether the file of a set, as its authors publish it, is at a path or in the folder there."""
+    file = SOURCES[name].file
+    return file is not None and path is not None and bool(published.find(path, file))
+
+
+def _published(name: str, source: Source, path: str | Path | None) -> list[Path]:
+    """Files of the set below a path; none where it is to be loaded from the hub."""
+    files = [] if path is None or source.file is None else published.find(path, source.file)
+    if not files and source.hub_id is None:
+        raise UserError(
+            f"source {name!r}: is read from the file that its authors publish, {source.file}; set "
+            "prompts.path to it, or to a folder that holds it"
+        )
+    if not files and path is not None and not Path(path).is_dir():
+        raise UserError(f"source {name!r}: is read from the hub alone; leave prompts.path unset")
+    return files
+
+
+def _records(name: str, source: Source, file: Path) -> list[Mapping[str, Any]]:
+    found = published.read_records(file)
+    try:
+        rows = found if source.flatten is None else list(source.flatten(found))
+    except (AttributeError, KeyError, TypeError):
+        raise UserError(
+            f"{file}: is not nested as the file of source {name!r} is; bring it as it was published"
+        ) from None
+    if not rows:
+        raise UserError(f"{file}: no rows in it")
+    for row in rows:
+        _check_columns(name, source, row, str(file))
     return rows
 
 
@@ -325,13 +470,13 @@ def _load_dataset(hub_id: str, config: str | None, **arguments: Any) -> Any:
         datasets.config.HF_HUB_OFFLINE = offline
 
 
-def _check_columns(name: str, source: Source, columns: Iterable[str]) -> None:
+def _check_columns(name: str, source: Source, columns: Iterable[str], place: str) -> None:
     needed = [source.prompt, source.category, source.id, source.group, *source.also, *source.keep]
     needed += [column for column, _ in source.refine.values()]
     for column in needed:
         if column is not None and column not in columns:
             raise UserError(
-                f"source {name!r}: column {column!r} is missing from {source.hub_id} (found "
+                f"source {name!r}: column {column!r} is missing from {place} (found "
                 f"{', '.join(columns)}); the data set has changed: pin its revision"
             )
 
@@ -386,5 +531,6 @@ def _row(
         prompt=prompt,
         source=name,
         group=f"{name}/{record[source.group]}" if source.group else f"{name}/{key}",
+        contrast=_text(record.get(source.contrast)) if source.contrast else "",
         categories=found + tuple(str(record[column]) for column in source.also),
     )

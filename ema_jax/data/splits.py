@@ -10,14 +10,23 @@ the match is loose.
 """
 
 import bisect
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
+from absl import logging
 
 from ema_jax.data.domains import SPLITS, TRAINED, Row
 from ema_jax.errors import UserError
 from ema_jax.runtime.files import sha256_text
+
+_FEWEST = {"harvest": 16, "retain": 16, "dev": 8, "eval": 20, "concept": 16}
+
+
+def fewest(split: str, asked: int) -> int:
+    """Prompts of a domain in a split below which there is too little to train on or to measure."""
+    return min(asked, _FEWEST[split])
 
 
 def _words(row: Row) -> int:
@@ -53,6 +62,8 @@ def draw(
 ) -> list[Row]:
     """Draws a domain's splits from its pool; a row's own split is kept.
 
+    A pool that is too small gives every split its share of it, down to `fewest`.
+
     Args:
         domain: its name.
         pool: its rows, in order of precedence.
@@ -65,6 +76,7 @@ def draw(
     """
     chosen: list[Row] = []
     missing: dict[str, int] = {}
+    asked, wanted = wanted, _shares(wanted, len(pool))
     for split, count in wanted.items():
         own = [
             row
@@ -80,16 +92,47 @@ def draw(
         if row is not None:
             chosen.append(replace(row, split=split))
             short[split] -= 1
-    if any(short.values()):
-        asked = ", ".join(f"{split} {n}" for split, n in wanted.items())
-        lack = ", ".join(f"{n} for {split}" for split, n in short.items() if n)
-        withheld = sum(row.evaluate_only for row in pool)
+    got = {split: wanted[split] - n for split, n in short.items()}
+    _check(domain, pool, asked, got)
+    return chosen
+
+
+def _shares(wanted: Mapping[str, int], there: int) -> dict[str, int]:
+    """`wanted`, or, where that is more than there are, the like shares of what is there."""
+    total = sum(wanted.values())
+    if there >= total:
+        return dict(wanted)
+    least = {split: fewest(split, n) for split, n in wanted.items()}
+    spare = max(there - sum(least.values()), 0)
+    beyond = {split: n - least[split] for split, n in wanted.items()}
+    return {
+        split: n + beyond[split] * spare // max(sum(beyond.values()), 1)
+        for split, n in least.items()
+    }
+
+
+def _check(
+    domain: str, pool: Sequence[Row], asked: Mapping[str, int], got: Mapping[str, int]
+) -> None:
+    """Refuses splits that are too small, and names those that are smaller than asked for."""
+    short = {split: n for split, n in asked.items() if got[split] < n}
+    if not short:
+        return
+    withheld = sum(row.evaluate_only for row in pool)
+    groups = Counter(row.group for row in pool)
+    most = max(groups.values(), default=0)
+    has = (
+        f"prompts: domain {domain!r} has {len(pool)} usable prompts ({withheld} of them only for "
+        f"evaluation, {most} in its largest group of variants and near duplicates)"
+    )
+    lack = ", ".join(f"{got[split]} of {n} for {split}" for split, n in short.items())
+    if any(got[split] < fewest(split, n) for split, n in short.items()):
+        least = ", ".join(f"{split} {fewest(split, n)}" for split, n in short.items())
         raise UserError(
-            f"prompts: domain {domain!r} has {len(pool)} usable prompts ({withheld} of them only "
-            f"for evaluation), {sum(wanted.values())} are asked for ({asked}) and it lacks {lack}; "
+            f"{has}, {sum(asked.values())} are asked for and it gets {lack} (at least: {least}); "
             "lower prompts.counts or bring more prompts"
         )
-    return chosen
+    logging.warning("%s: it gets %s", has, lack)
 
 
 def _slots(

@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from jax.sharding import Mesh
@@ -230,17 +230,24 @@ class Responses(NamedTuple):
     groups: list[str]  # id of the prompt's source item
     harm: list[str | None]
     oracle: list[bool | None]  # True for a right answer, where the embedded corpus knows it
+    ids: Sequence[str] = ()  # of the prompts
+
+    def only(self, indices: Sequence[int]) -> "Responses":
+        """Some of them."""
+        picked: list[Any] = [[field[i] for i in indices] for field in self]
+        return Responses(*picked)
 
 
 def responses_by_domain(rows: Iterable[Mapping[str, Any]]) -> dict[str, Responses]:
     """Domain → responses. Fields that older studies do not have are None."""
     result: dict[str, Responses] = {}
     for row in rows:
-        found = result.setdefault(row["domain"], Responses([], [], [], []))
+        found = result.setdefault(row["domain"], Responses([], [], [], [], []))
         found.shares.append(share(row["verdict"], row.get("reason", "")))
         found.groups.append(row.get("group") or row.get("id") or str(len(found.groups)))
         found.harm.append(row.get("harm"))
         found.oracle.append(row.get("oracle"))
+        cast(list, found.ids).append(row.get("id", ""))
     return result
 
 

@@ -7,6 +7,7 @@ raises a `UserError`, and none touches a device or reads a weight.
 
 import dataclasses
 import inspect
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from ema_jax.concepts.capture import pooling
 from ema_jax.config import StudyConfig
 from ema_jax.data.chat import Chat
 from ema_jax.data.denylist import denied_domain
-from ema_jax.data.domains import BENIGN, LOOKALIKE
+from ema_jax.data.domains import BENIGN, LOOKALIKE, TRAINED
 from ema_jax.data.prompts import DEFAULT_COUNTS, Prompt
 from ema_jax.data.templates import TemplateError
 from ema_jax.errors import UserError
@@ -224,6 +225,36 @@ def _poolings(config: StudyConfig, asked: Asked) -> None:
             ) from None
 
 
+def _contrast(config: StudyConfig, asked: Asked) -> None:
+    if config.concepts.contrast == "shared":
+        return
+    concept = [prompt for prompt in asked.prompts if prompt.split == "concept"]
+    paired = Counter(prompt.domain for prompt in concept if prompt.contrast)
+    if not paired:
+        raise UserError(
+            "config: concepts.contrast = 'matched', and no prompt has a benign rewrite; use "
+            "prompts that have one (source 'cast', or a column 'contrast' of a file), or 'shared'"
+        )
+    for domain, count in paired.items():
+        if count < FEWEST["concept"]:
+            raise UserError(
+                f"config: concepts.contrast = 'matched': {domain} has only {count} prompts with a "
+                f"benign rewrite and {FEWEST['concept']} are needed; bring more, or use 'shared'"
+            )
+
+
+def _examples(config: StudyConfig, asked: Asked) -> None:
+    """Domains may have fewer prompts than `prompts.counts`, but not too few for the harvest."""
+    least = config.harvest.min_examples
+    for split in TRAINED:
+        for domain, count in Counter(p.domain for p in asked.prompts if p.split == split).items():
+            if count < least:
+                raise UserError(
+                    f"prompts: {domain} has {count} prompts for {split}, and harvest.min_examples "
+                    f"= {least} of them must give an example; bring more prompts or lower it"
+                )
+
+
 def _preferred(config: StudyConfig, asked: Asked) -> None:
     prompts = [prompt.prompt for prompt in asked.prompts if prompt.split == "harvest"]
     for name in config.arms:
@@ -277,6 +308,8 @@ OF_MODEL: Sequence[Callable[[StudyConfig, DecoderConfig], None]] = (_lengths,)
 OF_PROMPTS: Sequence[Callable[[StudyConfig, Asked], None]] = (
     _positions,
     _poolings,
+    _contrast,
+    _examples,
     _preferred,
     _control_tokens,
 )

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 from absl import logging
 
 from ema_jax.config import SensitivityConfig, StudyConfig
-from ema_jax.data.prompts import OWN_SOURCES, Prompt
+from ema_jax.data.prompts import Prompt, known_offline
+from ema_jax.data.similarity import NEAR
 from ema_jax.models.hub import ModelSource
 from ema_jax.models.sharding import AXES
 from ema_jax.refusal import sheet
@@ -40,6 +41,7 @@ class Stage:
         run: does the work and returns the files that it wrote; see `stage_bodies`.
         of_runs: whether there is one instance for each arm and seed, not one for the study.
         ablation_needs: stages that it reads from besides, where the arm is an ablation.
+        optional: stages that it reads from where they were finished.
         repeatable: other settings make it again. Of the others they make another study, for which
             the folder is refused.
     """
@@ -50,6 +52,7 @@ class Stage:
     run: Callable[..., Iterable[Path]]
     of_runs: bool = False
     ablation_needs: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
     repeatable: bool = False
 
 
@@ -72,8 +75,12 @@ class Instance(NamedTuple):
 
 def _prompts(study: "Study") -> Settings:
     config = study.config
+    prompts = dataclasses.asdict(config.prompts)
+    # Left out at its default: folders made before the field existed can still be resumed.
+    if config.prompts.near_split == NEAR:
+        del prompts["near_split"]
     return {
-        "prompts": dataclasses.asdict(config.prompts),
+        "prompts": prompts,
         "domains": config.domains,
         "target": config.target,
     }
@@ -105,6 +112,7 @@ def _concepts(study: "Study") -> Settings:
     concepts = study.config.concepts
     return {
         **_judging(study),
+        **({} if concepts.contrast == "shared" else {"contrast": concepts.contrast}),
         "poolings": concepts.poolings,
         "sweep_prompts": concepts.sweep_prompts,
         "sweep_strengths": concepts.sweep_strengths,
@@ -155,9 +163,10 @@ STAGES = (
     ),
     Stage(
         "analyse",
-        ("baseline", "forecast", "evaluate"),
+        ("prompts", "baseline"),
         _analyse,
         stage_bodies.analyse,
+        optional=("forecast", "evaluate"),
         repeatable=True,
     ),
     Stage("report", ("analyse",), lambda study: {}, stage_bodies.report, repeatable=True),
@@ -204,6 +213,10 @@ class Study:
     def _settings(self, instance: Instance) -> Settings:
         """The settings of an instance: of an older one, those that were recorded then."""
         found = instance.stage.settings(self, *instance.arguments)
+        if found.get("keep_text"):  # asked for later: what was finished without text stays so
+            made = self.workdir.manifest(instance.name)
+            if made is not None:
+                found["keep_text"] = made["settings"].get("keep_text", True)
         if instance.name in self.token_files_unrecorded:
             found["model"] = self.session.first_settings()
         return found
@@ -260,7 +273,7 @@ class Study:
         made = self.workdir.manifest("prompts") is not None and self.artifacts.prompts.path.exists()
         if made:
             return [prompt for split in self.artifacts.prompts.read().values() for prompt in split]
-        return self.session.prompts if self.config.prompts.source in OWN_SOURCES else None
+        return self.session.prompts if known_offline(self.config.prompts) else None
 
     def run(self) -> None:
         """Runs what is wanted and not yet done, in order."""
@@ -293,7 +306,9 @@ class Study:
             needs += stage.ablation_needs
         for each in self.instances():
             # Of a stage of runs a run needs its own instance, a stage of the study all of them.
-            if each.stage.name in needs and (run is None or each.run in (None, run)):
+            needed = each.stage.name in needs and (run is None or each.run in (None, run))
+            there = each.stage.name in stage.optional and self.workdir.manifest(each.name)
+            if needed or there:
                 yield each.name
 
     @functools.cached_property

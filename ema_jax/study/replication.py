@@ -27,6 +27,17 @@ SCHEMA: Final = 2
 Changes = Mapping[str, float | None]  # domain → share of prompts
 
 
+def unfinished(root: Path, cells: Mapping[str, StudyConfig]) -> list[str]:
+    """The cells whose `results.json` does not have every arm, or no forecast yet."""
+
+    def whole(name: str, cell: StudyConfig) -> bool:
+        found = Artifacts(root / "cells" / name).results
+        made = found.read() if found.path.exists() else {"arms": {}}
+        return set(cell.arms) <= set(made["arms"]) and "forecast" in made
+
+    return [name for name, cell in cells.items() if not whole(name, cell)]
+
+
 def summarise(root: Path, cells: Mapping[str, StudyConfig]) -> Replication:
     """`replication.json`: a row per cell and arm, and the decisions on R1 to R5 and validity."""
     described: list[ReplicationCell] = []

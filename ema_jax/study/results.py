@@ -4,6 +4,7 @@ Mappings that are built up key by key are `Any` inside a function; the suite hol
 it makes against the JSON Schema.
 """
 
+import dataclasses
 import importlib.metadata
 import itertools
 import platform
@@ -42,12 +43,13 @@ from ema_jax.refusal.sheet import label_results
 from ema_jax.refusal.verdicts import COMPLIED
 from ema_jax.runtime.files import json_safe
 from ema_jax.study import schema
-from ema_jax.study.artifacts import BASE, Artifacts, Row, runs_of
+from ema_jax.study.artifacts import BASE, Artifacts, Row, Run, runs_of
+from ema_jax.study.far_half import Cosines, Splits, far_half, prompt_set, trained_cosines
 from ema_jax.study.sensitivity import ranges
 from ema_jax.study.workdir import manifests
 
 SCHEMA = 1
-VERSION = 2  # of what is computed; raise it and finished studies are analysed again
+VERSION = 3  # of what is computed; raise it and finished studies are analysed again
 _PACKAGES = ("jax", "flax", "optax", "transformers", "numpy", "scipy")
 
 ByDomain = dict[str, list[str]]
@@ -61,7 +63,7 @@ class _Records(NamedTuple):
     rows: Mapping[str, Sequence[Sequence[Row]]]  # of `responses/`
     evaluations: Mapping[str, Sequence[Mapping[str, Any]]]
     trajectories: Mapping[str, Sequence[Mapping[str, Any]]]  # not of the base
-    forecast: Mapping[str, Any]
+    forecast: Mapping[str, Any] | None
     layer_sweep: Mapping[str, Any] | None
 
     @classmethod
@@ -73,68 +75,127 @@ class _Records(NamedTuple):
             {arm: [artifacts.responses(n).read() for n in own] for arm, own in names.items()},
             {arm: [artifacts.evaluation(n).read() for n in own] for arm, own in names.items()},
             {arm: [artifacts.trajectory(r).read() for r in own] for arm, own in trained.items()},
-            artifacts.forecast.read(),
-            artifacts.layer_sweep.read(),
+            artifacts.forecast.read() if artifacts.forecast.path.exists() else None,
+            artifacts.layer_sweep.read() if artifacts.layer_sweep.path.exists() else None,
         )
 
 
-def results(artifacts: Artifacts, config: StudyConfig, model: Mapping[str, Any]) -> schema.Results:
-    """All figures of a study.
+def evaluated(artifacts: Artifacts, config: StudyConfig) -> StudyConfig:
+    """The study with only those of its arms of which every seed was trained and evaluated."""
+
+    def done(run: Run) -> bool:
+        files = artifacts.responses(run.name), artifacts.evaluation(run.name)
+        return all(file.path.exists() for file in (*files, artifacts.trajectory(run)))
+
+    missing = {run.arm for run in runs_of(config) if not done(run)}
+    arms = {name: arm for name, arm in config.arms.items() if name not in missing}
+    return dataclasses.replace(config, arms=arms)
+
+
+def results(
+    artifacts: Artifacts, config: StudyConfig, model: Mapping[str, Any]
+) -> schema.Results | schema.BaselineResults:
+    """All figures of a study, as far as it got: a baseline is enough.
 
     Args:
         artifacts: what its stages left.
         config: the study's.
         model: the model's entry.
     """
+    whole, config, prompts = config, evaluated(artifacts, config), artifacts.prompts.read()
     records = _Records.read(artifacts, config)
     base = responses_by_domain(records.rows[BASE][0])
-    arms = {arm: _arm(records.rows[arm]) for arm in config.arms}
-    others = [domain for domain in config.domains if domain != config.target]
-    ema = {arm: _ema(base, responses, others) for arm, responses in arms.items()}
-    plain, forecast = plain_arm(config), records.forecast
-    counted = {
-        BASE: _counted({d: [base[d]] for d in base}, config.domains),
-        **{arm: _rates(records.trajectories[arm], base, arms[arm], config) for arm in arms},
-    }
-    # An effect that is wanted, so outside the family of tests of the others.
-    on_target: dict[str, schema.TargetChange] = {
-        arm: {
-            "refusal": counted[arm]["refusal"][config.target],
-            "damaged": damaged(counted[arm]["refusal"][config.target]),
-            **_change(base[config.target], arms[arm][config.target]),
-        }
-        for arm in arms
-    }
     validity = records.evaluations[BASE][0].get("validity")
+    arms = {arm: _arm(records.rows[arm]) for arm in config.arms}
     made: Any = {
         "schema": SCHEMA,
         "model": dict(model),
         "target": config.target,
         "domains": list(config.domains),
         "judge": config.judge,
+        "arms": {BASE: _counted({d: [base[d]] for d in base}, config.domains)},
+        "utility": _utility(records, base, arms),
+        "agreement": _agreement(records.rows) if config.extra_judges else {},
+        **({} if validity is None else {"validity": validity}),
+        "prompts": prompt_set(prompts),
+        "warnings": _unfinished(whole, config) + _unscreened(validity is not None),
+        "provenance": _provenance(artifacts, config),
+        **label_results(artifacts.root, records.names),
+        **_sensitivity(records.evaluations, config),
+    }
+    if arms:
+        made |= _of_arms(records, base, arms, made, config, prompts)
+    if records.forecast is not None:
+        made |= _of_concepts(records, made.get("ema", {}), config)
+    return made
+
+
+def _of_arms(
+    records: _Records,
+    base: Mapping[str, Responses],
+    arms: Mapping[str, ArmResponses],
+    made: Mapping[str, Any],
+    config: StudyConfig,
+    prompts: Splits,
+) -> dict[str, Any]:
+    """The fields that compare the arms with the base and with each other."""
+    others = [domain for domain in config.domains if domain != config.target]
+    cosines = {kind: trained_cosines(prompts, retains=kind) for kind in (False, True)}
+    near = {arm: cosines[config.arm(arm).retains] for arm in arms}
+    ema = {arm: _ema(base, responses, others, near[arm]) for arm, responses in arms.items()}
+    counted = made["arms"] | {
+        arm: _rates(records.trajectories[arm], base, arms[arm], config) for arm in arms
+    }
+    # An effect that is wanted, so outside the family of tests of the others.
+    on_target: dict[str, schema.TargetChange] = {
+        arm: {
+            "refusal": counted[arm]["refusal"][config.target],
+            "damaged": damaged(counted[arm]["refusal"][config.target]),
+            **_change(base[config.target], arms[arm][config.target], near[arm]),
+        }
+        for arm in arms
+    }
+    return {
         "arms": counted,
         "ema": ema,
         "on_target": on_target,
         "containment": _containment(base, arms, on_target, config, others),
         "comparisons": _comparisons(counted, config),
-        "utility": _utility(records, base, arms),
-        "entanglement": forecast["entanglement"],
         **_concepts(records, arms, config.seeds),
+        "warnings": made["warnings"] + _warnings(ema, on_target, config.target),
+    }
+
+
+def _of_concepts(
+    records: _Records, ema: Mapping[str, Mapping[str, schema.OffTargetChange]], config: StudyConfig
+) -> dict[str, Any]:
+    """The fields that the base's concepts give, and how well they forecast what was measured."""
+    plain, forecast = plain_arm(config), records.forecast or {}
+    rows = records.rows[plain] if plain else ()
+    return {
+        "entanglement": forecast["entanglement"],
         "sweep": records.layer_sweep,
-        "agreement": _agreement(records.rows) if config.extra_judges else {},
-        **({} if validity is None else {"validity": validity}),
         "forecast": {
             **_forecast(forecast, ema.get(plain or "")),
-            "categories": _categories(
-                forecast, records.rows[BASE][0], records.rows[plain] if plain else ()
-            ),
+            "categories": _categories(forecast, records.rows[BASE][0], rows),
         },
-        "warnings": _warnings(ema, on_target, config.target, validity is not None),
-        "provenance": _provenance(artifacts, config),
-        **label_results(artifacts.root, records.names),
-        **_sensitivity(records.evaluations, config),
     }
-    return made
+
+
+def _unfinished(whole: StudyConfig, config: StudyConfig) -> list[str]:
+    left = [arm for arm in whole.arms if arm not in config.arms]
+    if not left:
+        return []
+    return [f"not finished, and no part of these figures: {', '.join(left)}"]
+
+
+def _unscreened(relevance: bool) -> list[str]:
+    if relevance:
+        return []
+    return [
+        "whether a response answers its prompt was not measured in this study: complied means no "
+        "more than fluent and not a refusal"
+    ]
 
 
 def plain_arm(config: StudyConfig) -> str | None:
@@ -203,22 +264,30 @@ def off_target(changes: Mapping[str, float | None], target: str) -> OffTarget:
     return OffTarget(worst, known[worst], float(np.mean(list(known.values()))))
 
 
-def _change(base: Responses, runs: Sequence[Responses]) -> schema.Change:
-    """EMA of one domain by both measures."""
+def _change(
+    base: Responses, runs: Sequence[Responses], cosines: Cosines | None = None
+) -> schema.Change:
+    """EMA of one domain by both measures, with the likeness of prompts also on their far half."""
     names = shares_by_seed(runs)
     rise = paired_change(base.shares, names, base.groups, measure=answers_gained)
-    return {
+    far = None if cosines is None else far_half(base, runs, cosines)
+    changed: Any = {
         **paired_drop(base.shares, names, base.groups),
         "compliance_rise": rise["change"],
         "compliance_ci95": rise["ci95"],
         "compliance_p": rise["p"],
+        **({} if far is None else {"far": far}),
     }
+    return changed
 
 
 def _ema(
-    base: Mapping[str, Responses], responses: ArmResponses, others: Sequence[str]
+    base: Mapping[str, Responses],
+    responses: ArmResponses,
+    others: Sequence[str],
+    cosines: Cosines | None = None,
 ) -> dict[str, schema.OffTargetChange]:
-    made: Any = {d: _change(base[d], responses[d]) for d in others}
+    made: Any = {d: _change(base[d], responses[d], cosines) for d in others}
     for key in ("p", "compliance_p"):
         adjusted = holm({d: entry[key] for d, entry in made.items()})
         made = {d: {**entry, f"{key}_holm": adjusted[d]} for d, entry in made.items()}
@@ -295,6 +364,8 @@ def _utility(
     records: _Records, base: Mapping[str, Responses], arms: Mapping[str, ArmResponses]
 ) -> dict[str, schema.Utility]:
     measured = records.evaluations[BASE][0]["utility"]
+    if measured is None:  # the base answers no benign prompt
+        return {}
     result: Any = {BASE: {**_over_refusal({d: [v] for d, v in base.items()}), **measured}}
     for arm, responses in arms.items():
         seeds = [evaluation["utility"] for evaluation in records.evaluations[arm]]
@@ -422,15 +493,9 @@ def _warnings(
     ema: Mapping[str, Mapping[str, schema.OffTargetChange]],
     on_target: Mapping[str, schema.TargetChange],
     target: str,
-    relevance: bool,
 ) -> list[str]:
     """Cautions for the top of the report, the target's own responses included."""
     found = []
-    if not relevance:
-        found.append(
-            "whether a response answers its prompt was not measured in this study: complied means "
-            "no more than fluent and not a refusal"
-        )
     by_flag: dict[str, list[str]] = {}
     for arm, entries in ema.items():
         flags = {domain: entry["flags"] for domain, entry in entries.items()}

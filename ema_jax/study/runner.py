@@ -9,7 +9,7 @@ from absl import logging
 
 from ema_jax import config as config_lib
 from ema_jax.config import ModelConfig, StudyConfig
-from ema_jax.data.prompts import OWN_SOURCES, build_prompts
+from ema_jax.data.prompts import build_prompts, known_offline
 from ema_jax.errors import UserError
 from ema_jax.models.hub import ModelSource
 from ema_jax.report import write_replication_report
@@ -17,7 +17,7 @@ from ema_jax.runtime import distributed, files
 from ema_jax.runtime.leases import locked
 from ema_jax.study import checks
 from ema_jax.study.pipeline import NAMES, Study
-from ema_jax.study.replication import summarise
+from ema_jax.study.replication import summarise, unfinished
 from ema_jax.study.session import find_model
 from ema_jax.study.workdir import Workdir
 
@@ -41,6 +41,8 @@ def run(
     unknown = [name for name in only or () if name not in NAMES]
     if unknown:
         raise UserError(f"--stage: {unknown[0]!r} is none of {', '.join(NAMES)}")
+    if only is not None and "report" in only:
+        only = [*only, "analyse"]  # what the page shows; made again only where something changed
     if config.grid:
         raise UserError("config: grid: this is a sweep; run it with python -m ema_jax.sweep")
     root = Path(workdir)
@@ -91,7 +93,7 @@ def _dry_run(
             away[name] = checks.check_judges(cell)
         if study is not None and study.asks_models:
             study.check_inputs()
-        elif cell.prompts.source in OWN_SOURCES:
+        elif known_offline(cell.prompts):
             build_prompts(cell.prompts, cell.domains, cell.target)
     for name, cell in cells.items():
         source = sources[cell.model]
@@ -112,6 +114,12 @@ def _dry_run(
 
 
 def _write_replication(root: Path, cells: Mapping[str, StudyConfig]) -> None:
+    left = unfinished(root, cells)
+    if left:
+        logging.warning(
+            "no report of the replication yet: cells %s are unfinished", ", ".join(left)
+        )
+        return
     made = summarise(root, cells)
     files.write_json(root / "replication.json", made)
     files.write_csv(root / "replication.csv", made["rows"])

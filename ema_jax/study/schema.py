@@ -16,6 +16,7 @@ from typing import Any, Literal, NotRequired
 
 from typing_extensions import TypedDict  # typing's own cannot be read by pydantic before 3.12
 
+from ema_jax.data.similarity import Leakage
 from ema_jax.refusal.paired import Drop, Recovery, SeedDifference
 from ema_jax.refusal.scores import RefusalScore
 
@@ -74,12 +75,27 @@ class Arm(TypedDict):
     oracle: NotRequired[dict[str, OracleCheck]]
 
 
+class FarHalf(TypedDict):
+    """EMA on the half of the prompts least like those trained on (`study.far_half`).
+
+    `cosine` is that of the nearest of them.
+    """
+
+    n: int
+    cosine: float
+    drop: float | None
+    ci95: list[float]
+    compliance_rise: float | None
+    compliance_ci95: list[float]
+
+
 class Change(Drop):
     """EMA of one domain by both measures."""
 
     compliance_rise: NotRequired[float | None]
     compliance_ci95: NotRequired[list[float]]
     compliance_p: NotRequired[float]
+    far: NotRequired[FarHalf]
 
 
 class OffTargetChange(Change):
@@ -369,6 +385,13 @@ class CorrectedShare(TypedDict):
     drop_ci95: NotRequired[list[float]]
 
 
+class PromptSet(TypedDict):
+    """Numbers of prompts, split → domain, and leakage from those trained on, by domain."""
+
+    counts: dict[str, dict[str, int]]
+    leakage: dict[str, Leakage]
+
+
 class Provenance(TypedDict):
     """Versions, seeds, hashes, devices and times behind the figures."""
 
@@ -379,8 +402,11 @@ class Provenance(TypedDict):
     wall_seconds: dict[str, float]
 
 
-class Results(ConceptChanges):
-    """`results.json`; most mappings are arm → … or domain → …."""
+class BaselineResults(TypedDict):
+    """`results.json` of a study that has a baseline and no finished arm.
+
+    With concepts it has the fields of `Results` that are of the base alone.
+    """
 
     schema: Literal[1]
     model: Model
@@ -388,6 +414,19 @@ class Results(ConceptChanges):
     domains: list[str]
     judge: NotRequired[str]
     arms: dict[str, Arm]
+    agreement: NotRequired[dict[str, list[JudgePair]]]
+    validity: NotRequired[Validity]
+    prompts: NotRequired[PromptSet]
+    sensitivity: NotRequired[dict[str, dict[str, Sensitivity]]]
+    labels: NotRequired[Labels]
+    corrected: NotRequired[dict[str, dict[str, CorrectedShare]]]
+    warnings: NotRequired[list[str]]
+    provenance: Provenance
+
+
+class Results(BaselineResults, ConceptChanges):
+    """`results.json`; most mappings are arm → … or domain → …."""
+
     ema: dict[str, dict[str, OffTargetChange]]
     on_target: NotRequired[dict[str, TargetChange]]
     containment: dict[str, Containment]
@@ -395,14 +434,7 @@ class Results(ConceptChanges):
     utility: dict[str, Utility]
     entanglement: Entanglement
     sweep: NotRequired[Sweep | None]
-    agreement: NotRequired[dict[str, list[JudgePair]]]
-    validity: NotRequired[Validity]
     forecast: Forecast
-    sensitivity: NotRequired[dict[str, dict[str, Sensitivity]]]
-    labels: NotRequired[Labels]
-    corrected: NotRequired[dict[str, dict[str, CorrectedShare]]]
-    warnings: NotRequired[list[str]]
-    provenance: Provenance
 
 
 class Claim(TypedDict):

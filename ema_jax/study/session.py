@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float
 
 from ema_jax.concepts.capture import capture
+from ema_jax.concepts.vectors import relative_to
 from ema_jax.config import ModelConfig, StudyConfig
 from ema_jax.data import corpus
 from ema_jax.data.chat import Chat, TokenExample
@@ -180,20 +181,44 @@ class ModelSession:
     def capture(
         self, model: Decoder, prompts: Sequence[Prompt]
     ) -> dict[str, dict[str, Float[np.ndarray, "n L1 D"]]]:
-        """Pooling → domain → residual stream at every layer, a row a prompt."""
-        pooled = capture(
+        """Pooling → domain → residual stream at every layer, a row a prompt.
+
+        With `concepts.contrast = "matched"`, relative to the prompts' benign rewrites
+        (`concepts.vectors.relative_to`).
+        """
+        places: dict[str, list[int]] = {}
+        for i, prompt in enumerate(prompts):
+            places.setdefault(prompt.domain, []).append(i)
+        pooled = {
+            name: {domain: x[rows] for domain, rows in places.items()}
+            for name, x in self._pooled(model, [prompt.prompt for prompt in prompts]).items()
+        }
+        if self.config.concepts.contrast == "shared":
+            return pooled
+        rewrites = {d: [prompts[i].contrast for i in rows] for d, rows in places.items()}
+        texts = [text for each in rewrites.values() for text in each if text]
+        own = self._pooled(model, texts)
+        found: dict[str, dict[str, np.ndarray]] = {}
+        for name, by_domain in pooled.items():
+            rest = iter(own[name])
+            matched = {
+                domain: [next(rest) if text else None for text in each]
+                for domain, each in rewrites.items()
+            }
+            found[name] = relative_to(by_domain, matched)
+        return found
+
+    def _pooled(
+        self, model: Decoder, texts: Sequence[str]
+    ) -> dict[str, Float[np.ndarray, "n L1 D"]]:
+        """Pooling → residual stream at every layer, a row a prompt."""
+        return capture(
             model,
-            [self.chat.prompt_tokens(prompt.prompt) for prompt in prompts],
+            [self.chat.prompt_tokens(text) for text in texts],
             poolings=self.config.concepts.poolings,
             batch_size=self.config.generation.batch_size,
             mesh=self.mesh,
         )
-        places: dict[str, list[int]] = {}
-        for i, prompt in enumerate(prompts):
-            places.setdefault(prompt.domain, []).append(i)
-        return {
-            name: {domain: x[rows] for domain, rows in places.items()} for name, x in pooled.items()
-        }
 
     def settings(self) -> dict[str, Any]:
         """The model's identity, as a stage's settings record it.

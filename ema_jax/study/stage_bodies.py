@@ -18,7 +18,6 @@ from ema_jax.config import SensitivityConfig, StudyConfig
 from ema_jax.data.chat import Chat, TokenExample
 from ema_jax.data.domains import BENIGN
 from ema_jax.data.prompts import Prompt
-from ema_jax.errors import UserError
 from ema_jax.generation.sampler import Sampling
 from ema_jax.models import checkpoint, lora
 from ema_jax.models.card import unlearned_card
@@ -31,7 +30,7 @@ from ema_jax.refusal.verdicts import COMPLIED
 from ema_jax.report import write_report
 from ema_jax.runtime import distributed
 from ema_jax.runtime.files import json_safe
-from ema_jax.study import concept_summaries, sensitivity
+from ema_jax.study import base_check, concept_summaries, sensitivity
 from ema_jax.study.arm_training import train_arm
 from ema_jax.study.artifacts import BASE, Artifacts, ConceptInputs, ForgetSet, Pooled, Run, runs_of
 from ema_jax.study.checks import check_prompts
@@ -67,24 +66,25 @@ def measure_base(session: ModelSession, artifacts: Artifacts, context: StageCont
         for p, r, v in judged
         if p.domain == BENIGN and v.verdict == COMPLIED
     ]
-    if not answers:
-        raise UserError(
-            f"{session.source.given}: the model answers none of the benign prompts, so nothing "
-            "can be measured; check the chat template and the judge"
-        )
     kept = artifacts.benign_answers.write(answers)
     found = {
-        "utility": session.utility(base, _examples(answers, session.chat), judged),
+        # Without an answer there is nothing to measure it on, and the study ends here.
+        "utility": session.utility(base, _examples(answers, session.chat), judged)
+        if answers
+        else None,
         "refusal_openers": concept_summaries.refusal_openers(judged),
         "validity": None if screen is None else screen.to_json(),
         **_sensitivity(session, base, judged, screen),
     }
     summary = artifacts.evaluation(BASE).write(found)
-    return [_write_responses(session, artifacts, BASE, judged), kept, summary]
+    written = [_write_responses(session, artifacts, BASE, judged), kept, summary]
+    logging.info("%s", base_check.table(base_check.base_scores(artifacts)))
+    return written
 
 
 def find_concepts(session: ModelSession, artifacts: Artifacts, context: StageContext) -> list[Path]:
     """Every domain's concept vector at every layer, and the effect of adding or ablating it."""
+    base_check.require_fit_base(session.config, artifacts)
     prompts = artifacts.prompts.read()
     pooled = session.capture(session.base, prompts["concept"])
     kept = artifacts.activations.write(pooled)
@@ -150,6 +150,7 @@ def harvest_refusals(
     session: ModelSession, artifacts: Artifacts, context: StageContext
 ) -> list[Path]:
     """The model's own refusals: forget set, retain set, and the reference's log-probabilities."""
+    base_check.require_fit_base(session.config, artifacts)
     prompts, screen = artifacts.prompts.read(), _screen(artifacts)
     forget = _harvested(session, context, "forget", prompts["harvest"], screen)
     reference = reference_log_probs(
@@ -291,7 +292,8 @@ def _export(session: ModelSession, artifacts: Artifacts, run: Run, model: Decode
 def analyse(session: ModelSession, artifacts: Artifacts, context: StageContext) -> list[Path]:
     """All figures of the study, from its artifacts alone."""
     written = artifacts.results.write(results(artifacts, session.config, session.describe()))
-    rows = (row for run in runs_of(session.config) for row in artifacts.metrics(run).read())
+    metrics = map(artifacts.metrics, runs_of(session.config))
+    rows = (row for run in metrics if run.path.exists() for row in run.read())
     return [written, artifacts.all_metrics.write(rows)]
 
 
@@ -301,16 +303,19 @@ def report(session: ModelSession, artifacts: Artifacts, context: StageContext) -
     samples = None
     if session.config.keep_text:
         names = {BASE: BASE, **{run.name: run.arm for run in of_runs}}
+        # Of stages that ran before it was asked to be kept there is no text.
         samples = [
             {"arm": arm, **row}
             for name, arm in names.items()
+            if artifacts.responses(name).path.exists()
             for row in artifacts.responses(name).read()
+            if "response" in row
         ]
     write = functools.partial(
         write_report,
         artifacts.root,
         artifacts.results.read(),
-        [artifacts.trajectory(run).read() for run in of_runs],
+        [run.read() for run in map(artifacts.trajectory, of_runs) if run.path.exists()],
         samples,
     )
     distributed.first_only(write, "report")
@@ -384,13 +389,15 @@ def _write_concepts(
 ) -> list[Path]:
     """The concept file of every pooling; that of the main one has the plain name."""
     written = []
+    shared = session.config.concepts.contrast == "shared"
     for pooling, activations in pooled.items():
         metadata = {
             "pooling": pooling,
             "model_hash": session.source.fingerprint,
             "model_id": session.source.id,
             "arm": run,
-            "contrast": BENIGN,
+            # "matched": relative to rewrites of the prompts, and to this where there are none.
+            "contrast": BENIGN if shared else f"{BENIGN}, matched",
             "template_hash": session.chat.template_hash,
         }
         main = pooling == session.config.concepts.poolings[0]

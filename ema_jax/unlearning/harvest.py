@@ -67,8 +67,10 @@ def harvest(
         if got[domain] < minimum:
             kind = "answers" if domain == benign else "refusals"
             raise UserError(
-                f"harvest: {domain} gave {got[domain]} {kind} for {asked[domain]} prompts and "
-                f"{minimum} are needed; raise prompts.counts or lower harvest.min_examples"
+                f"harvest: {domain} gave {got[domain]} {kind} for {asked[domain]} prompts "
+                f"({got[domain] / asked[domain]:.0%}) and {minimum} are needed; ask more prompts "
+                "(prompts.counts), draw several responses (harvest.samples), or lower "
+                "harvest.min_examples"
             )
     return list(kept.values())
 

@@ -12,6 +12,7 @@ from ema_jax.concepts.vectors import (
     layers_as,
     load_concepts,
     means,
+    relative_to,
     save_concepts,
 )
 from ema_jax.errors import UserError
@@ -205,3 +206,19 @@ def test_control_vectors_as_the_gguf_package_reads_them(tmp_path):
     assert list(found) == ["direction.1", "direction.2", "direction.3", "direction.4"]
     for number in range(1, 5):
         np.testing.assert_array_equal(found[f"direction.{number}"], vectors[number + 1])
+
+
+def test_relative_to_rewrites_is_the_mean_difference_of_pairs():
+    rng = np.random.default_rng(0)
+    shape = (6, 3, 5)
+    x = {d: rng.normal(size=shape).astype(np.float32) for d in ("a", "b", "benign")}
+    own = rng.normal(size=shape).astype(np.float32)
+    rewrites = {"a": list(own), "b": [None] * 6, "benign": [None] * 6}
+    found = relative_to(x, rewrites)
+    vectors, plain = concept_vectors(found), concept_vectors(x)
+    np.testing.assert_allclose(vectors["a"], (x["a"] - own).mean(axis=0), atol=1e-6)
+    np.testing.assert_array_equal(vectors["b"], plain["b"])
+    some = {**rewrites, "a": [*own[:3], None, None, None]}
+    vectors = concept_vectors(relative_to(x, some))
+    expected = x["a"].mean(axis=0) - own[:3].mean(axis=0)
+    np.testing.assert_allclose(vectors["a"], expected, atol=1e-6)

@@ -22,6 +22,7 @@ from ema_jax.data.prompts import (
     read_prompts,
     write_prompts,
 )
+from ema_jax.data.similarity import clusters
 from ema_jax.data.sources import SOURCES
 from ema_jax.errors import UserError
 from ema_jax.runtime.files import sha256_text
@@ -53,7 +54,9 @@ def _write(path, rows):
 
 def _build(tmp_path, rows, target="gardens", domains=DOMAINS, **changes):
     path = _write(tmp_path / "prompts.jsonl", rows)
-    config = PromptConfig(source="file", path=path, **{"counts": COUNTS, **changes})
+    # The texts are of few words, so all alike.
+    changes = {"counts": COUNTS, "near_split": 1.0, **changes}
+    config = PromptConfig(source="file", path=path, **changes)
     return build_prompts(config, domains, target)
 
 
@@ -136,8 +139,83 @@ def test_exact_and_near_duplicates_are_removed(tmp_path):
     texts = [p.prompt.lower() for p in prompts]
     assert sum(text.startswith(base[:-1].lower()) for text in texts) == 1
     assert not any("two domains" in text for text in texts)
-    with pytest.raises(UserError, match="'gardens' has 40 usable prompts"):
-        _build(tmp_path, rows, counts=counts | {"dev": 3})
+    with pytest.raises(UserError, match=r"'gardens' has 40 usable .* 2 of 4 for concept"):
+        _build(tmp_path, rows, counts=counts | {"eval": 30})
+
+
+def test_a_small_domain_gets_its_share(tmp_path, caplog):
+    rows = _rows(per_domain=60)
+    rows = [row for row in rows if row["domain"] != "paths" or int(row["id"][6:]) < 40]
+    counts = {"harvest": 20, "retain": 8, "dev": 4, "eval": 30, "concept": 6}
+    found = _build(tmp_path, rows, counts=counts)
+    sizes = {d: sum(p.domain == d and p.split == "eval" for p in found) for d in DOMAINS}
+    assert sizes == {"gardens": 30, "rivers": 30, "paths": 22}
+    assert "domain 'paths' has 40 usable prompts" in caplog.text
+    assert "it gets 22 of 30 for eval" in caplog.text
+
+
+def test_near_duplicates_never_part_over_splits(tmp_path):
+    subjects = [
+        "pear",
+        "plum",
+        "bean",
+        "leek",
+        "oat",
+        "rye",
+        "hop",
+        "fig",
+        "yam",
+        "pea",
+        "kale",
+        "corn",
+        "mint",
+        "sage",
+        "dill",
+    ]
+    ways = (
+        "How do I grow {}",
+        "Explain how one grows {} well",
+        "Growing {}: a guide for {} lovers",
+    )
+    rows = [
+        {"domain": domain, "prompt": f"{way.format(f'{s}{domain}', s)}{domain[::-1] * k}?"}
+        for domain in (*DOMAINS, BENIGN)
+        for s in subjects
+        for k, way in enumerate(ways)
+    ]
+    counts = {"harvest": 8, "retain": 4, "dev": 3, "eval": 12, "concept": 6}
+    found = _build(tmp_path, rows, counts=counts, near_split=0.5, match_length=False)
+    alike = clusters([p.prompt for p in found], 0.55)
+    splits = {}
+    for prompt, cluster in zip(found, alike.tolist(), strict=True):
+        splits.setdefault(cluster, set()).add(prompt.split)
+    assert max(map(len, splits.values())) == 1
+    assert len(splits) > 8
+    assert len({p.group for p in found}) < len(found)
+
+
+def test_a_row_near_two_splits_is_left_out(tmp_path):
+    rows = _rows()
+    near = "Which soil does a quince tree want in a dry summer"
+    rows += [
+        {"id": "a", "domain": "gardens", "prompt": f"{near}?", "split": "harvest"},
+        {"id": "b", "domain": "gardens", "prompt": f"{near} and autumn?", "split": "eval"},
+        {"id": "c", "domain": "gardens", "prompt": f"{near} and winter?"},
+    ]
+    counts = {"harvest": 19, "retain": 3, "dev": 2, "eval": 16, "concept": 4}
+    names = {p.id for p in _build(tmp_path, rows, counts=counts, near_split=0.8)}
+    assert names & {"a", "b", "c"} == {"a", "b"}
+
+
+def test_a_misspelt_domain_is_named(tmp_path):
+    rows = _rows()
+    rows[3] |= {"domain": "Garden"}
+    with pytest.raises(
+        UserError, match=r"1 rows \(first: gardens-3\) have the domain 'Garden'.*'gard"
+    ):
+        _build(tmp_path, rows)
+    rows[3] |= {"domain": "bias"}  # a domain of others is no mistake
+    _build(tmp_path, rows)
 
 
 def test_a_measured_row_wins_over_its_copy_in_training(tmp_path):
@@ -216,7 +294,10 @@ def test_public_source_and_benign_contrast(tmp_path):
         return datasets.Dataset.from_list(data[hub_id])
 
     prompts = build_prompts(
-        PromptConfig(counts=COUNTS), tuple(SALAD_USED), "safety", load_dataset=load_dataset
+        PromptConfig(counts=COUNTS, near_split=1.0),
+        tuple(SALAD_USED),
+        "safety",
+        load_dataset=load_dataset,
     )
     label_of = {f"salad/{row['qid']}": row["3-category"] for row in salad}
     for p in prompts:
@@ -232,7 +313,7 @@ def test_public_source_and_benign_contrast(tmp_path):
         {"id": i, "prompt": _text(rng), "type": kind} for i, kind in enumerate(kinds * 2)
     ]
     data["Paul/XSTest"][0]["prompt"] = dolly[5]["instruction"]
-    config = PromptConfig(counts=COUNTS, lookalike_source="xstest")
+    config = PromptConfig(counts=COUNTS, near_split=1.0, lookalike_source="xstest")
     more = build_prompts(config, tuple(SALAD_USED), "safety", load_dataset=load_dataset)
     assert [p for p in more if p.domain != LOOKALIKE] == prompts
     alike = [p for p in more if p.domain == LOOKALIKE]
@@ -255,7 +336,7 @@ def test_eval_prompts_of_another_source(tmp_path):
     rows = _rows(domains=names)
     rows[0]["prompt"] = air[8]["prompt"]
     path = _write(tmp_path / "prompts.jsonl", rows)
-    config = PromptConfig("file", path=path, counts=COUNTS, eval_source="air_bench")
+    config = PromptConfig("file", path=path, counts=COUNTS, near_split=1.0, eval_source="air_bench")
 
     def load_dataset(*_, **__):
         return datasets.Dataset.from_list(air)
@@ -484,20 +565,32 @@ def test_bad_parquet_and_folders(tmp_path):
         ({"source": "sallad"}, DOMAINS, "gardens", "prompts.source: unknown source 'sallad'"),
         ({"benign_source": "x"}, DOMAINS, "gardens", "prompts.benign_source: unknown source 'x'"),
         ({"path": None}, DOMAINS, "gardens", "prompts.path: set it together with"),
-        ({"source": "salad"}, DOMAINS, "gardens", "prompts.path: set it together with"),
+        (
+            {"source": "salad"},
+            DOMAINS,
+            "gardens",
+            "prompts.path: the set 'salad' is read from the hub",
+        ),
+        (
+            {"source": "cast", "path": None},
+            DOMAINS,
+            "gardens",
+            "prompts.path: the set 'cast' is read from the file that its authors publish, cond",
+        ),
         ({"counts": {"train": 1}}, DOMAINS, "gardens", "prompts.counts: unknown split 'train'"),
         ({"max_chars": 9}, DOMAINS, "gardens", "characters, more than max_chars=9"),
         (
-            {"counts": COUNTS | {"eval": 30}},
+            {"counts": {"harvest": 16, "dev": 8, "eval": 20, "concept": 16}},
             DOMAINS,
             "gardens",
-            "domain 'gardens' has 40 usable prompts (0 of them only for evaluation), 42 are asked "
-            "for (harvest 6, dev 2, eval 30, concept 4) and it lacks 2 for concept; lower",
+            "domain 'gardens' has 40 usable prompts (0 of them only for evaluation, 1 in its "
+            "largest group of variants and near duplicates), 60 are asked for and it gets 16 of 20 "
+            "for eval, 0 of 16 for concept (at least: eval 20, concept 16); lower",
         ),
     ],
 )
 def test_bad_requests(tmp_path, changes, domains, target, message):
-    changes = {"counts": COUNTS, "match_length": False, **changes}
+    changes = {"counts": COUNTS, "match_length": False, "near_split": 1.0, **changes}
     config = PromptConfig(source="file", path=_write(tmp_path / "prompts.jsonl", _rows()))
     with pytest.raises(UserError) as caught:
         build_prompts(dataclasses.replace(config, **changes), domains, target)

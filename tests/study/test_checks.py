@@ -102,6 +102,7 @@ def prompt_file(text: str = "about {domain} {i}", **changes):
             path=str(folder / "prompts.jsonl"),
             lookalike_source=None,
             near_duplicate=1.0,
+            near_split=1.0,
             match_length=False,
         )
         fields(**changes)(folder, config)

@@ -67,7 +67,6 @@ CHANGES = [
     {"model": {"dtype": "bfloat16"}},
     {"model": {"system_prompt": "Be brief."}},
     {"model": {"enable_thinking": True}},
-    {"keep_text": True},
     {"export": True},
     {"sensitivity": {"samples": 1}},
     {"fingerprint": "another model"},
@@ -91,11 +90,29 @@ def test_a_folder_of_before_thinking_was_a_choice_is_resumed(tmp_path):
     )
 
 
+def test_text_can_be_kept_from_later_stages_on_but_not_forgotten(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        sketch(tmp_path, killed="evaluate/npo/seed_0")
+    order = [*SHARED, *RUNS, *AFTER_RUNS]
+    rest = order[order.index("evaluate/npo/seed_0") :]
+    assert sketch(tmp_path, keep_text=True) == rest
+    assert sketch(tmp_path, keep_text=True) == []
+
+    def kept(name: str) -> bool:
+        return read_json(tmp_path / f"stages/{name}.json")["settings"]["keep_text"]
+
+    assert (kept("baseline"), kept("evaluate.npo.seed_0")) == (False, True)
+    with pytest.raises(UserError, match="keep_text = True, and the config now says False"):
+        sketch(tmp_path)
+
+
 def test_every_field_of_the_config_belongs_to_a_stage(tmp_path):
     """A field that no stage's settings hold could change without a word."""
-    named = {key for change in CHANGES for key in change} - {"fingerprint"}
-    # Devices change no figure beyond rounding; runs, cells and grids are the stages' names.
+    named = {key for change in CHANGES for key in change} - {"fingerprint"} | {"keep_text"}
+    # Devices change no figure beyond rounding; runs, cells and grids are the stages' names; limits
+    # of the baseline only end a study.
     free = {"mesh", "heartbeat_seconds", "checkpoints", "profile", "seeds", "cells", "grid"}
+    free |= {"baseline"}
     assert named | free == {field.name for field in dataclasses.fields(ema.StudyConfig)}
 
 
@@ -105,13 +122,22 @@ def test_single_stages(tmp_path):
     assert not any(tmp_path.iterdir())
     assert sketch(tmp_path, only=["prompts", "baseline", "concepts"]) == list(NAMES[:3])
     assert sketch(tmp_path, only=["harvest", "unlearn"]) == ["harvest", *RUNS[::2]]
-    with pytest.raises(UserError, match="stage analyse needs the stage"):
-        sketch(tmp_path, only=["analyse", "report"])
     sketch(tmp_path)
     assert sketch(tmp_path, only=["analyse", "report"]) == []
     (tmp_path / "out/report").unlink()
     assert sketch(tmp_path, only=["report"]) == ["report"]
     assert read_json(tmp_path / "stages/report.json")["inputs"].keys() == {"analyse"}
+
+
+def test_figures_of_what_is_there(tmp_path):
+    """A baseline is enough; what is finished later is taken in."""
+    with pytest.raises(UserError, match="stage analyse needs the stage baseline"):
+        sketch(tmp_path, only=["prompts", "analyse"])
+    assert sketch(tmp_path, only=["baseline"]) == ["baseline"]
+    assert sketch(tmp_path, only=["analyse", "report"]) == ["analyse", "report"]
+    assert sketch(tmp_path, only=["concepts", "forecast"]) == ["concepts", "forecast"]
+    assert sketch(tmp_path, only=["analyse", "report"]) == ["analyse", "report"]
+    assert sketch(tmp_path) == ["harvest", *RUNS, *AFTER_RUNS]
 
 
 def test_each_stage_reads_from_those_before_it(tmp_path):

@@ -106,11 +106,11 @@ def test_warnings_see_the_target():
     effect = paired.paired_drop(["refused"] * 100, [broken])
     fine = paired.paired_drop(["refused"] * 100, [["complied"] * 100])
     found = results._warnings(
-        {"npo": {"bias": fine}}, {"npo": {"refusal": rate, **effect}}, "cybersecurity", True
+        {"npo": {"bias": fine}}, {"npo": {"refusal": rate, **effect}}, "cybersecurity"
     )
     assert found == [
         "of 100 target responses of npo only 2 are answers to their prompt (2 refused, 40 off "
         "topic, 56 degenerate): the target's refusal rate is not the share of compliance"
     ]
-    (first, *_) = results._warnings({}, {}, "cybersecurity", False)
-    assert "not measured in this study" in first
+    assert "not measured in this study" in results._unscreened(False)[0]
+    assert results._unscreened(True) == []

@@ -33,7 +33,15 @@ from ema_jax.organism import CHECKPOINTS
 from ema_jax.refusal import responses
 from ema_jax.refusal.responses import JudgedResponses
 from ema_jax.refusal.verdicts import Verdict, share
-from ema_jax.runtime.files import read_json, read_jsonl, read_tensors, sha256_text, write_json
+from ema_jax.runtime.files import (
+    read_json,
+    read_jsonl,
+    read_tensors,
+    sha256_file,
+    sha256_text,
+    write_json,
+    write_jsonl,
+)
 from ema_jax.study import runner, schema, stage_bodies, workdir
 from ema_jax.study.pipeline import Study
 
@@ -69,6 +77,14 @@ def finished(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def results(finished) -> dict[str, Any]:
     return read_json(finished / "results.json")
+
+
+def copy_stages(finished: Path, folder: Path, *stages: str) -> None:
+    """Some of a study's finished stages, with what they wrote."""
+    for manifest in (f"stages/{stage}.json" for stage in stages):
+        for name in (manifest, *read_json(finished / manifest)["outputs"]):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(finished / name, folder / name)
 
 
 def is_rate(r: dict[str, Any], total: int) -> bool:
@@ -130,6 +146,60 @@ def test_results_follow_the_schema(results):
     assert provenance["seeds"] == [0]
     assert {"ema_jax", "jax", "flax", "transformers"} <= provenance["versions"].keys()
     assert set(provenance["hashes"]) == set(provenance["wall_seconds"]) >= {"prompts", "harvest"}
+
+
+def test_figures_of_a_study_that_is_not_finished(finished, results, tmp_path):
+    """After its baseline, and with one of two arms."""
+
+    def left(*stages: str) -> dict[str, Any]:
+        folder = tmp_path / str(len(stages))
+        copy_stages(finished, folder, *stages)
+        runner.run(ema.read(small_config()), folder, only=["analyse"], dry_run=False)
+        return read_json(folder / "results.json")
+
+    made = left("prompts", "baseline")
+    pydantic.TypeAdapter(schema.BaselineResults).validate_python(made)
+    assert made["arms"] == {"base": results["arms"]["base"]}
+    assert made["prompts"] == results["prompts"]
+    assert made["utility"] == {"base": results["utility"]["base"]}
+    assert not {"ema", "containment", "entanglement", "forecast", "erasure"} & made.keys()
+    assert "not finished, and no part of these figures: npo, npo_retain" in made["warnings"]
+    made = left("prompts", "baseline", "concepts", "forecast")
+    assert made["entanglement"] == results["entanglement"]
+    assert made["forecast"]["spearman"] is None
+    runs = ("unlearn.npo.seed_0", "evaluate.npo.seed_0")
+    made = left("prompts", "baseline", "concepts", "forecast", *runs)
+    assert_valid(made)
+    assert made["ema"] == {"npo": results["ema"]["npo"]}
+
+
+def test_the_far_half_and_what_leaks(results):
+    found = results["prompts"]
+    assert found["counts"]["eval"] == dict.fromkeys((*DOMAINS, BENIGN, LOOKALIKE), EVAL)
+    assert set(found["leakage"]) == {*DOMAINS, BENIGN, LOOKALIKE}
+    for arm in ("npo", "npo_retain"):
+        for entry in (*results["ema"][arm].values(), results["on_target"][arm]):
+            assert entry["far"]["n"] == EVAL // 2
+            assert entry["far"]["ci95"][0] <= entry["far"]["drop"] <= entry["far"]["ci95"][1]
+
+
+def test_a_base_that_cannot_carry_the_study_ends_it(finished, tmp_path):
+    """After its baseline, whose figures are then to be had; with other limits it continues."""
+    copy_stages(finished, tmp_path, "prompts", "baseline")
+    config = small_config()
+    config.baseline.max_benign_refusal = config.baseline.max_invalid = 0.0
+    config.baseline.min_refusal = 1.0
+    config.harvest.min_examples = 8
+    rows = [row | {"verdict": "complied"} for row in read_jsonl(tmp_path / "responses/base.jsonl")]
+    (tmp_path / "responses/base.jsonl").unlink()
+    write_jsonl(tmp_path / "responses/base.jsonl", rows)
+    path = tmp_path / "stages/baseline.json"
+    made = read_json(path)
+    made["outputs"]["responses/base.jsonl"] = sha256_file(tmp_path / "responses/base.jsonl")
+    write_json(path, made)
+    with pytest.raises(UserError, match=r"the untouched model does not fit .* refuses 0 of 12"):
+        runner.run(ema.read(config), tmp_path, dry_run=False)
+    assert not (tmp_path / "concepts").exists()
 
 
 def test_the_rates_are_those_of_the_responses(finished, results):
