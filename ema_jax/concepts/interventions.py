@@ -168,7 +168,7 @@ def sweep(
 
     batches = map_batches(effects, prompts, pad_prompts, batch_size=batch_size, mesh=mesh, axis=-1)
     for indices, found in batches:
-        clean[indices], changed[np.ix_(chosen, np.arange(count), indices)] = found
+        clean[indices], changed[np.ix_(chosen, np.arange(count), np.asarray(indices))] = found
     return Sweep(clean, changed)
 
 

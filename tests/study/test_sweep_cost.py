@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import logging
 
 import pytest
 
@@ -30,7 +29,7 @@ def test_every_layer_of_the_embedded_models_is_swept():
 
 
 def test_a_larger_model_is_swept_at_some_layers_and_the_log_says_so(caplog):
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level("INFO", logger="absl"):
         layers = swept(SMALL)
     assert 4 <= len(layers) <= 10
     assert (layers[0], layers[-1]) == (0, 30)
