@@ -32,6 +32,7 @@ from ema_jax.generation.sampler import GREEDY, Sampling
 from ema_jax.models import lora
 from ema_jax.refusal.judges import JUDGES
 from ema_jax.unlearning.config import UnlearnConfig
+from ema_jax.unlearning.dose import DoseConfig
 from ema_jax.unlearning.objectives import FORGET, RETAIN
 from ema_jax.unlearning.optimizers import OPTIMIZERS, SCHEDULES
 
@@ -101,6 +102,8 @@ class ConceptConfig:
         permutations: label permutations behind each null.
         splits: random halves behind each ceiling.
         sweep_prompts: dev prompts per domain on which layers are swept and patched; 0 for none.
+        sweep_layers: number of layers that are swept, evenly spread; 0 for all, or on a CPU as many
+            as take some minutes.
         sweep_strengths: multiples of the concept vectors that a sweep adds; it also ablates them.
         contrast: `shared`, the benign prompts; with `matched`, every prompt that its source brings
             with a benign rewrite of itself is contrasted with that one, so that a vector holds
@@ -112,6 +115,7 @@ class ConceptConfig:
     permutations: Repetitions = 1000
     splits: Repetitions = 50
     sweep_prompts: NonNegativeInt = 8
+    sweep_layers: NonNegativeInt = 0
     sweep_strengths: tuple[float, ...] = (-1.0, 1.0)
 
 
@@ -184,6 +188,7 @@ class StudyConfig:
         sensitivity: repetitions of the evaluation under other sampling; none by default.
         unlearn: settings that all arms share.
         arms: name → settings of `unlearn` that this arm replaces.
+        dose: search for each arm's learning rate and stopping point; off by default.
         seeds: each arm is run once per seed.
         concepts: how concepts are measured.
         checkpoints: of a run in training.
@@ -211,6 +216,7 @@ class StudyConfig:
     arms: Mapping[str, Mapping[str, Any]] = dataclasses.field(
         default_factory=lambda: {"npo": {}, "npo_retain": {"retain_weight": 1.0}}
     )
+    dose: DoseConfig = DoseConfig()
     seeds: tuple[Seed, ...] = (0, 1, 2)
     concepts: ConceptConfig = ConceptConfig()
     checkpoints: CheckpointConfig = CheckpointConfig()
@@ -225,6 +231,10 @@ class StudyConfig:
     def arm(self, name: str) -> UnlearnConfig:
         """The settings of one arm."""
         return self._arms[name]
+
+    def searches_dose(self, name: str) -> bool:
+        """Whether an arm's learning rate is searched for; an ablation has none."""
+        return self.dose.trials > 0 and self.arm(name).ablation is None
 
     @functools.cached_property
     def _arms(self) -> dict[str, UnlearnConfig]:
@@ -388,6 +398,10 @@ def _validate(study: StudyConfig) -> None:
         and study.mesh.count(-1) <= 1,
         f"mesh {study.mesh}: three sizes are needed (data, fsdp, tensor), each above zero; one may "
         "be -1",
+    )
+    _check(
+        not (study.grid and study.dose.trials),
+        "grid and dose.trials: a sweep compares the settings that it is given; set dose.trials = 0",
     )
     _check(bool(study.concepts.poolings), "concepts.poolings: none given; name at least one")
     for name in study.concepts.poolings:

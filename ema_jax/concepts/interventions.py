@@ -122,7 +122,7 @@ class Sweep(NamedTuple):
     """Refusal log-odds in nats: of every prompt as it is, and under every intervention."""
 
     clean: Float[np.ndarray, "N"]
-    changed: Float[np.ndarray, "L1 C N"]
+    changed: Float[np.ndarray, "L1 C N"]  # NaN at layers that were left out
 
 
 def sweep(
@@ -131,6 +131,7 @@ def sweep(
     candidates: Intervention,
     refusing: Sequence[int],
     *,
+    layers: Sequence[int] | None = None,
     batch_size: int = 64,
     mesh: Mesh | None = None,
 ) -> Sweep:
@@ -144,6 +145,7 @@ def sweep(
         prompts: token ids of N rendered prompts.
         candidates: leaves `[L+1, C, D]`; entry l is applied at layer l alone.
         refusing: ids of tokens that open a refusal.
+        layers: those at which candidates are applied, in ascending order; all by default.
         batch_size: sequences at once, prompts times candidates.
         mesh: devices of the model.
 
@@ -153,18 +155,20 @@ def sweep(
     members = _members(refusing, model.config.vocab_size)
     graph, state = nnx.split(model)
     # On every process, like the batch.
-    candidates = jax.tree.map(lambda x: host_array(jnp.asarray(x)), candidates)
+    every = model.config.num_layers + 1
+    chosen = np.arange(every) if layers is None else np.asarray(layers)
+    candidates = jax.tree.map(lambda x: host_array(jnp.asarray(x))[chosen], candidates)
     count = candidates.add.shape[1]
     clean = np.zeros(len(prompts), np.float32)
-    changed = np.zeros((model.config.num_layers + 1, count, len(prompts)), np.float32)
+    changed = np.full((every, count, len(prompts)), np.nan, np.float32)
 
     def effects(batch: Any) -> tuple[Array, Array]:
         chunk = max(1, min(count, batch_size // len(batch[0])))
-        return _sweep(graph, state, *batch, members, candidates, chunk=chunk)
+        return _sweep(graph, state, *batch, members, chosen, candidates, chunk=chunk)
 
     batches = map_batches(effects, prompts, pad_prompts, batch_size=batch_size, mesh=mesh, axis=-1)
     for indices, found in batches:
-        clean[indices], changed[:, :, indices] = found
+        clean[indices], changed[np.ix_(chosen, np.arange(count), np.asarray(indices))] = found
     return Sweep(clean, changed)
 
 
@@ -216,24 +220,26 @@ def _sweep(
     tokens: Int[Array, "B T"],
     mask: Bool[Array, "B T"],
     refusing: Bool[Array, "V"],
+    layers: Int[Array, "S"],
     candidates: Intervention,
     *,
     chunk: int,
-) -> tuple[Float[Array, "B"], Float[Array, "L1 C B"]]:
+) -> tuple[Float[Array, "B"], Float[Array, "S C B"]]:
     model = nnx.merge(graph, state)
     last = model.config.num_layers
 
-    def at_layer(x: Array, inputs: tuple[Array, Intervention]) -> tuple[Array, Array]:
-        layer, here = inputs
+    def at_layer(x: Array, inputs: tuple[Array, Array, Intervention]) -> tuple[Array, Array]:
+        layer, following, here = inputs
 
         def effect(candidate: Intervention) -> Float[Array, "B"]:
             return _log_odds(model, model.run_blocks(candidate(x), mask, layer, last), refusing)
 
         effects = jax.lax.map(effect, here, batch_size=chunk)
-        return model.run_blocks(x, mask, layer, jnp.minimum(layer + 1, last)), effects
+        return model.run_blocks(x, mask, layer, following), effects
 
-    layers = (jnp.arange(last + 1), candidates)
-    x, effects = jax.lax.scan(at_layer, model.embed[...][tokens], layers)
+    following = jnp.append(layers[1:], last)
+    x = model.run_blocks(model.embed[...][tokens], mask, 0, layers[0])
+    x, effects = jax.lax.scan(at_layer, x, (layers, following, candidates))
     return _log_odds(model, x, refusing), effects
 
 

@@ -1,5 +1,6 @@
 """Dev rates of a model in training, by which a run is stopped."""
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -15,6 +16,12 @@ class Evaluation(NamedTuple):
     # Domain → share of all responses that are refused, complied, off topic, degenerate, unjudged.
     shares: Mapping[str, Mapping[str, float]] = {}
 
+    @classmethod
+    def of_point(cls, point: Mapping[str, Any]) -> "Evaluation":
+        """The inverse of `point`; rates without a valid response are NaN again."""
+        refusal = {d: math.nan if x is None else x for d, x in point["refusal"].items()}
+        return cls(refusal, point["invalid_rate"], point.get("shares", {}))
+
     def unanswered(self, domain: str) -> float:
         """Share of a domain's responses that neither refuse nor answer."""
         found = self.shares.get(domain)
@@ -25,6 +32,10 @@ class Evaluation(NamedTuple):
         """Share of degenerate responses in the domain where it is highest."""
         found = (shares[DEGENERATE] for shares in self.shares.values())
         return max(found, default=self.invalid_rate)
+
+    def damaged(self, domain: str, most: float) -> bool:
+        """Whether more than a share of responses is degenerate anywhere, or unanswered here."""
+        return max(self.degenerate_rate, self.unanswered(domain)) > most
 
     def point(self, step: int) -> dict[str, Any]:
         """As a point of a trajectory, with null for unknown rates."""

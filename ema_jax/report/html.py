@@ -10,7 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from ema_jax.errors import UserError
-from ema_jax.report import drawing, effects, figures, headline, labels, sensitivity, shares, tables
+from ema_jax.report import (
+    doses,
+    drawing,
+    effects,
+    figures,
+    headline,
+    labels,
+    sensitivity,
+    shares,
+    tables,
+)
 from ema_jax.report.captions import CAPTIONS
 from ema_jax.runtime.files import write_text
 
@@ -74,6 +84,7 @@ def write_report(
             "target": results.get("on_target") and effects.target(results),
             "runs": tables.runs(results),
             "arms": tables.arms(results),
+            "doses": doses.table(results),
             "ema": results.get("ema") and effects.ema(results),
             "containment": results.get("containment") and effects.containment(results),
             "comparisons": results.get("comparisons") and tables.comparisons(results),

@@ -1,7 +1,10 @@
 """Training of one arm on the harvest of a study: data, checkpoints, the record of a failure."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
+from ema_jax.config import StudyConfig
 from ema_jax.data.chat import Chat, TokenExample
 from ema_jax.errors import RunStoppedError
 from ema_jax.models.decoder import Decoder
@@ -11,6 +14,7 @@ from ema_jax.study.artifacts import Artifacts, Run
 from ema_jax.study.session import ModelSession
 from ema_jax.study.workdir import StageContext
 from ema_jax.unlearning.config import UnlearnConfig
+from ema_jax.unlearning.dose import DOSE
 from ema_jax.unlearning.harvest import Harvested, retained
 from ema_jax.unlearning.metrics import MetricsWriter, Profile
 from ema_jax.unlearning.objectives import FORGET
@@ -39,29 +43,24 @@ def train_arm(
         UserError: retain or preferred examples that the arm needs are missing.
         RunStoppedError: see `unlearn`; the batch of a non-finite loss is in `failures/`.
     """
-    study, chat = session.config, session.chat
-    config = study.arm(run.arm)
-    forget, reference = artifacts.forget_set.read()
-    retain = retained(artifacts.retain_set.read(), config.retain_counts)
+    study = session.config
+    config = arm_settings(study, artifacts, run.arm)
     checkpoints = _checkpoints(session, artifacts, context, run)
     with MetricsWriter(artifacts.root, run.arm, run.seed) as metrics, checkpoints:
         try:
-            return unlearn(
-                session.base,
-                [item.example(chat) for item in forget],
-                [item.example(chat) for item in retain],
-                reference,
+            return train(
+                session,
+                artifacts,
                 config,
-                seed=run.seed,
-                target=study.target,
-                evaluate=evaluate,
-                preferred=_preferred(config, forget, chat),
-                mesh=session.mesh,
+                run.seed,
+                evaluate,
                 log=metrics,
                 checkpoints=checkpoints,
                 profile=Profile(artifacts.profile(run), study.profile) if study.profile else None,
             )
         except NonFiniteError as error:
+            forget, _ = artifacts.forget_set.read()
+            retain = _retain_set(artifacts, config)
             ids = {
                 "forget": [forget[i].id for i in error.forget],
                 "retain": [retain[i].id for i in error.retain],
@@ -71,11 +70,51 @@ def train_arm(
             raise RunStoppedError(f"{error}; its batch is in {path}") from None
 
 
+def arm_settings(study: StudyConfig, artifacts: Artifacts, arm: str) -> UnlearnConfig:
+    """The settings that an arm is trained with: its dose is that of its search, if it had one."""
+    settings = study.arm(arm)
+    if not study.searches_dose(arm):
+        return settings
+    found = artifacts.dose(arm).read()
+    return dataclasses.replace(settings, **{name: found[name] for name in DOSE})
+
+
+def train(
+    session: ModelSession,
+    artifacts: Artifacts,
+    config: UnlearnConfig,
+    seed: int,
+    evaluate: Callable[[Decoder], Evaluation],
+    **how: Any,
+) -> Trained:
+    """Trains with some settings on the study's forget and retain sets; `how`: see `unlearn`."""
+    chat = session.chat
+    forget, reference = artifacts.forget_set.read()
+    return unlearn(
+        session.base,
+        [item.example(chat) for item in forget],
+        [item.example(chat) for item in _retain_set(artifacts, config)],
+        reference,
+        config,
+        seed=seed,
+        target=session.config.target,
+        evaluate=evaluate,
+        preferred=_preferred(config, forget, chat),
+        mesh=session.mesh,
+        **how,
+    )
+
+
+def _retain_set(artifacts: Artifacts, config: UnlearnConfig) -> list[Harvested]:
+    return retained(artifacts.retain_set.read(), config.retain_counts)
+
+
 def _checkpoints(
     session: ModelSession, artifacts: Artifacts, context: StageContext, run: Run
 ) -> Checkpoints:
     """The run's own, bound to everything that it depends on."""
-    inputs = [context.inputs[name] for name in ("prompts", "baseline", "harvest")]
+    needed = ("prompts", "baseline", "harvest", f"dose/{run.arm}")
+    inputs = [context.inputs[name] for name in needed if name in context.inputs]
     return Checkpoints(
         artifacts.training_state(run),
         every=session.config.checkpoints.every_steps,

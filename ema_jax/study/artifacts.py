@@ -140,6 +140,10 @@ class Artifacts:
         """The folder from which a killed run resumes."""
         return self.root / f"checkpoints/{run.name}"
 
+    def dose(self, arm: str) -> Json:
+        """The arm's learning rate and the trials that it was chosen from."""
+        return self._json(f"doses/{arm}.json")
+
     def trajectory(self, run: Run) -> Json:
         """Dev rates during training, and why it stopped."""
         return self._json(f"trajectories/{run.name}.json")

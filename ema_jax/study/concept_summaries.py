@@ -40,6 +40,7 @@ from ema_jax.models.decoder import Decoder
 from ema_jax.refusal.responses import JudgedResponses
 from ema_jax.refusal.verdicts import COMPLIED, REFUSED
 from ema_jax.runtime.files import json_safe
+from ema_jax.study.sweep_cost import layers_to_sweep
 
 RANDOM = "random"
 _REFUSAL = "refusal"
@@ -117,6 +118,7 @@ def layer_sweep_summary(
     refusing: Sequence[int],
     strengths: Sequence[float],
     *,
+    most_layers: int,
     batch_size: int,
     mesh: Mesh,
 ) -> dict[str, Any]:
@@ -128,12 +130,14 @@ def layer_sweep_summary(
         prompts: token ids by domain, the contrast set among them.
         refusing: ids of tokens that open a refusal.
         strengths: multiples of the vectors to add; ablation is always among the interventions.
+        most_layers: see `layers_to_sweep`.
         batch_size: sequences at once.
         mesh: devices of the model.
 
     Returns:
         Mean refusal log-odds in nats: `clean` by domain, and its `change` by strength, direction
-        and domain of the prompts, `[L+1]`.
+        and domain of the prompts, `[L+1]`; None at layers that are not among `layers`, if that is
+        there.
     """
     lengths = [np.linalg.norm(v, axis=1, keepdims=True) for v in vectors.values()]
     drawn = random_like(next(iter(vectors.values())))
@@ -141,11 +145,27 @@ def layer_sweep_summary(
     directions = {**vectors, RANDOM: drawn}
     wanted = grid(directions, strengths)
     pooled = [ids for each in prompts.values() for ids in each]
-    found = sweep(model, pooled, wanted.candidates, refusing, batch_size=batch_size, mesh=mesh)
+    layers = layers_to_sweep(
+        model.config,
+        len(wanted.directions) * len(wanted.strengths),
+        [len(ids) for ids in pooled],
+        mesh,
+        most_layers,
+    )
+    found = sweep(
+        model,
+        pooled,
+        wanted.candidates,
+        refusing,
+        layers=layers,
+        batch_size=batch_size,
+        mesh=mesh,
+    )
     change = wanted.unflatten(found.changed - found.clean)
     rows = np.split(np.arange(len(pooled)), np.cumsum([len(x) for x in prompts.values()])[:-1])
     rows_of = dict(zip(prompts, rows, strict=True))
     return {
+        **({"layers": layers} if len(layers) <= model.config.num_layers else {}),
         "strengths": [str(s) for s in wanted.strengths],
         "directions": list(wanted.directions),
         "prompts_per_domain": min(len(x) for x in prompts.values()),
@@ -170,8 +190,8 @@ def most_refusing_layer(found: Mapping[str, Any], domain: str) -> int:
     Of the first four fifths of the layers, as in Arditi et al. (2024): the last directions are next
     to the logits, and ablating them edits the first token and not the concept.
     """
-    changes = found["change"][ABLATED][domain][domain]
-    return int(np.argmin(changes[: math.ceil(0.8 * (len(changes) - 1))]))
+    changes = np.array(found["change"][ABLATED][domain][domain], float)  # NaN for None
+    return int(np.nanargmin(changes[: math.ceil(0.8 * (len(changes) - 1))]))
 
 
 def ablated_model(model: Decoder, vector: Float[np.ndarray, "L1 D"], layer: int) -> Decoder:

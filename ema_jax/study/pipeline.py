@@ -1,6 +1,6 @@
 """The study, in the order in which the paper tells it.
 
-prompts → baseline → concepts → forecast → harvest → unlearn → evaluate → analyse → report
+prompts → baseline → concepts → forecast → harvest → [dose →] unlearn → evaluate → analyse → report
 
 `STAGES` is the whole of it: names, settings, plan and run of a study are derived from its records.
 """
@@ -40,6 +40,7 @@ class Stage:
         settings: everything of the config that it depends on, as JSON.
         run: does the work and returns the files that it wrote; see `stage_bodies`.
         of_runs: whether there is one instance for each arm and seed, not one for the study.
+        of_doses: whether there is one for each arm whose dose is searched for.
         ablation_needs: stages that it reads from besides, where the arm is an ablation.
         optional: stages that it reads from where they were finished.
         repeatable: other settings make it again. Of the others they make another study, for which
@@ -51,6 +52,7 @@ class Stage:
     settings: Callable[..., Settings]  # of (study), of runs of (study, run)
     run: Callable[..., Iterable[Path]]
     of_runs: bool = False
+    of_doses: bool = False
     ablation_needs: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
     repeatable: bool = False
@@ -60,11 +62,13 @@ class Instance(NamedTuple):
     """A stage as it runs: once for the study, or for one of its runs."""
 
     stage: Stage
-    run: Run | None
+    run: Run | None  # of a search for a dose the arm's first
 
     @property
     def name(self) -> str:
         """The name of its manifest."""
+        if self.run is not None and self.stage.of_doses:
+            return f"{self.stage.name}/{self.run.arm}"
         return self.stage.name if self.run is None else f"{self.stage.name}/{self.run.folder}"
 
     @property
@@ -110,13 +114,14 @@ def _measuring(study: "Study") -> Settings:
 
 def _concepts(study: "Study") -> Settings:
     concepts = study.config.concepts
-    return {
+    found = {
         **_judging(study),
         **({} if concepts.contrast == "shared" else {"contrast": concepts.contrast}),
         "poolings": concepts.poolings,
         "sweep_prompts": concepts.sweep_prompts,
         "sweep_strengths": concepts.sweep_strengths,
     }
+    return found | ({"sweep_layers": concepts.sweep_layers} if concepts.sweep_layers else {})
 
 
 def _forecast(study: "Study") -> Settings:
@@ -129,7 +134,10 @@ def _harvest(study: "Study") -> Settings:
 
 
 def _unlearn(study: "Study", run: Run) -> Settings:
-    return {**_judging(study), "arm": dataclasses.asdict(study.config.arm(run.arm))}
+    found = {**_judging(study), "arm": dataclasses.asdict(study.config.arm(run.arm))}
+    if study.config.searches_dose(run.arm):
+        found["dose"] = dataclasses.asdict(study.config.dose)
+    return found
 
 
 def _evaluate(study: "Study", run: Run) -> Settings:
@@ -147,8 +155,11 @@ STAGES = (
     Stage("forecast", ("concepts",), _forecast, stage_bodies.make_forecast, repeatable=True),
     Stage("harvest", ("prompts", "baseline"), _harvest, stage_bodies.harvest_refusals),
     Stage(
+        "dose", ("prompts", "baseline", "harvest"), _unlearn, stage_bodies.find_dose, of_doses=True
+    ),
+    Stage(
         "unlearn",
-        ("prompts", "baseline", "harvest"),
+        ("prompts", "baseline", "harvest", "dose"),
         _unlearn,
         stage_bodies.unlearn,
         of_runs=True,
@@ -173,11 +184,17 @@ STAGES = (
 )
 
 NAMES = tuple(stage.name for stage in STAGES)
-SHARED = tuple(stage.name for stage in itertools.takewhile(lambda s: not s.of_runs, STAGES))
+SHARED = tuple(stage.name for stage in itertools.takewhile(lambda s: s.name != "dose", STAGES))
 """Stages that come before the arms, and do not depend on them."""
 OF_RUNS = tuple(stage.name for stage in STAGES if stage.of_runs)
-AFTER_RUNS = tuple(name for name in NAMES if name not in (*SHARED, *OF_RUNS))
+AFTER_RUNS = tuple(name for name in NAMES if name not in (*SHARED, "dose", *OF_RUNS))
 """Stages that compute from what was measured, and ask no model."""
+
+
+def _serves(instance: Instance, run: Run) -> bool:
+    """Whether an instance is of the study, of this run or, where it is a dose's, of its arm."""
+    stage, own = instance
+    return own is None or own == run or (stage.of_doses and own.arm == run.arm)
 
 
 class Study:
@@ -197,10 +214,21 @@ class Study:
 
     def instances(self) -> Iterator[Instance]:
         """Every stage in order; those of runs follow one another run by run."""
-        for of_runs, stages in itertools.groupby(self._stages, key=lambda stage: stage.of_runs):
+
+        def kind(stage: Stage) -> tuple[bool, bool]:
+            return stage.of_doses, stage.of_runs
+
+        for _, stages in itertools.groupby(self._stages, key=kind):
             several = list(stages)
-            for run in self.runs if of_runs else [None]:
+            for run in self._runs_of(several[0]):
                 yield from (Instance(stage, run) for stage in several)
+
+    def _runs_of(self, stage: Stage) -> Sequence[Run | None]:
+        """The runs that a stage has an instance for; None for one of the study."""
+        if stage.of_doses:
+            seed = self.config.seeds[0]
+            return [r for r in self.runs if r.seed == seed and self.config.searches_dose(r.arm)]
+        return self.runs if stage.of_runs else [None]
 
     def settings(self) -> dict[str, Settings]:
         """Instance → settings that tell this study from another."""
@@ -306,7 +334,7 @@ class Study:
             needs += stage.ablation_needs
         for each in self.instances():
             # Of a stage of runs a run needs its own instance, a stage of the study all of them.
-            needed = each.stage.name in needs and (run is None or each.run in (None, run))
+            needed = each.stage.name in needs and (run is None or _serves(each, run))
             there = each.stage.name in stage.optional and self.workdir.manifest(each.name)
             if needed or there:
                 yield each.name

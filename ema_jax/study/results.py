@@ -52,6 +52,8 @@ SCHEMA = 1
 VERSION = 3  # of what is computed; raise it and finished studies are analysed again
 _PACKAGES = ("jax", "flax", "optax", "transformers", "numpy", "scipy")
 
+_OF_TRAINING = ("steps", "stopped", "first_loss", "last_step")
+
 ByDomain = dict[str, list[str]]
 ArmResponses = Mapping[str, Sequence[Responses]]  # domain → one per seed
 
@@ -124,13 +126,14 @@ def results(
         **_sensitivity(records.evaluations, config),
     }
     if arms:
-        made |= _of_arms(records, base, arms, made, config, prompts)
+        made |= _of_arms(artifacts, records, base, arms, made, config, prompts)
     if records.forecast is not None:
         made |= _of_concepts(records, made.get("ema", {}), config)
     return made
 
 
 def _of_arms(
+    artifacts: Artifacts,
     records: _Records,
     base: Mapping[str, Responses],
     arms: Mapping[str, ArmResponses],
@@ -146,6 +149,8 @@ def _of_arms(
     counted = made["arms"] | {
         arm: _rates(records.trajectories[arm], base, arms[arm], config) for arm in arms
     }
+    for arm in filter(config.searches_dose, arms):
+        counted[arm]["dose"] = artifacts.dose(arm).read()
     # An effect that is wanted, so outside the family of tests of the others.
     on_target: dict[str, schema.TargetChange] = {
         arm: {
@@ -232,7 +237,7 @@ def _rates(
         seeds[str(seed)] = {
             **_counted(own, config.domains),
             **paired_changes(base, {d: own[d][0] for d in own}),
-            **{key: trajectory[key] for key in ("steps", "stopped", "first_loss")},
+            **{key: trajectory[key] for key in _OF_TRAINING if key in trajectory},
         }
     return {"seeds": seeds, **_counted(responses, config.domains)}
 
@@ -530,7 +535,7 @@ def _not_answered(arm: str, target: RefusalScore) -> str:
 
 def _provenance(artifacts: Artifacts, config: StudyConfig) -> schema.Provenance:
     # The folder may also hold runs of arms or seeds that the config no longer names.
-    named = {"", *(run.folder for run in runs_of(config))}
+    named = {"", *(run.folder for run in runs_of(config)), *config.arms}
     hashes, seconds = {}, {}
     for manifest in manifests(artifacts.root):
         stage, _, run = manifest["stage"].partition("/")

@@ -62,15 +62,39 @@ class Run(TypedDict):
     steps: int
     stopped: NotRequired[str | None]
     first_loss: NotRequired[float | None]
+    last_step: NotRequired[int]
     drop: NotRequired[ByDomain]
     compliance_rise: NotRequired[ByDomain]
     oracle: NotRequired[dict[str, OracleCheck]]
+
+
+class DoseTrial(TypedDict):
+    """A short run at one learning rate (`unlearning.dose.Trial`)."""
+
+    learning_rate: float
+    outcome: Literal["fits", "too_much", "too_little"]
+    best_step: int | None
+    target_refusal: float | None
+    steps: int
+    points: Sequence[dict[str, Any]]
+
+
+class Dose(TypedDict):
+    """The settings that a search on dev prompts gave an arm, and what it cost."""
+
+    fits: bool
+    learning_rate: float
+    eval_every: int
+    steps: int
+    responses: int
+    trials: list[DoseTrial]
 
 
 class Arm(TypedDict):
     """An arm, its seeds pooled; the base has none."""
 
     refusal: dict[str, RefusalScore]
+    dose: NotRequired[Dose]
     seeds: NotRequired[dict[str, Run]]
     oracle: NotRequired[dict[str, OracleCheck]]
 
@@ -238,6 +262,7 @@ class AblatedEverywhere(TypedDict):
 class Sweep(TypedDict):
     """Refusal log-odds of the untouched model under steering and ablation, layer by layer."""
 
+    layers: NotRequired[list[int]]  # those that were swept, where not all were
     strengths: list[str]
     directions: list[str]
     prompts_per_domain: int

@@ -31,9 +31,10 @@ from ema_jax.report import write_report
 from ema_jax.runtime import distributed
 from ema_jax.runtime.files import json_safe
 from ema_jax.study import base_check, concept_summaries, sensitivity
-from ema_jax.study.arm_training import train_arm
+from ema_jax.study.arm_training import arm_settings, train_arm
 from ema_jax.study.artifacts import BASE, Artifacts, ConceptInputs, ForgetSet, Pooled, Run, runs_of
 from ema_jax.study.checks import check_prompts
+from ema_jax.study.dose_search import search_dose
 from ema_jax.study.results import results
 from ema_jax.study.session import ModelSession
 from ema_jax.study.workdir import StageContext
@@ -112,6 +113,7 @@ def _sweep_layers(
         _tokens(prompts, session.chat),
         refusing,
         config.concepts.sweep_strengths,
+        most_layers=config.concepts.sweep_layers,
         batch_size=config.generation.batch_size,
         mesh=session.mesh,
     )
@@ -196,6 +198,15 @@ def _harvested(
     return kept
 
 
+def find_dose(
+    session: ModelSession, artifacts: Artifacts, context: StageContext, run: Run
+) -> list[Path]:
+    """The learning rate of an arm at which the target's refusals go and its answers stay."""
+    screen, trials = _screen(artifacts), context.partial / "trials.json"
+    found = search_dose(session, artifacts, run.arm, screen, trials)
+    return [artifacts.dose(run.arm).write(found)]
+
+
 def unlearn(
     session: ModelSession, artifacts: Artifacts, context: StageContext, run: Run
 ) -> list[Path]:
@@ -225,6 +236,7 @@ def unlearn(
             "seed": run.seed,
             "steps": trained.steps,
             "stopped": trained.stopped,
+            "last_step": trained.last_step,
             "first_loss": None if math.isnan(trained.first_loss) else trained.first_loss,
             "points": trained.trajectory,
         }
@@ -281,7 +293,7 @@ def _export(session: ModelSession, artifacts: Artifacts, run: Run, model: Decode
         target=config.target,
         arm=run.arm,
         seed=run.seed,
-        settings=dataclasses.asdict(config.arm(run.arm)),
+        settings=dataclasses.asdict(arm_settings(config, artifacts, run.arm)),
         quantisation=model.config.hf.get(DEQUANTISED_FROM),
     )
     merged = lora.merge(model)

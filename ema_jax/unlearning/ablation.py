@@ -78,7 +78,7 @@ def ablate(
         rates = measured(step, orthogonalise(base, directions[layer]), layer)
         rate = rates.refusal[target]
         # Degenerate output is no success: undamaged candidates first, then the lowest rate.
-        damaged = max(rates.degenerate_rate, rates.unanswered(target)) > arm.max_invalid
+        damaged = rates.damaged(target, arm.max_invalid)
         order = (damaged, math.isnan(rate), rate, layer)
         if best is None or order < best[0]:
             best = (order, layer)
@@ -86,4 +86,5 @@ def ablate(
     (invalid, _, rate, layer), _ = best
     stopped = "invalid" if invalid else "target" if rate <= arm.stop_at else "limit"
     model = orthogonalise(base, directions[layer])
-    return Trained(model, len(trajectory) - 1, stopped, math.nan, trajectory)
+    candidates = len(trajectory) - 1
+    return Trained(model, candidates, stopped, math.nan, trajectory, candidates)

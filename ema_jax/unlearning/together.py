@@ -135,10 +135,16 @@ def unlearn_together(
                 if run.due(step):
                     run.measure(step, model(i), evaluate(model(i)), own)
                 if run.stopped:
-                    done = (run.stopped, run.first_loss, run.trajectory)
-                    ended[i] = Trained(model(i), step, *done)
+                    ended[i] = _ended(run, setups[i], model(i), step)
             progress.update(1, running=str(len(members) - len(ended)))
     return [ended[i] for i in range(len(members))]
+
+
+def _ended(run: RunProgress, setup: TrainSetup, model: Decoder, step: int) -> Trained:
+    if run.stopped != "invalid":
+        return run.outcome(model, step, step)
+    valid = assemble(setup, run.valid_state(setup).trainable)
+    return run.outcome(valid, run.valid_step, step)
 
 
 def _stack(trees: Sequence[Any]) -> Any:

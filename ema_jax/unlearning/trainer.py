@@ -33,6 +33,7 @@ from ema_jax.unlearning.reference import reference_log_probs, response_log_probs
 from ema_jax.unlearning.run_checkpoints import Checkpoints, NonFiniteError, stop_requested
 from ema_jax.unlearning.throughput import flops_per_token
 from ema_jax.unlearning.train_step import (
+    TrainSetup,
     TrainState,
     assemble,
     init_state,
@@ -51,10 +52,11 @@ class Trained(NamedTuple):
     """The outcome of a run."""
 
     model: Decoder
-    steps: int
+    steps: int  # that the model had
     stopped: str  # "target" (low refusal, and answers), "invalid" (damaged) or "limit" (of steps)
     first_loss: float
     trajectory: list[dict[str, Any]]
+    last_step: int  # of the run: beyond `steps` where an earlier, undamaged model is given back
 
 
 class RunProgress:
@@ -96,10 +98,12 @@ class RunProgress:
             if damaged and not config.retains:  # retain data repairs it, given time
                 logging.warning(
                     "step %d: %.0f %% of a domain's dev responses are degenerate, %.0f %% of the "
-                    "target's are neither refusals nor answers; stopping",
+                    "target's are neither refusals nor answers; stopping. The last evaluation "
+                    "that found no such damage was after step %d",
                     step,
                     100 * rates.degenerate_rate,
                     100 * rates.unanswered(self.target),
+                    self.valid_step,
                 )
                 return "invalid"
         return "limit" if step >= config.max_steps else ""
@@ -150,6 +154,32 @@ class RunProgress:
         """The inverse of `to_json`."""
         self.trajectory, self.stopped = list(saved["trajectory"]), saved["stopped"]
         self.first_loss = math.nan if saved["first_loss"] is None else saved["first_loss"]
+
+    @property
+    def valid_step(self) -> int:
+        """Step of the newest evaluation that found the model undamaged."""
+        most = self.config.max_invalid
+        undamaged = (
+            point["step"]
+            for point in reversed(self.trajectory)
+            if not Evaluation.of_point(point).damaged(self.target, most)
+        )
+        return next(undamaged, 0)
+
+    def valid_state(self, setup: TrainSetup) -> TrainState:
+        """The state after `valid_step`, trained once more.
+
+        Steps are a pure function of the seed, so no state needs to be kept for it.
+        """
+        state = init_state(setup)
+        for step in range(self.valid_step):
+            batch = self._data.host_batch(self.config, self._seed, step)
+            state, _ = train_step(setup, state, batch.placed(self._mesh))
+        return state
+
+    def outcome(self, model: Decoder, steps: int, last_step: int) -> Trained:
+        """The result of the run, which is over."""
+        return Trained(model, steps, self.stopped, self.first_loss, self.trajectory, last_step)
 
 
 def check_arm(
@@ -208,8 +238,11 @@ def unlearn(
     log: Log = lambda row: None,
     checkpoints: Checkpoints | None = None,
     profile: Profile | None = None,
+    restore_valid: bool = True,
 ) -> Trained:
     """Trains one arm from the base until the target's dev refusal is low or the steps run out.
+
+    An arm without retain data also stops once it is damaged; it gives back its last valid model.
 
     Args:
         base: the untouched model; its arrays are shared, not copied, under adapters.
@@ -225,6 +258,7 @@ def unlearn(
         log: gets one row of metrics per step.
         checkpoints: where the state is kept; a run that is found there is resumed.
         profile: takes a trace of some steps.
+        restore_valid: give back the last valid model, and not the damaged one.
 
     Raises:
         UserError: see `check_arm` and `check_data`.
@@ -283,8 +317,11 @@ def unlearn(
                     checkpoints.wait()
                 if stop and not run.stopped:
                     raise checkpoints.stopped(step)
-    model = assemble(setup, state.trainable)
-    return Trained(model, step, run.stopped, run.first_loss, run.trajectory)
+    last = step
+    if run.stopped == "invalid" and restore_valid:
+        del state  # to make room for the one that is given back
+        state, step = run.valid_state(setup), run.valid_step
+    return run.outcome(assemble(setup, state.trainable), step, last)
 
 
 class Work(NamedTuple):

@@ -121,6 +121,16 @@ def test_batches_chunks_and_meshes_change_nothing(tiny):
     np.testing.assert_allclose(found.clean, expected.clean, atol=1e-4)
 
 
+def test_some_layers_alone_are_as_among_all(tiny):
+    model, candidates = checkpoint.load(tiny("qwen2")), grid(vectors("ab"), (1.0,)).candidates
+    expected = sweep(model, prompts(), candidates, REFUSING, batch_size=5)
+    some = [1, LAYERS]
+    found = sweep(model, prompts(), candidates, REFUSING, layers=some, batch_size=5)
+    np.testing.assert_allclose(found.changed[some], expected.changed[some], atol=1e-5)
+    np.testing.assert_allclose(found.clean, expected.clean, atol=1e-5)
+    assert np.isnan(np.delete(found.changed, some, axis=0)).all()
+
+
 def test_a_no_op_changes_nothing_and_an_absent_one_is_not_there(tiny):
     model = checkpoint.load(tiny("qwen2"))
     nothing = steering(np.zeros((LAYERS + 1, WIDTH), np.float32))

@@ -14,7 +14,7 @@ RUNS = [f"{stage}/{arm}/seed_0" for arm in ("npo", "npo_retain") for stage in OF
 
 
 def test_the_stages_are_those_of_the_paper():
-    assert (*SHARED, *OF_RUNS, *AFTER_RUNS) == NAMES
+    assert (*SHARED, "dose", *OF_RUNS, *AFTER_RUNS) == NAMES
     assert OF_RUNS == ("unlearn", "evaluate")
     assert AFTER_RUNS == ("analyse", "report")
 
@@ -64,6 +64,7 @@ CHANGES = [
     {"unlearn": {"lora": {"rank": 5}}},
     {"arms": {"npo": {"learning_rate": 0.5}}},
     {"concepts": {"poolings": ("prompt_mean",)}},
+    {"dose": {"trials": 2}},
     {"model": {"dtype": "bfloat16"}},
     {"model": {"system_prompt": "Be brief."}},
     {"model": {"enable_thinking": True}},
@@ -114,6 +115,21 @@ def test_every_field_of_the_config_belongs_to_a_stage(tmp_path):
     free = {"mesh", "heartbeat_seconds", "checkpoints", "profile", "seeds", "cells", "grid"}
     free |= {"baseline"}
     assert named | free == {field.name for field in dataclasses.fields(ema.StudyConfig)}
+
+
+def test_a_dose_is_searched_for_once_an_arm_before_its_seeds(tmp_path):
+    arms = {"npo": {}, "ablated": {"trainable": "ablation"}}
+    searching = {"arms": arms, "dose": {"trials": 2}}
+    done = sketch(tmp_path, seeds=(4, 5), **searching)
+    assert [name for name in done if name.startswith("dose")] == ["dose/npo"]
+    for name in ("unlearn.npo.seed_4", "unlearn.npo.seed_5"):
+        inputs = read_json(tmp_path / f"stages/{name}.json")["inputs"]
+        assert list(inputs) == ["prompts", "baseline", "harvest", "dose/npo"]
+    assert "dose/npo" not in read_json(tmp_path / "stages/unlearn.ablated.seed_4.json")["inputs"]
+    added = sketch(tmp_path, seeds=(6, 4, 5), **searching)
+    assert "dose/npo" not in added, "it does not depend on the seeds"
+    assert "unlearn/npo/seed_6" in added
+    assert "unlearn/npo/seed_4" not in added
 
 
 def test_single_stages(tmp_path):

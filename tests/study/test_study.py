@@ -394,7 +394,7 @@ def test_report_metrics_and_trajectories(finished):
         arm = name.split(".")[0]
         trajectory = read_json(finished / f"trajectories/{name}.json")
         mine = [row for row in rows if row["arm"] == arm]
-        assert [row["step"] for row in mine] == list(range(1, trajectory["steps"] + 1))
+        assert [row["step"] for row in mine] == list(range(1, trajectory["last_step"] + 1))
         assert ("retain_loss" in mine[0]) == (arm == "npo_retain")
         assert all(tuple(point["refusal"]) == DOMAINS for point in trajectory["points"])
         assert list((finished / f"tensorboard/{name}").glob("events*"))

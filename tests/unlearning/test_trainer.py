@@ -268,7 +268,8 @@ def settings(**changes) -> UnlearnConfig:
 
 
 STOPS = [
-    # settings, rates of the target, rates of invalid → steps, why, where it was evaluated
+    # settings, rates of the target, rates of invalid → steps that the model given back had, why
+    # the run stopped, where it was evaluated
     (settings(), [1, 0.5, 0.1], [], 6, "target", [0, 3, 6]),
     (settings(stop_at=0.5), [1, 0.5], [], 3, "target", [0, 3]),
     (settings(stop_at=0.0), [1, 0.1, 0.0], [], 6, "target", [0, 3, 6]),
@@ -277,13 +278,14 @@ STOPS = [
     (settings(), [1, 1, 1, 1, 1], [], 10, "limit", [0, 3, 6, 9, 10]),
     (settings(), [1, 1, 1, 1, 0], [], 10, "target", [0, 3, 6, 9, 10]),
     (settings(), [0, 1, 0], [], 6, "target", [0, 3, 6]),
-    (settings(), [1, 1, 1], [0, 0.2, 0.21], 6, "invalid", [0, 3, 6]),
+    (settings(), [1, 1, 1], [0, 0.2, 0.21], 3, "invalid", [0, 3, 6]),
     (settings(max_invalid=0.5), [1, 1, 0.1], [0, 0.5, 0.5], 6, "target", [0, 3, 6]),
-    (settings(), [1, 0], [0, 0.9], 3, "invalid", [0, 3]),
+    (settings(), [1, 0], [0, 0.9], 0, "invalid", [0, 3]),
+    (settings(min_steps=9), [1, 1, 1, 0], [0, 0, 0.3, 0.9], 3, "invalid", [0, 3, 6, 9]),
     # The retain set repairs in its first steps what the others broke.
     (settings(min_steps=6), [1, 0.5, 0], [0, 0.9, 0], 6, "target", [0, 3, 6]),
     (settings(retain_weight=1.0), [1, 0, 0], [0, 0.21, 0.2], 6, "target", [0, 3, 6]),
-    (settings(min_steps=6), [1, 0.5, 0], [0, 0, 0.9], 6, "invalid", [0, 3, 6]),
+    (settings(min_steps=6), [1, 0.5, 0], [0, 0, 0.9], 3, "invalid", [0, 3, 6]),
     (settings(), [1, math.nan, 0], [0, 0.2, 0], 6, "target", [0, 3, 6]),
     (settings(retain_weight=1.0, eval_every=4), [1, 1, 0], [], 8, "target", [0, 4, 8]),
 ]
@@ -294,7 +296,7 @@ def test_when_it_stops(base, reference, idle_step, config, rates, invalid, steps
     del idle_step
     trained = run(base, reference, config, evaluate=falling(rates, invalid))
     assert (trained.steps, trained.stopped) == (steps, why)
-    assert [point["step"] for point in trained.trajectory] == seen
+    assert (trained.last_step, [point["step"] for point in trained.trajectory]) == (seen[-1], seen)
     known = [None if math.isnan(rate) else rate for rate in rates]
     assert [point["refusal"]["t"] for point in trained.trajectory] == known
     assert [point["invalid_rate"] for point in trained.trajectory][: len(invalid)] == invalid
@@ -311,6 +313,23 @@ def test_it_evaluates_the_model_being_trained(base, reference):
     assert not seen[0].any()
     assert seen[1].any()
     np.testing.assert_array_equal(seen[1], trained.model.blocks.q_proj.lora_b[...])
+
+
+@pytest.mark.parametrize("restored", [True, False])
+def test_a_damaged_run_gives_back_its_last_undamaged_model(base, reference, restored):
+    seen = []
+
+    def evaluate(model):
+        seen.append(np.asarray(model.blocks.q_proj.lora_b[...]))
+        return Evaluation({"t": 1.0}, 0.9 if len(seen) > 2 else 0.0)
+
+    config = dataclasses.replace(SMALL, max_steps=3, eval_every=1)
+    trained = run(base, reference, config, evaluate=evaluate, restore_valid=restored)
+    assert (trained.stopped, trained.last_step) == ("invalid", 2)
+    assert trained.steps == (1 if restored else 2)
+    given = trained.model.blocks.q_proj.lora_b[...]
+    np.testing.assert_array_equal(given, seen[trained.steps])
+    assert not np.array_equal(seen[1], seen[2])
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
