@@ -9,7 +9,7 @@ from absl import logging
 from ema_jax import config as config_lib
 from ema_jax.config import ModelConfig, StudyConfig
 from ema_jax.data.prompts import OWN_SOURCES, build_prompts
-from ema_jax.errors import UserError
+from ema_jax.errors import UserError, did_you_mean
 from ema_jax.models.hub import ModelSource
 from ema_jax.report import write_replication_report
 from ema_jax.runtime import distributed, files
@@ -39,7 +39,8 @@ def run(
     """
     unknown = [name for name in only or () if name not in NAMES]
     if unknown:
-        raise UserError(f"--stage: {unknown[0]!r} is none of {', '.join(NAMES)}")
+        known = f"{', '.join(NAMES)}{did_you_mean(unknown[0], NAMES)}"
+        raise UserError(f"--stage: {unknown[0]!r} is none of {known}")
     if config.grid:
         raise UserError("config: grid: this is a sweep; run it with python -m ema_jax.sweep")
     root = Path(workdir)
