@@ -7,8 +7,8 @@ parameters of `Scorer.load` and `Scorer`, such as `adapter=FOLDER` for a PEFT ad
 `Scorer` serves the three request types of lm_eval, and `register` adds it to lm_eval's models.
 Contexts are scored verbatim, with the special tokens that lm_eval's own `hf` models give them:
 those that the tokenizer adds by default, and before an empty context or a rolling score the BOS
-token (the EOS token where there is none). `--apply_chat_template` renders them with the checkpoint's template, by
-default without a system turn and without thinking, as in a study.
+token (the EOS token where there is none). `--apply_chat_template` renders them with the
+checkpoint's template, by default without a system turn and without thinking, as in a study.
 """
 
 import dataclasses
