@@ -23,6 +23,7 @@ from ema_jax.refusal.verdicts import RULES_VERSION
 from ema_jax.study import checks, results, stage_bodies
 from ema_jax.study.artifacts import Artifacts, Run, runs_of
 from ema_jax.study.session import ModelSession
+from ema_jax.study.watching import Watch
 from ema_jax.study.workdir import StageContext, Workdir
 from ema_jax.unlearning.trainer import check_arm
 
@@ -171,6 +172,18 @@ AFTER_RUNS = tuple(name for name in NAMES if name not in (*SHARED, *OF_RUNS))
 """Stages that compute from what was measured, and ask no model."""
 
 
+def names(config: StudyConfig) -> list[str]:
+    """Names of all instances of a study's stages, in order."""
+    return [instance.name for instance in _instances(STAGES, runs_of(config))]
+
+
+def _instances(stages: Sequence[Stage], runs: Sequence[Run]) -> Iterator[Instance]:
+    for of_runs, some in itertools.groupby(stages, key=lambda stage: stage.of_runs):
+        several = list(some)
+        for run in runs if of_runs else [None]:
+            yield from (Instance(stage, run) for stage in several)
+
+
 class Study:
     """One study in its folder, of a config and a model."""
 
@@ -188,10 +201,7 @@ class Study:
 
     def instances(self) -> Iterator[Instance]:
         """Every stage in order; those of runs follow one another run by run."""
-        for of_runs, stages in itertools.groupby(self._stages, key=lambda stage: stage.of_runs):
-            several = list(stages)
-            for run in self.runs if of_runs else [None]:
-                yield from (Instance(stage, run) for stage in several)
+        return _instances(self._stages, self.runs)
 
     def settings(self) -> dict[str, Settings]:
         """Instance → settings that tell this study from another."""
@@ -262,8 +272,8 @@ class Study:
             return [prompt for split in self.artifacts.prompts.read().values() for prompt in split]
         return self.session.prompts if self.config.prompts.source in OWN_SOURCES else None
 
-    def run(self) -> None:
-        """Runs what is wanted and not yet done, in order."""
+    def run(self) -> bool:
+        """Runs what is wanted and not yet done, in order; returns whether anything was."""
         self.workdir.check(self.settings())
         self.check()
         if self.token_files_unrecorded:
@@ -274,13 +284,27 @@ class Study:
                 self.workdir.path,
                 ", ".join(self.token_files_unrecorded),
             )
-        for instance in self.instances():
-            # What the first rules judged is complete: only its figures may be made again.
-            closed = self.judged_by_first_rules and instance.stage.name not in AFTER_RUNS
-            if not closed and self.workdir.wanted(instance.name):
-                settings = self._settings(instance)
-                work = functools.partial(self._work, instance)
-                self.workdir.run(instance.name, settings, self._needs(instance), work)
+        # What the first rules judged is complete: only its figures may be made again.
+        names = AFTER_RUNS if self.judged_by_first_rules else NAMES
+        wanted = [
+            each
+            for each in self.instances()
+            if each.stage.name in names and self.workdir.wanted(each.name)
+        ]
+        watch = Watch(self.config, self.artifacts, [(each.stage.name, each.run) for each in wanted])
+        times = []
+        for instance in wanted:
+            shown = instance.stage.name, instance.run
+            seconds = self.workdir.run(
+                instance.name,
+                self._settings(instance),
+                self._needs(instance),
+                functools.partial(self._work, instance),
+                functools.partial(watch.begin, *shown),
+            )
+            watch.end(*shown, seconds)
+            times.append(seconds)
+        return any(seconds is not None for seconds in times)
 
     def _work(self, instance: Instance, context: StageContext) -> Iterable[Path]:
         return instance.stage.run(self.session, self.artifacts, context, *instance.arguments)
