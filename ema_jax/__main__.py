@@ -26,6 +26,9 @@ COMMANDS = {
         ("--stage=analyse,report",),
     ),
     "compare": Command("finished studies side by side, on one page", "ema_jax.compare"),
+    "reproduce": Command(
+        "a study measured again from its reproduce.json: FILE --workdir=DIR", "ema_jax.reproduce"
+    ),
     "init": Command("write a config to edit", "ema_jax.init"),
     "judge": Command("verdicts for a file of responses", "ema_jax.judge"),
     "convert": Command("a checkpoint from one format to another", "ema_jax.convert"),

@@ -20,7 +20,7 @@ from ema_jax.models.hub import ModelSource
 from ema_jax.models.sharding import AXES
 from ema_jax.refusal import sheet
 from ema_jax.refusal.verdicts import RULES_VERSION
-from ema_jax.study import checks, results, stage_bodies
+from ema_jax.study import checks, reproduction, results, stage_bodies
 from ema_jax.study.artifacts import Artifacts, Run, runs_of
 from ema_jax.study.session import ModelSession
 from ema_jax.study.watching import Watch
@@ -304,7 +304,10 @@ class Study:
             )
             watch.end(*shown, seconds)
             times.append(seconds)
-        return any(seconds is not None for seconds in times)
+        ran = any(seconds is not None for seconds in times)
+        if ran and self.workdir.manifest("analyse") and self.artifacts.results.path.exists():
+            reproduction.write(self.config, self.workdir)
+        return ran
 
     def _work(self, instance: Instance, context: StageContext) -> Iterable[Path]:
         return instance.stage.run(self.session, self.artifacts, context, *instance.arguments)

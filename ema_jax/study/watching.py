@@ -7,6 +7,7 @@ from typing import Any
 from absl import logging
 
 from ema_jax.config import StudyConfig
+from ema_jax.errors import UserError
 from ema_jax.refusal.verdicts import INVALID, REFUSED
 from ema_jax.report.headline import headline
 from ema_jax.study.artifacts import BASE, Artifacts, Run
@@ -47,7 +48,7 @@ class Watch:
         if estimate:
             estimated, real = self._measured
             self._measured = estimated + estimate, real + seconds
-        line = found(stage, run, self._config, self._artifacts)
+        line = _found(stage, run, self._config, self._artifacts)
         if line:
             logging.info("  %s (%s)", line, duration(seconds))
 
@@ -66,6 +67,13 @@ def duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
+
+
+def _found(stage: str, run: Run | None, config: StudyConfig, artifacts: Artifacts) -> str:
+    try:
+        return found(stage, run, config, artifacts)
+    except (OSError, LookupError, UserError):  # no run is lost for a line about it
+        return ""
 
 
 def found(stage: str, run: Run | None, config: StudyConfig, artifacts: Artifacts) -> str:

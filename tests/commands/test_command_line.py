@@ -14,8 +14,8 @@ from ema_jax import config as ema
 from ema_jax import init
 from ema_jax import main as run
 from ema_jax.errors import UserError
-from ema_jax.runtime import cli, paths
-from ema_jax.study import config_file, field_help, pipeline
+from ema_jax.runtime import cli, files, paths
+from ema_jax.study import config_file, field_help, pipeline, reproduction, workdir
 
 ROOT = Path(__file__).parents[2]
 
@@ -271,6 +271,33 @@ def test_init_writes_a_config_that_reads(tmp_path):
         init.write(tmp_path / "mine", "tiny")
     with pytest.raises(UserError, match="did you mean 'tiny'"):
         init.write(tmp_path / "other", "tyny")
+
+
+def test_a_study_is_described_and_compared_with_another(tmp_path):
+    study = config_file.load("tiny", [("arms.npo.beta", "0.2")])
+    counts = {"refused": 9, "valid": 10, "invalid": 0, "total": 10, "rate": 0.9}
+    found = {
+        "model": {"id": "qwen2", "revision": None, "fingerprint": "f", "path": "/private"},
+        "provenance": {"versions": {"jax": "1"}, "devices": "1 x cpu"},
+        "arms": {"base": {"refusal": {"bias": counts}}, "npo": {"refusal": {"bias": counts}}},
+    }
+    files.write_json(tmp_path / "results.json", found)
+    made = reproduction.read(reproduction.write(study, workdir.Workdir(tmp_path)))
+    assert str(ROOT) not in (tmp_path / "reproduce.json").read_text()
+    assert ema.read(reproduction.config_of(made)) == study
+    assert list(reproduction.differences(made, made)) == []
+    found["arms"]["npo"]["refusal"]["bias"] = counts | {"refused": 3, "valid": 8, "invalid": 2}
+    found["provenance"]["versions"] = {"jax": "2"}
+    files.write_json(tmp_path / "results.json", found)
+    again = reproduction.describe(study, workdir.Workdir(tmp_path))
+    assert list(reproduction.differences(made, again)) == [
+        "version of jax: 1 then, 2 now",
+        "npo, bias: 9 of 10 refused then, 3 of 8 refused now",
+    ]
+    for text in ("{}", "[]", '{"schema": 1}', '{"schema": 2}', "x"):
+        (tmp_path / "other.json").write_text(text)
+        with pytest.raises(UserError, match=r"other\.json"):
+            reproduction.read(tmp_path / "other.json")
 
 
 def test_help_names_every_field_and_stage_without_jax():
