@@ -9,6 +9,7 @@ validating constructor would refuse.
 
 import dataclasses
 import functools
+import importlib.util
 import inspect
 import re
 import runpy
@@ -166,6 +167,7 @@ class StudyConfig:
         concepts: how concepts are measured.
         checkpoints: of a run in training.
         profile: steps of each run of which a trace is written, to `profile/`; 0 for none.
+        tracker: `wandb` or `trackio`, to send training figures there besides TensorBoard's files.
         mesh: devices along `(data, fsdp, tensor)`; -1 takes what is left.
         heartbeat_seconds: of several processes, one that is silent for as long ends them all.
         keep_text: keep model responses in artifacts and report; by default only their hashes.
@@ -192,6 +194,7 @@ class StudyConfig:
     concepts: ConceptConfig = ConceptConfig()
     checkpoints: CheckpointConfig = CheckpointConfig()
     profile: NonNegativeInt = 0
+    tracker: Literal["wandb", "trackio"] | None = None
     mesh: tuple[int, ...] = (1, 1, 1)
     heartbeat_seconds: PositiveInt = 60
     keep_text: bool = False
@@ -382,6 +385,10 @@ def _validate(study: StudyConfig) -> None:
             f"arms: {name!r} is not a name for an arm; use letters, digits and _ (base is taken)",
         )
         _validate_arm(name, study.arm(name), study)
+    _check(
+        study.tracker is None or importlib.util.find_spec(study.tracker) is not None,
+        f"tracker: {study.tracker} is not installed; pip install {study.tracker}, or leave it out",
+    )
     longer, usual = study.sensitivity.long_tokens, study.generation.max_new_tokens
     _check(
         longer == 0 or longer > usual,

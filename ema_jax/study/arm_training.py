@@ -44,7 +44,8 @@ def train_arm(
     forget, reference = artifacts.forget_set.read()
     retain = retained(artifacts.retain_set.read(), config.retain_counts)
     checkpoints = _checkpoints(session, artifacts, context, run)
-    with MetricsWriter(artifacts.root, run.arm, run.seed) as metrics, checkpoints:
+    writer = MetricsWriter(artifacts.root, run.arm, run.seed, study.tracker)
+    with writer as metrics, checkpoints:
         try:
             return unlearn(
                 session.base,

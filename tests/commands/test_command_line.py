@@ -1,5 +1,6 @@
 """What a user types: commands, configs by name, fields by type, and slips with a line each."""
 
+import importlib.util
 import re
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from ema_jax import main as run
 from ema_jax.errors import UserError
 from ema_jax.runtime import cli, files, paths
 from ema_jax.study import config_file, field_help, pipeline, reproduction, workdir
+from ema_jax.unlearning.metrics import MetricsWriter
 
 ROOT = Path(__file__).parents[2]
 
@@ -271,6 +273,34 @@ def test_init_writes_a_config_that_reads(tmp_path):
         init.write(tmp_path / "mine", "tiny")
     with pytest.raises(UserError, match="did you mean 'tiny'"):
         init.write(tmp_path / "other", "tyny")
+
+
+@pytest.mark.parametrize("tracker", ["wandb", "trackio"])
+def test_a_tracker_is_told_the_figures_of_every_step(tmp_path, monkeypatch, tracker):
+    (tmp_path / f"{tracker}.py").write_text(
+        "told = []\n"
+        "def init(**given): told.append(given)\n"
+        "def log(row, step): told.append((step, row))\n"
+        "def finish(): told.append('end')\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, tracker, raising=False)
+    monkeypatch.delenv("WANDB_PROJECT", raising=False)
+    assert config_file.load("tiny", [("tracker", tracker)]).tracker == tracker
+    with MetricsWriter(tmp_path / "mine", "npo", 0, tracker) as log:
+        log({"step": 1, "loss": 0.5})
+    assert sys.modules[tracker].told == [
+        {"project": "ema_jax", "name": "mine/npo.seed_0", "config": {"arm": "npo", "seed": 0}},
+        (1, {"train/loss": 0.5}),
+        "end",
+    ]
+    monkeypatch.delitem(sys.modules, tracker)
+
+
+def test_a_tracker_that_is_not_installed(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="tracker: trackio is not installed; pip install trackio"):
+        config_file.load("tiny", [("tracker", "trackio")])
 
 
 def test_a_study_is_described_and_compared_with_another(tmp_path):
