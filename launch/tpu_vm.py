@@ -307,9 +307,9 @@ def _kept_in(bucket: str, line: str) -> str:
         f"mkdir -p {local}; gcloud storage ls gs://{bucket.split('/')[2]} >/dev/null && "
         f"({fetch}) || {{ echo error: {bucket}: cannot be read; echo 2 >../run.exit; exit; }} "
         ">>../run.log 2>&1; "
-        f"(while sleep {SECONDS_BETWEEN_COPIES}; do {_rsync(local, bucket)}; done) "
-        f">../copies.log 2>&1 & {line}"
-        f"kill $!; {_rsync(local, bucket)} >>../copies.log 2>&1 || "
+        f"(trap 'kill $s; exit' TERM; while sleep {SECONDS_BETWEEN_COPIES} & s=$!; wait $s; "
+        f"do {_rsync(local, bucket)}; done) >../copies.log 2>&1 & copier=$!; {line}"
+        f"kill $copier; wait $copier; {_rsync(local, bucket)} >>../copies.log 2>&1 || "
         f"{{ echo error: results not copied to {bucket}, see copies.log >>../run.log; "
         "[ $code -ne 0 ] || code=2; }; "
     )

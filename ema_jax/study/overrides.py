@@ -45,7 +45,8 @@ def replace_field(values: dict[str, Any], field: str, text: str | None) -> None:
         )
     value = _parsed(text, hint, field)
     merged = isinstance(value, Mapping) and field not in ("arms", "cells", "grid")
-    inside[last] = {**inside.get(last, {}), **value} if merged else value
+    before = inside.get(last)
+    inside[last] = {**before, **value} if merged and isinstance(before, Mapping) else value
 
 
 def _defaults(name: str, path: str) -> dict[str, Any]:
@@ -64,16 +65,11 @@ def _inner(
         hints = typing.get_type_hints(hint, include_extras=True)
         if name in hints:
             return hints[name]
-        meant = closest(name, hints)
-        prefix = f"{path}." if path else ""
+        close, prefix = closest(name, hints), f"{path}." if path else ""
+        # The very name, but nested elsewhere, is a better guess than another name here.
         elsewhere = [known for known in _paths(StudyConfig) if known.split(".")[-1] == name]
-        if meant is None and elsewhere:
-            raise UserError(
-                f"--config.{field}: no such field; did you mean --config.{elsewhere[0]}?"
-            )
-        fix = (
-            f"did you mean --config.{prefix}{meant}?" if meant else f"there are: {', '.join(hints)}"
-        )
+        meant = [*elsewhere, *([prefix + close] if close else [])]
+        fix = f"did you mean --config.{meant[0]}?" if meant else f"there are: {', '.join(hints)}"
         raise UserError(f"--config.{field}: no field {name!r}; {fix}")
     if path in ("arms", "cells"):  # a mistyped name would be another one, with nothing said
         known = inside or _defaults(path, path)
