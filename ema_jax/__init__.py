@@ -7,7 +7,7 @@ used, so that `import ema_jax` is quick and touches no device.
 import importlib
 from typing import Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOME = {
     "Chat": "ema_jax.data.chat",

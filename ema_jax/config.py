@@ -8,8 +8,8 @@ validating constructor would refuse.
 """
 
 import dataclasses
-import difflib
 import functools
+import importlib.util
 import inspect
 import re
 import runpy
@@ -27,10 +27,11 @@ from ema_jax.concepts.capture import pooling
 from ema_jax.data import domains as domains_lib
 from ema_jax.data import prompts as prompts_lib
 from ema_jax.data.prompts import PromptConfig
-from ema_jax.errors import UserError
+from ema_jax.errors import UserError, did_you_mean
 from ema_jax.generation.sampler import GREEDY, Sampling
 from ema_jax.models import lora
 from ema_jax.refusal.judges import JUDGES
+from ema_jax.runtime.paths import local_path
 from ema_jax.unlearning.config import UnlearnConfig
 from ema_jax.unlearning.dose import DoseConfig
 from ema_jax.unlearning.objectives import FORGET, RETAIN
@@ -48,7 +49,7 @@ class ModelConfig:
 
     Attributes:
         source: a checkpoint folder, a GGUF file, `pip:PACKAGE` for the one in an installed package,
-            or a Hub id.
+            or a Hub id; by default the embedded Qwen2 model.
         revision: commit, tag or branch of a Hub id; the commit it names is recorded.
         dtype: of the base's weights; by default bfloat16 on accelerators, float32 on a CPU.
         system_prompt: text of a system message; none is added by default, also where the chat
@@ -57,7 +58,7 @@ class ModelConfig:
             it the tokens for it (`generation.max_new_tokens`). Thoughts are never judged.
     """
 
-    source: str = "ema_jax/organism/checkpoints/qwen2"
+    source: str = str(Path(__file__).parent / "organism/checkpoints/qwen2")
     revision: str | None = None
     dtype: Literal["float32", "bfloat16"] | None = None
     system_prompt: str | None = None
@@ -66,7 +67,12 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class GenerationConfig:
-    """Generation of responses: greedy, `batch_size` at once."""
+    """Generation of responses: greedy.
+
+    Attributes:
+        max_new_tokens: longest response.
+        batch_size: prompts that are answered at once.
+    """
 
     max_new_tokens: PositiveInt = 256
     batch_size: PositiveInt = 64
@@ -193,6 +199,7 @@ class StudyConfig:
         concepts: how concepts are measured.
         checkpoints: of a run in training.
         profile: steps of each run of which a trace is written, to `profile/`; 0 for none.
+        tracker: `wandb` or `trackio`, to send training figures there besides TensorBoard's files.
         mesh: devices along `(data, fsdp, tensor)`; -1 takes what is left.
         heartbeat_seconds: of several processes, one that is silent for as long ends them all.
         keep_text: keep model responses in artifacts and report; by default only their hashes.
@@ -221,6 +228,7 @@ class StudyConfig:
     concepts: ConceptConfig = ConceptConfig()
     checkpoints: CheckpointConfig = CheckpointConfig()
     profile: NonNegativeInt = 0
+    tracker: Literal["wandb", "trackio"] | None = None
     mesh: tuple[int, ...] = (1, 1, 1)
     heartbeat_seconds: PositiveInt = 60
     keep_text: bool = False
@@ -255,6 +263,19 @@ def beside(file: str, name: str) -> ConfigDict:
     return ConfigDict(runpy.run_path(str(Path(file).with_name(f"{name}.py")))["get_config"]())
 
 
+def shipped(name: str) -> ConfigDict:
+    """The config of that name that comes with the package, for a config file to change."""
+    return beside(str(shipped_paths()[name]), name)
+
+
+def shipped_paths() -> dict[str, Path]:
+    """Name → path of the configs that come with the package."""
+    # In a wheel they are inside the package, in a clone beside it.
+    package = Path(__file__).parent
+    folder = package / "configs" if (package / "configs").is_dir() else package.parent / "configs"
+    return {path.stem: path for path in sorted(folder.glob("[!_]*.py"))}
+
+
 def _as_config_dict(value: Any) -> ConfigDict:
     result = ConfigDict()
     for field in dataclasses.fields(value):
@@ -276,11 +297,27 @@ def read(config: Mapping[str, Any] | ConfigDict) -> StudyConfig:
         UserError: a field that does not exist, has the wrong type, or makes no sense.
     """
     plain = config.to_dict() if isinstance(config, ConfigDict) else dict(config)
-    study = _build(StudyConfig, plain, "")
+    study = _build(StudyConfig, _with_paths(plain, ""), "")
     _validate(study)
     for name in study.cells:
         cell(study, name)
     return study
+
+
+_PATHS = ("path", "preferred", "cache")  # a model's is read by `models.hub`
+
+
+def _with_paths(values: Mapping[str, Any], above: str) -> dict[str, Any]:
+    """The values, with `~` expanded in those that are paths; URLs are refused."""
+    changed = dict(values)
+    for name, value in values.items():
+        where = f"{above}{name}"
+        if isinstance(value, Mapping):
+            changed[name] = _with_paths(value, f"{where}.")
+        elif name in _PATHS and isinstance(value, str) and value:
+            path = local_path(value, f"config: {where}")
+            changed[name] = str(path) if value.startswith("~") else value
+    return changed
 
 
 def cell(study: StudyConfig, name: str) -> StudyConfig:
@@ -319,9 +356,8 @@ def _build(kind: Any, values: Mapping[str, Any], path: str) -> Any:
     for name, value in values.items():
         where = f"{path}.{name}" if path else name
         if name not in hints:
-            close = difflib.get_close_matches(name, hints, n=1)
-            fix = f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(hints)}"
-            raise UserError(f"config: unknown field {where!r}; {fix}")
+            fix = did_you_mean(str(name), hints) or f"; there are: {', '.join(hints)}"
+            raise UserError(f"config: unknown field {where!r}{fix}")
         hint = hints[name]
         if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
             built[name] = _build(hint, value, where)
@@ -362,7 +398,8 @@ def _message(where: str, error: Any) -> str:
     where = re.sub(r"^(arms\.\w+)\.", r"\1: ", where)
     if kind == "literal_error":
         choices = context["expected"].replace("'", "").replace(" or ", ", ")
-        return f"{where} {value!r} is none of {choices}"
+        meant = did_you_mean(str(value), choices.split(", "))
+        return f"{where} {value!r} is none of {choices}{meant}"
     limits = {name: f"{limit:.12g}" for name, limit in context.items()}
     bound = re.sub(r"\b0$", "zero", _BOUNDS[kind].format(**limits))
     return f"{where} = {value} is {bound}"
@@ -386,6 +423,10 @@ def _validate(study: StudyConfig) -> None:
             f"arms: {name!r} is not a name for an arm; use letters, digits and _ (base is taken)",
         )
         _validate_arm(name, study.arm(name), study)
+    _check(
+        study.tracker is None or importlib.util.find_spec(study.tracker) is not None,
+        f"tracker: {study.tracker} is not installed; pip install {study.tracker}, or leave it out",
+    )
     longer, usual = study.sensitivity.long_tokens, study.generation.max_new_tokens
     _check(
         longer == 0 or longer > usual,
@@ -429,7 +470,8 @@ _REGISTERED = {
 def _validate_arm(name: str, arm: UnlearnConfig, study: StudyConfig) -> None:
     for field, choices in _REGISTERED.items():
         value = getattr(arm, field)
-        _check(value in choices, f"arms.{name}: {field} {value!r} is none of {', '.join(choices)}")
+        known = f"{', '.join(choices)}{did_you_mean(value, choices)}"
+        _check(value in choices, f"arms.{name}: {field} {value!r} is none of {known}")
     unknown = [t for t in (*arm.lora.targets, *arm.modules) if t not in lora.TARGETS]
     _check(
         not unknown and bool(arm.lora.targets),
@@ -464,7 +506,8 @@ def _validate_arm(name: str, arm: UnlearnConfig, study: StudyConfig) -> None:
 
 
 def _check_judge(where: str, name: str, options: Mapping[str, Any]) -> None:
-    _check(name in JUDGES, f"judge {name!r} is none of: {', '.join(JUDGES)}")
+    known = f"{', '.join(JUDGES)}{did_you_mean(name, JUDGES)}"
+    _check(name in JUDGES, f"judge {name!r} is none of: {known}")
     try:
         inspect.signature(JUDGES[name]).bind(**options)
     except TypeError as error:

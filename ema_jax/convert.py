@@ -12,6 +12,7 @@ from pathlib import Path
 from absl import flags, logging
 
 from ema_jax.runtime import cli
+from ema_jax.runtime.paths import local_path
 
 _DTYPES = ["float32", "bfloat16", "float16"]
 
@@ -26,7 +27,7 @@ def define_flags() -> None:
     flags.DEFINE_string("revision", None, "Branch, tag or commit of a hub id.")
     flags.DEFINE_enum("dtype", None, _DTYPES, "Of the parameters; as stored by default.")
     flags.DEFINE_bool("overwrite", False, "Replace a checkpoint that is at --output.")
-    flags.mark_flags_as_required(["to", "source", "output"])
+    cli.require("to", "source", "output")
 
 
 def convert(
@@ -84,7 +85,7 @@ def main(argv: Sequence[str]) -> None:
     given = flags.FLAGS
     convert(
         given.source,
-        given.output,
+        str(local_path(given.output, "--output")),
         given.to,
         revision=given.revision,
         dtype=given.dtype,

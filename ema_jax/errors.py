@@ -1,5 +1,8 @@
 """The two ways in which a command ends other than well, and their exit codes."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class UserError(Exception):
     """Bad config, input or environment: exit code 2.
@@ -19,3 +22,21 @@ class RunStoppedError(Exception):
 
 class AskedToStopError(RunStoppedError):
     """A run that SIGTERM or Ctrl-C ended with its state kept: it is to be resumed."""
+
+
+def closest(word: str, known: Iterable[str]) -> str | None:
+    """The one of the known names that was probably meant: in other case, cut short, or mistyped."""
+    names = list(known)
+    lower = {name.lower(): name for name in reversed(names)}
+    typed = word.strip().lower()
+    starts = [name for name in names if name.lower().startswith(typed) and len(typed) > 1]
+    close = difflib.get_close_matches(typed, lower, n=1, cutoff=0.5)
+    if typed in lower or close:
+        return lower[typed] if typed in lower else lower[close[0]]
+    return starts[0] if len(starts) == 1 else None
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The end of a message that refuses a word: `; did you mean 'x'?`, or nothing."""
+    name = closest(word, known)
+    return f"; did you mean {name!r}?" if name else ""

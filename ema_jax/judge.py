@@ -30,6 +30,7 @@ from ema_jax.refusal import sheet
 from ema_jax.refusal.judges import JUDGES, PROMPT_JUDGES, get_judge
 from ema_jax.refusal.verdicts import LABELS, VERDICTS, Judge
 from ema_jax.runtime import cli, files
+from ema_jax.runtime.paths import local_path
 
 _FIELDS = {"prompt": str, "response": str, "finished": bool}
 _CACHING = "endpoint"
@@ -52,29 +53,38 @@ def main(argv: Sequence[str]) -> None:
     del argv
     options = flags.FLAGS
     if options.sample is not None:
-        _write_sheet(options.workdir, options.sample)
+        _write_sheet(_path("workdir"), options.sample)
         return
-    for name in ("input", "output"):
-        if options[name].value is None:
+    given, output = _path("input"), _path("output")
+    for name, path in (("input", given), ("output", output)):
+        if path is None:
             raise UserError(f"--{name} is required: give --{name}=VALUE")
-    if os.path.exists(options.output) and not options.overwrite:
-        raise UserError(f"{options.output}: exists already; pass --overwrite to replace it")
+    assert given is not None
+    assert output is not None
+    if os.path.exists(output) and not options.overwrite:
+        raise UserError(f"{output}: exists already; pass --overwrite to replace it")
     settings = parse_options(options.judge_options)
     if options.judge == _CACHING:
-        settings = {"cache": f"{options.output}.cache"} | settings
-        settings |= {"cache": options.cache} if options.cache else {}
+        settings = {"cache": f"{output}.cache"} | settings
+        settings |= {"cache": cache} if (cache := _path("cache")) else {}
     elif options.cache is not None:
         raise UserError(f"--cache: the {options.judge} judge keeps none; remove the flag")
-    rows = read_rows(options.input, needs_response=options.judge not in PROMPT_JUDGES)
-    files.check_writable(options.output)
+    rows = read_rows(given, needs_response=options.judge not in PROMPT_JUDGES)
+    files.check_writable(output)
     if settings.get("cache"):
-        _check_cache(str(settings["cache"]), options.output, options.input)
+        _check_cache(str(settings["cache"]), output, given)
     judge = get_judge(options.judge, **settings)
     judged = judge_rows(judge, rows)
-    files.write_jsonl(options.output, judged)
+    files.write_jsonl(output, judged)
     counts = Counter(row["verdict"] for row in judged)
     summary = ", ".join(f"{counts[v]} {v}" for v in VERDICTS)
-    logging.info("%s: %d rows, %s", options.output, len(judged), summary)
+    logging.info("%s: %d rows, %s", output, len(judged), summary)
+
+
+def _path(flag: str) -> str | None:
+    """The path that a flag holds, if it was given."""
+    given = flags.FLAGS[flag].value
+    return None if given is None else str(local_path(given, f"--{flag}"))
 
 
 def _check_cache(cache: str, *others: str) -> None:

@@ -2,13 +2,13 @@
 
 python -m ema_jax.lm_eval run --model=ema_jax --model_args=source=CHECKPOINT --tasks=hellaswag
 
-The arguments are those of lm_eval (`pip install ema_jax[eval]`); `--model_args` are the parameters
-of `Scorer.load` and `Scorer`, such as `adapter=FOLDER` for a PEFT adapter. As a library, `Scorer`
-serves the three request types of lm_eval, and `register` adds it to lm_eval's models. Contexts are
-scored verbatim, with the special tokens that lm_eval's own `hf` models give them: those that the
-tokenizer adds by default, and before an empty context or a rolling score the BOS token (the EOS
-token where there is none). `--apply_chat_template` renders them with the checkpoint's template, by
-default without a system turn and without thinking, as in a study.
+The arguments are those of lm_eval (`pip install -e '.[eval]'` in a clone); `--model_args` are the
+parameters of `Scorer.load` and `Scorer`, such as `adapter=FOLDER` for a PEFT adapter. As a library,
+`Scorer` serves the three request types of lm_eval, and `register` adds it to lm_eval's models.
+Contexts are scored verbatim, with the special tokens that lm_eval's own `hf` models give them:
+those that the tokenizer adds by default, and before an empty context or a rolling score the BOS
+token (the EOS token where there is none). `--apply_chat_template` renders them with the
+checkpoint's template, by default without a system turn and without thinking, as in a study.
 """
 
 import dataclasses
@@ -320,7 +320,7 @@ def register() -> type:
         from lm_eval.api.model import LM
         from lm_eval.api.registry import register_model
     except ImportError:
-        raise UserError("lm_eval is not installed; pip install 'ema_jax[eval]'") from None
+        raise UserError("lm_eval is not installed; pip install 'lm-eval>=0.4.9'") from None
 
     class Model(Scorer, LM):
         """`Scorer` with lm_eval's interface."""

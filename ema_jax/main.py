@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from absl import flags
 
 from ema_jax.runtime import cli
+from ema_jax.runtime.paths import local_path
 from ema_jax.study.flags import define_config_flag, read_config
 
 KEPT = (
@@ -12,14 +13,27 @@ KEPT = (
     "state); the same command resumes from there"
 )
 
+STAGES = (
+    "prompts",
+    "baseline",
+    "concepts",
+    "forecast",
+    "harvest",
+    "unlearn",
+    "evaluate",
+    "analyse",
+    "report",
+)
+"""Names of `ema_jax.study.pipeline.STAGES`, which is not imported before the flags are read."""
+
 
 def define_flags() -> None:
     """Declares the command's flags."""
     define_config_flag("The study: a Python file with get_config().")
     flags.DEFINE_string("workdir", None, "Folder of the study's artifacts.")
-    flags.DEFINE_list("stage", None, "Run only these stages, as in analyse,report.")
+    flags.DEFINE_list("stage", None, f"Run only these stages, of {', '.join(STAGES)}.")
     flags.DEFINE_bool("dry_run", False, "Validate everything and print the plan; run nothing.")
-    flags.mark_flags_as_required(["config", "workdir"])
+    cli.require("config", "workdir")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -30,11 +44,12 @@ def main(argv: Sequence[str]) -> None:
     from ema_jax.study import runner
 
     values = flags.FLAGS
+    workdir = local_path(values.workdir, "--workdir")
     study = read_config()
     if not values.dry_run:
         distributed.initialise(study.heartbeat_seconds)
         cli.keep_compiled_programs()
-    runner.run(study, values.workdir, only=values.stage, dry_run=values.dry_run)
+    runner.run(study, workdir, only=values.stage, dry_run=values.dry_run)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,29 @@
 """A study on a Cloud TPU slice, through queued resources.
 
-python launch/tpu_vm.py up     --name=ema --zone=us-west4-a --accelerator=v5litepod-16 --runtime=…
+python launch/tpu_vm.py up     --name=ema --zone=us-west4-a --accelerator=v5litepod-8 --runtime=…
 python launch/tpu_vm.py run    --name=ema -- python -m ema_jax.main --config=… --workdir=gs://…
 python launch/tpu_vm.py logs   --name=ema
 python launch/tpu_vm.py delete --name=ema
 
 `up` creates the slice, waits for it and installs the project. `run` starts the command on every
 worker and streams the first worker's log; after a preemption it creates the slice again and
-restarts the command, which resumes at its last stage or checkpoint. So `--workdir` has to outlive
-the slice. What was created is recorded in `.launch/`; nothing else is ever deleted. A Hugging Face
-token is named by its secret in Secret Manager (`--hf_token_secret`) and read on the workers.
+restarts the command, which resumes at its last stage or checkpoint. What was created is recorded in
+`.launch/`; nothing else is ever deleted. A Hugging Face token is named by its secret in Secret
+Manager (`--hf_token_secret`) and read on the workers.
+
+A study works in a folder, and the slice's disks vanish with it. So `--workdir` is one of two:
+
+- `gs://BUCKET/FOLDER`: the command gets a folder on the slice, which is filled from there before it
+  starts and copied back (`gcloud storage rsync`) every five minutes, at its end, and before
+  `delete`, which keeps the slice if that fails. For slices of one host.
+- a folder below `/mnt/ema`, where `up --nfs=HOST:/SHARE` mounts a share (Filestore, say) on every
+  worker. Slices of several hosts need one: all their processes read what the first one writes.
+
+At home: `gcloud storage rsync -r gs://BUCKET/FOLDER runs/mine`, then open the report.
 """
 
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -23,7 +34,15 @@ from typing import Any
 from common import NAME, PROJECT, ROOT, SECRET, ZONE, Parser, Shell, fail, matching
 
 RECORDS = Path(".launch")
+SHARE = Path("/mnt/ema")
+SECONDS_BETWEEN_COPIES = 300
 _GONE = ("SUSPENDING", "SUSPENDED", "FAILED", "DELETING")
+# A lock is its process's own; what is being written has another name until it is whole.
+_UNFINISHED = r"(^|.*/)\.(lock/|.*\.(tmp|old)(/|$)).*"
+_BUCKET = r"gs://[a-z0-9][-\w.]{1,61}[a-z0-9](/[\w./=+-]*)?"
+_NFS = r"[\w.-]+:/[\w./-]+"
+# Cores a host of the first kind, chips a host of the other; up to eight chips may be one host.
+_CORES_A_HOST, _CHIPS_A_HOST, _ONE_HOST = 8, 4, 8
 
 
 class Slice:
@@ -79,13 +98,20 @@ class Slice:
         self.shell.must(pack, "packing the project")
         copy = [*_gcloud("tpu-vm", "scp"), archive, f"{self.name}:{archive}", *self._where]
         self.shell.must([*copy, "--worker=all"], "copying the project")
+        if self.settings.get("nfs"):
+            mount = f"sudo mount -t nfs {self.settings['nfs']} {SHARE}"
+            self._everywhere(
+                f"mountpoint -q {SHARE} || (sudo apt-get install -qy nfs-common && "
+                f"sudo mkdir -p {SHARE} && {mount} && sudo chmod a+w {SHARE})",
+                "mounting the share",
+            )
         self._everywhere(
             f"mkdir -p ema_jax && tar -xzf {archive} -C ema_jax && "
             "python3 -m venv venv && venv/bin/pip install -q './ema_jax[tpu]'",
             "installing the project",
         )
 
-    def start(self, command: list[str]) -> None:
+    def start(self, command: list[str], bucket: str | None) -> None:
         """Starts the command on every worker in the background; log and exit code go to files."""
         secret = self.settings["hf_token_secret"]
         token = (
@@ -93,7 +119,10 @@ class Slice:
             if secret
             else ""
         )
-        line = f"({shlex.join(command)}) >../run.log 2>&1; echo $? >../run.exit"
+        line = f"({shlex.join(command)}) >../run.log 2>&1; code=$?; "
+        if bucket:
+            line = _kept_in(bucket, line)
+        line += "echo $code >../run.exit"
         self._everywhere(
             f"{token}export EMA_JAX_COORDINATOR=auto && . venv/bin/activate && cd ema_jax && "
             f"rm -f ../run.exit && nohup sh -c {shlex.quote(line)} >/dev/null 2>&1 &",
@@ -109,6 +138,26 @@ class Slice:
         code = self.shell.run(self._ssh(watch, worker="0"))
         # gcloud gives the command's own code, and 255 or 1 where the connection or VM is gone.
         return code if code == 0 or self.state() == "ACTIVE" else None
+
+    def copy_results(self) -> None:
+        """Copies what the slice's disk alone may hold to its bucket; keeps the slice if it cannot.
+
+        Of a slice that is gone there is nothing left to copy.
+        """
+        for bucket in self.settings.get("results", ()):
+            if self.state() in _GONE:
+                return
+            local = _local(bucket)
+            line = f"cd ema_jax && (test ! -d {local} || {_rsync(local, bucket)})"
+            what = f"copying the results to {bucket} (nothing was deleted; --discard gives them up)"
+            self.shell.must(self._ssh(line, worker="0"), what)
+
+    def keeps_in(self, bucket: str) -> None:
+        """Records a bucket's folder, to which results are copied before the slice is deleted."""
+        known = self.settings.get("results", [])
+        self.settings["results"] = [*known, *({bucket} - {*known})]
+        if not self.shell.dry_run:
+            _record(self.name).write_text(json.dumps(self.settings, indent=2) + "\n")
 
     def delete(self) -> None:
         """Deletes the queued resource with its node, and the record of it."""
@@ -135,6 +184,8 @@ def main() -> int:
     parser.add_argument("--accelerator", type=matching(r"v\d\w*-\d+", "v5litepod-16"))
     parser.add_argument("--runtime", type=matching(r"[\w.-]+", "v2-alpha-tpuv5-lite"))
     parser.add_argument("--spot", action="store_true", help="may be preempted; cheaper")
+    parser.add_argument("--nfs", type=matching(_NFS, "10.0.0.2:/share"), help="see above")
+    parser.add_argument("--discard", action="store_true", help="delete without a copy of results")
     parser.add_argument("--hf_token_secret", type=matching(SECRET, "hf-token"))
     parser.add_argument("--restarts", type=int, default=10, help="after preemptions, with run")
     parser.add_argument("--timeout", type=float, default=24 * 3600.0, help="waiting, seconds")
@@ -150,13 +201,16 @@ def main() -> int:
             return _up(options, shell)
         known = Slice(_settings(options), shell)
         if options.action == "delete":
+            if not options.discard:
+                known.copy_results()
             known.delete()
             return 0
         if options.action == "logs":
             return known.follow() or 0
         if not command:
             fail("run: no command: give it after --, as in -- python -m ema_jax.main --config=…")
-        return _run(known, command, options)
+        command, bucket = _with_workdir(known, command)
+        return _run(known, command, bucket, options)
     except FileNotFoundError as error:
         fail(f"{error.filename}: not installed here; see cloud.google.com/sdk/docs/install")
 
@@ -169,7 +223,7 @@ def _up(options: Any, shell: Shell) -> int:
         for field in wanted:
             if getattr(options, field) is None:
                 fail(f"up: --{field} is required")
-        fields = ("name", *wanted, "project", "spot", "hf_token_secret")
+        fields = ("name", *wanted, "project", "spot", "nfs", "hf_token_secret")
         made = Slice({field: getattr(options, field) for field in fields}, shell)
         made.create()
     made.wait(options.timeout, options.poll)
@@ -177,9 +231,9 @@ def _up(options: Any, shell: Shell) -> int:
     return 0
 
 
-def _run(known: Slice, command: list[str], options: Any) -> int:
+def _run(known: Slice, command: list[str], bucket: str | None, options: Any) -> int:
     for attempt in range(options.restarts + 1):
-        known.start(command)
+        known.start(command, bucket)
         code = known.follow()
         if code is not None:
             return code
@@ -193,6 +247,72 @@ def _run(known: Slice, command: list[str], options: Any) -> int:
         known.wait(options.timeout, options.poll)
         known.install()
     fail(f"{known.name}: preempted {options.restarts + 1} times; run again to resume")
+
+
+def _with_workdir(known: Slice, command: list[str]) -> tuple[list[str], str | None]:
+    """The command with a `--workdir` that is a folder there, and the bucket's that it stands for.
+
+    A `--workdir` whose files would vanish with the slice ends the launcher.
+    """
+    flags = [i for i, word in enumerate(command) if word.partition("=")[0] == "--workdir"]
+    for i in flags:
+        name, equals, given = command[i].partition("=")
+        if not equals:
+            fail("run: write --workdir=FOLDER, with =")
+        if re.fullmatch(_BUCKET, given):
+            hosts = _hosts(known.settings["accelerator"])
+            if hosts > 1:
+                fail(
+                    f"run: {given}: the slice's {hosts} hosts need one folder that all of them "
+                    f"see: `up --nfs=HOST:/SHARE`, then --workdir={SHARE}/…"
+                )
+            bucket = given.rstrip("/")
+            known.keeps_in(bucket)
+            return [*command[:i], f"{name}={_local(bucket)}", *command[i + 1 :]], bucket
+        if not known.settings.get("nfs") or not Path(given).is_relative_to(SHARE):
+            fail(
+                f"run: --workdir={given}: would vanish with the slice; name gs://BUCKET/FOLDER, or "
+                f"a folder below {SHARE} (`up --nfs=HOST:/SHARE`)"
+            )
+    return command, None
+
+
+def _hosts(accelerator: str) -> int:
+    """Hosts of a slice, by its type: v5e and v6e count chips, the others cores."""
+    kind, _, size = accelerator.partition("-")
+    if kind.startswith(("v5lite", "v5e", "v6e")):
+        return 1 if int(size) <= _ONE_HOST else -(-int(size) // _CHIPS_A_HOST)
+    return -(-int(size) // _CORES_A_HOST)
+
+
+def _local(bucket: str) -> str:
+    """The folder on the slice that stands for a bucket's, from where commands run."""
+    return "../results/" + bucket.removeprefix("gs://")
+
+
+def _rsync(source: str, target: str) -> str:
+    return f"gcloud storage rsync -r --exclude={shlex.quote(_UNFINISHED)} {source} {target}"
+
+
+def _kept_in(bucket: str, line: str) -> str:
+    """A shell line that gets the results so far, copies them back every now and then, and at last.
+
+    It ends before the command starts if what there is cannot be fetched: the command would begin
+    anew, and its first copy overwrite what there is.
+    """
+    local = _local(bucket)
+    # A bucket's folder without a file is no error: there is nothing yet to resume from.
+    fetch = f"! gcloud storage ls {bucket}/** >/dev/null || {_rsync(bucket, local)}"
+    return (
+        f"mkdir -p {local}; gcloud storage ls gs://{bucket.split('/')[2]} >/dev/null && "
+        f"({fetch}) || {{ echo error: {bucket}: cannot be read; echo 2 >../run.exit; exit; }} "
+        ">>../run.log 2>&1; "
+        f"(trap 'kill $s; exit' TERM; while sleep {SECONDS_BETWEEN_COPIES} & s=$!; wait $s; "
+        f"do {_rsync(local, bucket)}; done) >../copies.log 2>&1 & copier=$!; {line}"
+        f"kill $copier; wait $copier; {_rsync(local, bucket)} >>../copies.log 2>&1 || "
+        f"{{ echo error: results not copied to {bucket}, see copies.log >>../run.log; "
+        "[ $code -ne 0 ] || code=2; }; "
+    )
 
 
 def _settings(options: Any) -> dict[str, Any]:

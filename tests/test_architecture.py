@@ -18,12 +18,12 @@ MAY_IMPORT = {
     "unlearning": {"refusal", "generation", "models", "data", "runtime"},
     "report": {"runtime"},
     "organism": {"unlearning", "refusal", "models", "data", "runtime"},
-    "config": {"concepts", "refusal", "unlearning", "generation", "models", "data"},
+    "config": {"concepts", "refusal", "unlearning", "generation", "models", "data", "runtime"},
 }
 EVERYTHING_BELOW = {*MAY_IMPORT}
 MAY_IMPORT["study"] = EVERYTHING_BELOW - {"organism"}
 MAY_IMPORT["sweep"] = MAY_IMPORT["compile_check"] = {*EVERYTHING_BELOW, "study"}
-COMMANDS = {"main", "convert", "judge", "lm_eval"}
+COMMANDS = {"__main__", "main", "convert", "judge", "lm_eval", "init", "reproduce"}
 MAY_IMPORT |= {command: {*MAY_IMPORT} for command in COMMANDS}
 
 

@@ -17,7 +17,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("prompt_tokens", 128, "Length of a rendered prompt.", lower_bound=1)
     flags.DEFINE_bool("sweep", False, "Try meshes and batch sizes; print a table, best first.")
     flags.DEFINE_list("programs", ["train", "capture", "decode"], "What to compile.")
-    flags.mark_flags_as_required(["config", "topology"])
+    cli.require("config", "topology")
 
 
 def main(argv: Sequence[str]) -> None:

@@ -76,7 +76,7 @@ def find(name: str) -> Topology:
             f"with a chip of: {', '.join(TPUS)}"
         )
     if importlib.util.find_spec("libtpu") is None:
-        raise UserError("--topology: libtpu is not installed; pip install 'ema_jax[tpu]'")
+        raise UserError("--topology: libtpu is not installed; pip install libtpu")
     from jax.experimental import topologies
 
     try:

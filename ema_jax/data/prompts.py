@@ -25,7 +25,7 @@ from ema_jax.data.local import parse_record, read_local
 from ema_jax.data.similarity import NEAR, clusters
 from ema_jax.data.sources import SOURCES, Loader, is_published, load_rows
 from ema_jax.data.splits import common_lengths, draw, fewest
-from ema_jax.errors import UserError
+from ema_jax.errors import UserError, did_you_mean
 from ema_jax.runtime.files import read_jsonl, sha256_text, write_jsonl
 
 DEFAULT_COUNTS = {"harvest": 128, "retain": 64, "dev": 32, "eval": 300, "concept": 128}
@@ -171,10 +171,8 @@ def validate(config: PromptConfig, domains: Sequence[str], target: str) -> None:
     if repeated:
         raise UserError(f"domains: {repeated[0]!r} is given twice; name each domain once")
     if target not in domains:
-        raise UserError(
-            f"target: {target!r} is not one of the domains ({', '.join(domains)})"
-            f"{_meant(target, domains)}"
-        )
+        known = f"({', '.join(domains)}){did_you_mean(target, domains)}"
+        raise UserError(f"target: {target!r} is not one of the domains {known}")
     for domain in domains:
         if not re.fullmatch(r"[\w.-]+", domain):
             raise UserError(
@@ -185,7 +183,8 @@ def validate(config: PromptConfig, domains: Sequence[str], target: str) -> None:
     known = (*SOURCES, *OWN_SOURCES)
     for name, value in (("source", config.source), ("benign_source", config.benign_source)):
         if value not in (known if name == "source" else SOURCES):
-            raise UserError(f"prompts.{name}: unknown source {value!r}; use {', '.join(known)}")
+            meant = f"{', '.join(known)}{did_you_mean(value, known)}"
+            raise UserError(f"prompts.{name}: unknown source {value!r}; use {meant}")
     alike = config.lookalike_source
     own = alike == config.source == "organism"  # it has some of its own
     if alike is not None and not own and BENIGN not in getattr(SOURCES.get(alike), "used", ()):

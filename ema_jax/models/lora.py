@@ -28,9 +28,14 @@ _PEFT_PREFIX = "base_model.model."
 
 @dataclasses.dataclass(frozen=True)
 class LoRAConfig:
-    """Shape of the adapters, scaled by `alpha / rank`, or by `alpha / √rank` with `rslora`.
+    """Shape of the adapters.
 
-    `dropout` is the share of an adapter's inputs that a training pass sets to zero.
+    Attributes:
+        rank: inner width of the low-rank product.
+        alpha: numerator of the product's factor, `alpha / rank`.
+        rslora: divide by `√rank` instead.
+        targets: the projections that get adapters.
+        dropout: share of an adapter's inputs that a training pass sets to zero.
     """
 
     rank: PositiveInt = 16

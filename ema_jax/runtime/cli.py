@@ -2,10 +2,12 @@
 
 import contextlib
 import errno
+import functools
 import glob
 import os
 import re
 import sys
+import textwrap
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from logging import WARNING, Formatter, LogRecord
@@ -21,8 +23,6 @@ from ema_jax.runtime.files import FULL_DISK
 _PACKAGE = str(Path(__file__).parents[1]) + os.sep
 # Its threads log with a traceback what this project reports in one line.
 _ORBAX = f"{os.sep}orbax{os.sep}"
-_MISSING_FLAG = re.compile(r"flag --(\S+)=None: Flag --\1 must have a value other than None\.")
-_TRACEBACK = "Traceback (most recent call last):"
 # Chips up to v4, and later ones (as any device that is passed through).
 _TPU_DEVICES = ("/dev/accel*", "/dev/vfio/[0-9]*")
 # Of the system's errors those that are faults of the environment: a missing file is a bug here, as
@@ -43,6 +43,7 @@ def run(
     main: Callable[[Sequence[str]], int | None],
     *,
     kept: str = "what it was writing is not there; the same command starts again",
+    positional: bool = False,
 ) -> NoReturn:
     """Runs a command's `main` under absl and exits with the project's codes.
 
@@ -52,15 +53,17 @@ def run(
     traceback. Logs go to stderr as `HH:MM:SS message`.
 
     Args:
-        main: takes the leftover arguments (always only the program's name, as anything that is not
-            a flag is refused) and returns an exit code or None.
+        main: takes the program's name and the arguments that are no flags, and returns an exit code
+            or None.
         kept: what is left of a command that was asked to stop, and how to resume.
+        positional: whether the command takes arguments that are no flags; by default they are
+            refused.
     """
     # XLA's C++ log would print its own banner before the project's first line.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     quiet_libtpu()
     with exit_codes(kept):
-        app.run(main, flags_parser=_parse_flags)
+        app.run(main, flags_parser=functools.partial(_parse_flags, positional=positional))
     sys.exit(0)
 
 
@@ -160,31 +163,111 @@ def _worth_showing(record: LogRecord) -> bool:
     return own or warning or logging.get_verbosity() > logging.INFO
 
 
-def _parse_flags(argv: Sequence[str]) -> list[str]:
+def require(*names: str) -> None:
+    """Makes flags required: a command ends in one line without them."""
+    _required.extend(names)
+
+
+def explain(more: Callable[[], str]) -> None:
+    """Adds a paragraph to the command's help, made when it is asked for."""
+    _explanations.append(more)
+
+
+def fields_of(flag: str) -> list[tuple[str, str | None]]:
+    """`--FLAG.FIELD=VALUE` of the command line, in order; None for a bare `--FLAG.FIELD`."""
+    return [(field, value) for name, field, value in _fields if name == flag]
+
+
+_required: list[str] = []
+_explanations: list[Callable[[], str]] = []
+_fields: list[tuple[str, str, str | None]] = []
+_FIELD = re.compile(r"--?(no)?(\w+)\.([\w.-]+)(?:=(.*))?", re.S)
+
+
+def _parse_flags(argv: Sequence[str], *, positional: bool) -> list[str]:
     log_to_stderr()
+    if any(argument in ("--help", "-help", "-h") for argument in argv[1:]):
+        print(_help())
+        sys.exit(0)
     try:
-        rest = flags.FLAGS(argv)
-    except SystemExit:  # --help and similar flags, for which absl exits 1
+        rest = flags.FLAGS(_without_fields(argv))
+    except SystemExit:  # --helpfull and similar flags, for which absl exits 1
         sys.exit(0)
     except flags.Error as error:
-        message = _MISSING_FLAG.sub(r"--\1 is required: give --\1=VALUE", str(error))
-        if _TRACEBACK in message:
-            # A config file's own error comes with its traceback: the last line is the message.
-            before, _, trace = message.partition(_TRACEBACK)
-            message = f"{before.rstrip()} {trace.strip().splitlines()[-1]}"
-        raise UserError(f"{message} (--help lists the flags)") from None
-    except UserError:
-        raise
-    except AttributeError as error:
-        # What ml_collections raises for --config.FIELD=… of a field that is not there.
-        words = " ".join(str(error).replace("\\n", " ").replace("\\'", "'").strip("'\"").split())
-        raise UserError(f"--config: unknown field {words}") from None
-    except Exception as error:
-        # A config file is read while flags are parsed, and may raise whatever it likes.
-        raise UserError(f"flags: {type(error).__name__}: {error}") from error
-    if len(rest) > 1:
-        raise UserError(f"unexpected argument {rest[1]!r}: flags are written --name=value")
+        raise UserError(f"{error} (--help lists the flags)") from None
+    if len(rest) > 1 and not positional:
+        raise UserError(_unexpected(rest[1]))
+    for flag in _own_flags():
+        _check_given(flag)
     return rest
+
+
+def _without_fields(argv: Sequence[str]) -> list[str]:
+    """The arguments without those of the form `--FLAG.FIELD`, which are kept for `fields_of`."""
+    _fields.clear()
+    rest, left = [], list(argv)
+    while left:
+        argument = left.pop(0)
+        if argument == "--":
+            return [*rest, argument, *left]
+        found = _FIELD.fullmatch(argument)
+        if found is None or found[2] not in flags.FLAGS:
+            rest.append(argument)
+            continue
+        no, flag, field, value = found.groups()
+        if no:
+            value = "false"
+        elif value is None and left and not left[0].startswith("--"):
+            value = left.pop(0)
+        _fields.append((flag, field, value))
+    return rest
+
+
+def _own_flags() -> list[flags.Flag]:
+    """The command's flags, without absl's."""
+    modules = flags.FLAGS.flags_by_module_dict().items()
+    return [flag for name, found in modules if not name.startswith("absl") for flag in found]
+
+
+def _check_given(flag: flags.Flag) -> None:
+    """Refuses a required flag that is not there, and one that is given without a value."""
+    value = flag.value
+    texts = value if isinstance(value, list) else [value]
+    if value is None and flag.name in _required:
+        raise UserError(f"--{flag.name} is required: give --{flag.name}=VALUE (--help lists more)")
+    if flag.present and flag.default is None and not any(str(text).strip() for text in texts):
+        fix = "" if flag.name in _required else " or leave it out"
+        raise UserError(f"--{flag.name} is empty: give --{flag.name}=VALUE{fix}")
+
+
+def _unexpected(argument: str) -> str:
+    """The line for an argument that is no flag; what it looks like, it was probably meant for."""
+    given = flags.FLAGS
+    meant = "name=value"
+    if "config" in given and given["config"].value is None:
+        meant = f"config={argument}"
+    elif "workdir" in given and given["workdir"].value is None:
+        meant = f"workdir={argument}"
+    elif argument.partition("=")[0] in given:
+        meant = argument
+    elif argument.startswith("config."):
+        meant = argument if "=" in argument else f"{argument}=VALUE"
+    return f"unexpected argument {argument!r}: flags are written --name=value; write --{meant}"
+
+
+def _help() -> str:
+    """What the command does, its flags, and what `explain` was given."""
+    program = getattr(sys.modules["__main__"], "__doc__", None) or ""
+    lines = [program.strip(), "", "Flags:"]
+    for flag in _own_flags():
+        boolean = flag.boolean
+        default = "" if flag.value in (None, False, []) else f"; default {flag.default_as_str}"
+        needed = " (required)" if flag.name in _required else ""
+        lines.append(f"  --{flag.name}{'' if boolean else '=…'}{needed}")
+        lines += textwrap.wrap(
+            f"{flag.help}{default}", 96, initial_indent=" " * 8, subsequent_indent=" " * 8
+        )
+    return "\n".join([*lines, *("\n" + more() for more in _explanations)])
 
 
 def exit_with(kind: str, message: object, code: int) -> NoReturn:

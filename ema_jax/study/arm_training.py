@@ -46,7 +46,8 @@ def train_arm(
     study = session.config
     config = arm_settings(study, artifacts, run.arm)
     checkpoints = _checkpoints(session, artifacts, context, run)
-    with MetricsWriter(artifacts.root, run.arm, run.seed) as metrics, checkpoints:
+    writer = MetricsWriter(artifacts.root, run.arm, run.seed, study.tracker)
+    with writer as metrics, checkpoints:
         try:
             return train(
                 session,

@@ -1,15 +1,14 @@
-"""The flag `--config` of every command that takes a study.
+"""The flag `--config` of every command that takes a study, and `--config.FIELD=VALUE`.
 
-Apart from `ema_jax.config`, which imports JAX: a mistyped flag should not wait for it.
+Apart from `config_file`, which imports JAX: a mistyped flag should not wait for it.
 """
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from absl import flags
-from ml_collections import config_flags
 
-from ema_jax.errors import UserError
+from ema_jax.runtime import cli
+from ema_jax.study import field_help
 
 if TYPE_CHECKING:
     from ema_jax.config import StudyConfig
@@ -17,19 +16,18 @@ if TYPE_CHECKING:
 
 def define_config_flag(meaning: str) -> None:
     """Declares `--config=FILE`, and with it `--config.FIELD=VALUE` for every field."""
-    config_flags.DEFINE_config_file("config", None, meaning)
+    flags.DEFINE_string(
+        "config", None, f"{meaning} A path, or a shipped one by its name, as in --config=tiny."
+    )
+    cli.explain(field_help.text)
 
 
 def read_config() -> "StudyConfig":
-    """The study that `--config` describes.
+    """The study that `--config` describes, with the fields that other flags replace.
 
     Raises:
-        UserError: no such file, or what `config.read` finds wrong.
+        UserError: no such file, one that is not a config, or what `config.read` finds wrong.
     """
-    from ema_jax.config import read
+    from ema_jax.study import config_file
 
-    # What follows a colon is handed to get_config: --config=configs/tiny_advisor.py:mistral.
-    path = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")[0]
-    if not Path(path).is_file():
-        raise UserError(f"--config: {path}: no such file; see configs/ for the ones there are")
-    return read(flags.FLAGS.config)
+    return config_file.load(flags.FLAGS.config, cli.fields_of("config"))

@@ -21,9 +21,10 @@ from ema_jax.models.hub import ModelSource
 from ema_jax.models.sharding import AXES
 from ema_jax.refusal import sheet
 from ema_jax.refusal.verdicts import RULES_VERSION
-from ema_jax.study import checks, results, stage_bodies
+from ema_jax.study import checks, reproduction, results, stage_bodies
 from ema_jax.study.artifacts import Artifacts, Run, runs_of
 from ema_jax.study.session import ModelSession
+from ema_jax.study.watching import Watch
 from ema_jax.study.workdir import StageContext, Workdir
 from ema_jax.unlearning.trainer import check_arm
 
@@ -191,6 +192,31 @@ AFTER_RUNS = tuple(name for name in NAMES if name not in (*SHARED, "dose", *OF_R
 """Stages that compute from what was measured, and ask no model."""
 
 
+def names(config: StudyConfig) -> list[str]:
+    """Names of all instances of a study's stages, in order."""
+    return [instance.name for instance in _instances(STAGES, config)]
+
+
+def _instances(stages: Sequence[Stage], config: StudyConfig) -> Iterator[Instance]:
+    """Every stage in order; those of runs follow one another run by run."""
+
+    def kind(stage: Stage) -> tuple[bool, bool]:
+        return stage.of_doses, stage.of_runs
+
+    for _, some in itertools.groupby(stages, key=kind):
+        several = list(some)
+        for run in _runs_of(several[0], config):
+            yield from (Instance(stage, run) for stage in several)
+
+
+def _runs_of(stage: Stage, config: StudyConfig) -> Sequence[Run | None]:
+    """The runs that a stage has an instance for; None for one of the study."""
+    runs = runs_of(config)
+    if stage.of_doses:
+        return [r for r in runs if r.seed == config.seeds[0] and config.searches_dose(r.arm)]
+    return runs if stage.of_runs else [None]
+
+
 def _serves(instance: Instance, run: Run) -> bool:
     """Whether an instance is of the study, of this run or, where it is a dose's, of its arm."""
     stage, own = instance
@@ -214,21 +240,7 @@ class Study:
 
     def instances(self) -> Iterator[Instance]:
         """Every stage in order; those of runs follow one another run by run."""
-
-        def kind(stage: Stage) -> tuple[bool, bool]:
-            return stage.of_doses, stage.of_runs
-
-        for _, stages in itertools.groupby(self._stages, key=kind):
-            several = list(stages)
-            for run in self._runs_of(several[0]):
-                yield from (Instance(stage, run) for stage in several)
-
-    def _runs_of(self, stage: Stage) -> Sequence[Run | None]:
-        """The runs that a stage has an instance for; None for one of the study."""
-        if stage.of_doses:
-            seed = self.config.seeds[0]
-            return [r for r in self.runs if r.seed == seed and self.config.searches_dose(r.arm)]
-        return self.runs if stage.of_runs else [None]
+        return _instances(self._stages, self.config)
 
     def settings(self) -> dict[str, Settings]:
         """Instance → settings that tell this study from another."""
@@ -303,8 +315,8 @@ class Study:
             return [prompt for split in self.artifacts.prompts.read().values() for prompt in split]
         return self.session.prompts if known_offline(self.config.prompts) else None
 
-    def run(self) -> None:
-        """Runs what is wanted and not yet done, in order."""
+    def run(self) -> bool:
+        """Runs what is wanted and not yet done, in order; returns whether anything was."""
         self.workdir.check(self.settings())
         self.check()
         if self.token_files_unrecorded:
@@ -315,13 +327,30 @@ class Study:
                 self.workdir.path,
                 ", ".join(self.token_files_unrecorded),
             )
-        for instance in self.instances():
-            # What the first rules judged is complete: only its figures may be made again.
-            closed = self.judged_by_first_rules and instance.stage.name not in AFTER_RUNS
-            if not closed and self.workdir.wanted(instance.name):
-                settings = self._settings(instance)
-                work = functools.partial(self._work, instance)
-                self.workdir.run(instance.name, settings, self._needs(instance), work)
+        # What the first rules judged is complete: only its figures may be made again.
+        names = AFTER_RUNS if self.judged_by_first_rules else NAMES
+        wanted = [
+            each
+            for each in self.instances()
+            if each.stage.name in names and self.workdir.wanted(each.name)
+        ]
+        watch = Watch(self.config, self.artifacts, [(each.stage.name, each.run) for each in wanted])
+        times = []
+        for instance in wanted:
+            shown = instance.stage.name, instance.run
+            seconds = self.workdir.run(
+                instance.name,
+                self._settings(instance),
+                self._needs(instance),
+                functools.partial(self._work, instance),
+                functools.partial(watch.begin, *shown),
+            )
+            watch.end(*shown, seconds)
+            times.append(seconds)
+        ran = any(seconds is not None for seconds in times)
+        if ran and self.workdir.manifest("analyse") and self.artifacts.results.path.exists():
+            reproduction.write(self.config, self.workdir)
+        return ran
 
     def _work(self, instance: Instance, context: StageContext) -> Iterable[Path]:
         return instance.stage.run(self.session, self.artifacts, context, *instance.arguments)

@@ -10,12 +10,13 @@ from absl import logging
 from ema_jax import config as config_lib
 from ema_jax.config import ModelConfig, StudyConfig
 from ema_jax.data.prompts import build_prompts, known_offline
-from ema_jax.errors import UserError
+from ema_jax.errors import UserError, did_you_mean
 from ema_jax.models.hub import ModelSource
 from ema_jax.report import write_replication_report
 from ema_jax.runtime import distributed, files
+from ema_jax.runtime.compilation import watch_compilation
 from ema_jax.runtime.leases import locked
-from ema_jax.study import checks
+from ema_jax.study import checks, plan, watching
 from ema_jax.study.pipeline import NAMES, Study
 from ema_jax.study.replication import summarise, unfinished
 from ema_jax.study.session import find_model
@@ -40,7 +41,8 @@ def run(
     """
     unknown = [name for name in only or () if name not in NAMES]
     if unknown:
-        raise UserError(f"--stage: {unknown[0]!r} is none of {', '.join(NAMES)}")
+        known = f"{', '.join(NAMES)}{did_you_mean(unknown[0], NAMES)}"
+        raise UserError(f"--stage: {unknown[0]!r} is none of {known}")
     if only is not None and "report" in only:
         only = [*only, "analyse"]  # what the page shows; made again only where something changed
     if config.grid:
@@ -69,11 +71,15 @@ def run(
         return
     for study in studies.values():  # all of them, before the first one takes hours
         study.check()
+    watch_compilation()
     with locked(root):
         for name in list(studies):
             if name:
                 logging.info("cell %s", name)
-            studies.pop(name).run()  # it holds its model as long as it lives
+            study = studies.pop(name)
+            ran, artifacts = study.run(), study.artifacts
+            del study  # it holds its model as long as it lives
+            watching.close(artifacts, ran=ran)
         if config.cells and (only is None or "report" in only):
             _write_replication(root, cells)
 
@@ -96,21 +102,7 @@ def _dry_run(
         elif known_offline(cell.prompts):
             build_prompts(cell.prompts, cell.domains, cell.target)
     for name, cell in cells.items():
-        source = sources[cell.model]
-        where = (
-            f"{source.folder}, revision {source.revision or 'none'}"
-            if source
-            else "a Hub id, not in the local cache; it is checked when it is downloaded"
-        )
-        print(f"study {name or 'of'} {cell.model.source} ({where})")
-        print(f"  target {cell.target}, domains {', '.join(cell.domains)}")
-        print(f"  prompts from {cell.prompts.source}, judged by {cell.judge}")
-        for model in away.get(name, ()):
-            print(f"  judging model {model}, not in the local cache; checked when downloaded")
-        print(f"  arms {', '.join(cell.arms)}, seeds {', '.join(map(str, cell.seeds))}")
-        if name in studies:
-            for stage, done in studies[name].plan():
-                print(f"  {'done' if done else 'to do':5}  {stage}")
+        print(plan.text(name, cell, sources[cell.model], studies.get(name), away.get(name, ())))
 
 
 def _write_replication(root: Path, cells: Mapping[str, StudyConfig]) -> None:

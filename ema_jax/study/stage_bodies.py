@@ -331,7 +331,6 @@ def report(session: ModelSession, artifacts: Artifacts, context: StageContext) -
         samples,
     )
     distributed.first_only(write, "report")
-    logging.info("report: %s", artifacts.report / "index.html")
     return [artifacts.report, artifacts.figures]
 
 

@@ -97,7 +97,8 @@ class Workdir:
         settings: Mapping[str, Any],
         inputs: Iterable[str],
         function: Callable[[StageContext], Iterable[Path]],
-    ) -> None:
+        begin: Callable[[], None] | None = None,
+    ) -> float | None:
         """Runs a stage unless it is done.
 
         Args:
@@ -105,6 +106,10 @@ class Workdir:
             settings: everything of the config that it depends on, as JSON.
             inputs: the stages that it reads from.
             function: does the work and returns the files or folders that it wrote.
+            begin: called when the work starts; by default the stage's name is logged.
+
+        Returns:
+            Seconds that the work took; None where it was done before.
 
         Raises:
             UserError: an input was never made and `--stage` leaves it out, or a file of an input
@@ -126,13 +131,16 @@ class Workdir:
             there = all((self.path / name).exists() for name in manifest["outputs"])
             if manifest["inputs"] == hashes and there:
                 self._verify(stage, manifest)
-                return
+                return None
         if distributed.stop_requested():
             raise AskedToStopError(
                 f"{self.path}: asked to stop (SIGTERM or Ctrl-C) before the stage {stage}; the "
                 "stages before it are kept, and the same command resumes from there"
             )
-        logging.info("%s", stage)
+        if begin is None:
+            logging.info("%s", stage)
+        else:
+            begin()
         if manifest is not None:  # an older record is not of the files that are written now
             distributed.barrier(stage)  # every process has read it
             if distributed.is_first():
@@ -144,6 +152,7 @@ class Workdir:
         for path in function(StageContext(settings, hashes, partial)):
             files = _files(path) if path.is_dir() else [path]
             outputs |= {str(p.relative_to(self.path)): sha256_file(p) for p in files}
+        seconds = round(time.monotonic() - start, 3)
         write_json(
             self.manifest_path(stage),
             {
@@ -153,12 +162,13 @@ class Workdir:
                 "outputs": outputs,
                 "stamps": {name: stamp(self.path / name) for name in outputs},
                 "hash": sha256_json([settings, hashes, outputs]),
-                "wall_seconds": round(time.monotonic() - start, 3),
+                "wall_seconds": seconds,
             },
         )
         if distributed.is_first():
             shutil.rmtree(unfinished, ignore_errors=True)
         _release_memory()
+        return seconds
 
 
 def manifests(folder: Path) -> list[Manifest]:

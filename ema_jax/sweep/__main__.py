@@ -10,6 +10,7 @@ from absl import flags
 
 from ema_jax.errors import UserError
 from ema_jax.runtime import cli
+from ema_jax.runtime.paths import local_path
 from ema_jax.study.flags import define_config_flag, read_config
 
 KEPT = "the finished cells are kept; the same command resumes from there"
@@ -24,7 +25,7 @@ def define_flags() -> None:
         "expiry_seconds", 120, "A silent worker's cell is given to another.", lower_bound=1
     )
     flags.DEFINE_bool("dry_run", False, "Validate everything and list the cells; run nothing.")
-    flags.mark_flags_as_required(["config", "workdir"])
+    cli.require("config", "workdir")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -33,7 +34,8 @@ def main(argv: Sequence[str]) -> None:
     from ema_jax.sweep.worker import StudyGrid
 
     values = flags.FLAGS
-    grid = StudyGrid(read_config(), values.workdir, download=not values.dry_run)
+    workdir = local_path(values.workdir, "--workdir")
+    grid = StudyGrid(read_config(), workdir, download=not values.dry_run)
     if values.cell is not None and values.cell >= len(grid.cells):
         raise UserError(f"--cell: {values.cell}: there are {len(grid.cells)}, counted from 0")
     if values.dry_run:

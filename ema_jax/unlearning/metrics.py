@@ -1,5 +1,10 @@
-"""Training metrics: `metrics/ARM.seed_K.jsonl` and TensorBoard events, a row a step; traces."""
+"""Training metrics: `metrics/ARM.seed_K.jsonl` and TensorBoard events, a row a step; traces.
 
+Weights & Biases and trackio get the same figures on request, and nothing else: no prompt, no
+response, no path.
+"""
+
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,14 +23,23 @@ class MetricsWriter:
     Call it with a row (`step` and figures). A run resumed from a checkpoint repeats steps that were
     written before it was killed: its first row replaces that step's and all later ones, here and in
     TensorBoard.
+
+    Args:
+        workdir: the study's folder.
+        arm: the run's arm.
+        seed: the run's seed.
+        tracker: `wandb` or `trackio`, which are told of every row too; None for neither. Where they
+            send it, and as whom, is set as their own pages say (`WANDB_MODE`, `WANDB_PROJECT`, …).
     """
 
-    def __init__(self, workdir: Path, arm: str, seed: int):
+    def __init__(self, workdir: Path, arm: str, seed: int, tracker: str | None = None):
         self.path = workdir / f"metrics/{arm}.seed_{seed}.jsonl"
         self._run = {"arm": arm, "seed": seed}
         self._events = workdir / f"tensorboard/{arm}.seed_{seed}"
         self._log: AppendLog | None = None
         self._board: Any = None
+        self._tracker, self._study = tracker, workdir.resolve().name
+        self._tracked: Any = None
 
     def __call__(self, row: Mapping[str, Any]) -> None:
         """Adds the figures of one step."""
@@ -36,6 +50,9 @@ class MetricsWriter:
         for name, value in row.items():
             if name != "step":
                 self._board.add_scalar(f"train/{name}", value, row["step"])
+        if self._tracked is not None:
+            shown = {f"train/{name}": value for name, value in row.items() if name != "step"}
+            self._tracked.log(shown, step=row["step"])
 
     def _open(self, step: int) -> AppendLog:
         from tensorboardX import SummaryWriter
@@ -49,6 +66,8 @@ class MetricsWriter:
         self._board = SummaryWriter(
             str(self._events), purge_step=step if before else None, write_to_disk=first
         )
+        if first and self._tracker is not None:
+            self._tracked = _start(self._tracker, self._study, self._run)
         return AppendLog(self.path)
 
     def __enter__(self) -> "MetricsWriter":
@@ -57,6 +76,24 @@ class MetricsWriter:
     def __exit__(self, *exception: object) -> None:
         if self._log is not None:
             self._board.close()
+        if self._tracked is not None:
+            self._tracked.finish()
+
+
+def _start(tracker: str, study: str, run: Mapping[str, Any]) -> Any:
+    """Starts a run of a tracker; returns its module, which takes `log` and `finish`."""
+    module: Any
+    if tracker == "wandb":
+        import wandb
+
+        module = wandb
+    else:
+        import trackio
+
+        module = trackio
+    name = f"{study}/{run['arm']}.seed_{run['seed']}"
+    module.init(project=os.environ.get("WANDB_PROJECT", "ema_jax"), name=name, config=dict(run))
+    return module
 
 
 class Profile:

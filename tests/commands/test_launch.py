@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -15,7 +16,8 @@ import yaml
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "launch"
 RUN = ["--", "python", "-m", "ema_jax.main", "--config=configs/tiny.py", "--workdir=gs://b/run"]
-UP = ["--zone=us-west4-a", "--accelerator=v5litepod-16", "--runtime=v2-alpha-tpuv5-lite"]
+UP = ["--zone=us-west4-a", "--accelerator=v5litepod-8", "--runtime=v2-alpha-tpuv5-lite"]
+POD = [UP[0], "--accelerator=v5litepod-16", UP[2]]
 
 # Notes how it was called, and does what the next line of its script says: an exit code and output.
 FAKE = """#!{python}
@@ -96,7 +98,7 @@ def test_a_slice_is_created_waited_for_installed_run_and_deleted(cloud):
     assert tpu(cloud, "up", "--name=ema", *UP, "--spot").returncode == 0
     assert cloud.verbs() == ["create", "describe", "describe", "describe", "scp", "ssh"]
     create = cloud.calls[0]
-    assert {"--zone=us-west4-a", "--spot", "--accelerator-type=v5litepod-16"} <= set(create)
+    assert {"--zone=us-west4-a", "--spot", "--accelerator-type=v5litepod-8"} <= set(create)
     # Only `run` needs the rest again: the note of the slice has it.
     cloud.rules(describe=[(0, "ACTIVE")], tail=[(3, "of the study")])
     done = tpu(cloud, "run", "--name=ema", *RUN)
@@ -104,9 +106,18 @@ def test_a_slice_is_created_waited_for_installed_run_and_deleted(cloud):
     start, follow = cloud.calls[-3:-1]
     assert "--worker=all" in start
     assert "--worker=0" in follow
-    assert "ema_jax.main --config=configs/tiny.py" in start[-1]
+    assert "ema_jax.main --config=configs/tiny.py --workdir=../results/b/run" in start[-1]
+    # From the bucket before the command, back to it while it runs and after it.
+    copies = re.findall(r"rsync \S+ \S+ (\S+) (\S+)", start[-1].replace("'\"'\"'", ""))
+    there, back = ("gs://b/run", "../results/b/run"), ("../results/b/run", "gs://b/run")
+    assert [tuple(x.strip(";)") for x in copy) for copy in copies] == [there, back, back]
+    # A slice whose results cannot be copied stays.
+    cloud.rules(describe=[(0, "ACTIVE")], rsync=[(1, "denied")])
+    assert refused(tpu(cloud, "delete", "--name=ema"), "copying the results to gs://b/run")
+    assert "delete" not in cloud.verbs()
+    cloud.rules(describe=[(0, "ACTIVE")])
     assert tpu(cloud, "delete", "--name=ema").returncode == 0
-    assert cloud.verbs()[-1] == "delete"
+    assert cloud.verbs()[-2:] == ["ssh", "delete"]
     assert not (cloud.folder / ".launch/ema.json").exists()
 
 
@@ -121,6 +132,83 @@ def test_a_preempted_slice_is_made_anew_and_the_command_started_again(cloud):
     verbs = [call[4] for call in cloud.calls[before:] if call[0] == "gcloud"]
     again = ["delete", "create", "describe", "scp", "ssh"]
     assert verbs == ["ssh", "ssh", "describe", *again, "ssh", "ssh"]
+
+
+def test_results_that_are_given_up_or_gone_are_not_copied(cloud):
+    for state, flags in (("ACTIVE", ["--discard"]), ("SUSPENDED", [])):
+        cloud.rules(describe=[(0, "ACTIVE")])
+        assert tpu(cloud, "up", "--name=ema", *UP).returncode == 0
+        assert tpu(cloud, "run", "--name=ema", *RUN).returncode == 0
+        cloud.rules(describe=[(0, state)], rsync=[(1, "denied")])
+        assert tpu(cloud, "delete", "--name=ema", *flags).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("created", "workdir", "said"),
+    [
+        (UP, "runs/x", "would vanish with the slice"),
+        (UP, "/mnt/ema/x", "would vanish with the slice"),
+        (UP, "s3://b/x", "would vanish with the slice"),
+        (UP, "gs:/b/x", "would vanish with the slice"),
+        (UP, "gs://b/x; rm -rf ~", "would vanish with the slice"),
+        (POD, "gs://b/x", "4 hosts need one folder"),
+        ([*POD, "--nfs=10.0.0.2:/share"], "runs/x", "would vanish with the slice"),
+        ([*POD, "--nfs=10.0.0.2:/share"], "/mnt/ema/x", None),
+        ([UP[0], "--accelerator=v4-8", UP[2]], "gs://b/x", None),
+        ([UP[0], "--accelerator=v4-16", UP[2]], "gs://b/x", "2 hosts need one folder"),
+    ],
+)
+def test_a_workdir_outlives_the_slice(cloud, created, workdir, said):
+    cloud.rules(describe=[(0, "ACTIVE")])
+    assert tpu(cloud, "up", "--name=ema", *created).returncode == 0
+    mounts = [call for call in cloud.calls if "sudo mount -t nfs 10.0.0.2:/share" in call[-1]]
+    assert len(mounts) == any("--nfs" in flag for flag in created)
+    done = tpu(cloud, "run", "--name=ema", "--", "python", f"--workdir={workdir}")
+    if said is None:
+        assert done.returncode == 0, done.stderr
+    else:
+        assert refused(done, said)
+        assert not any("nohup" in call[-1] for call in cloud.calls)
+
+
+def test_the_line_that_keeps_results_runs_in_a_shell(cloud):
+    """With a folder in place of the bucket, and a `gcloud` that copies."""
+    sys.path.insert(0, str(LAUNCH))
+    try:
+        import tpu_vm
+    finally:
+        sys.path.remove(str(LAUNCH))
+    home, store = cloud.folder / "home", cloud.folder / "store"
+    (home / "ema_jax").mkdir(parents=True)
+    (store / "b/run").mkdir(parents=True)
+    (store / "b/run/first").write_text("1")
+    fake = cloud.bin / "gcloud"
+    fake.write_text(
+        "#!/bin/bash\n"
+        f'at() {{ echo "${{1/gs:\\/\\//{store}/}}"; }}\n'
+        '[ "$2" = ls ] && { ls $(at "${3%/\\*\\*}"); exit; }\n'
+        'cp -r $(at "$5")/. $(at "$6")\n'
+    )
+
+    def run(command: str) -> tuple[str, str]:
+        line = tpu_vm._kept_in("gs://b/run", f"({command}) >../run.log 2>&1; code=$?; ")
+        subprocess.run(
+            ["sh", "-c", f"{line}echo $code >../run.exit"],
+            cwd=home / "ema_jax",
+            env=os.environ | {"PATH": f"{cloud.bin}:/usr/bin:/bin"},
+            check=False,
+            timeout=30,
+        )
+        return (home / "run.exit").read_text().strip(), (home / "run.log").read_text()
+
+    code, _ = run("cat ../results/b/run/first >../results/b/run/second; exit 3")
+    assert (code, (store / "b/run/second").read_text()) == ("3", "1")
+    (store / "b").rename(store / "away")  # a bucket that is not there
+    (home / "run.log").unlink()
+    code, log = run("echo started")
+    assert code == "2"
+    assert "cannot be read" in log
+    assert "started" not in log
 
 
 def test_restarts_are_bounded(cloud):
