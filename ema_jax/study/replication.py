@@ -16,6 +16,7 @@ from ema_jax.study.results import off_target, plain_arm
 from ema_jax.study.schema import (
     Arm,
     ByDomain,
+    Claim,
     Replication,
     ReplicationCell,
     ReplicationRow,
@@ -29,11 +30,24 @@ Changes = Mapping[str, float | None]  # domain → share of prompts
 
 def summarise(root: Path, cells: Mapping[str, StudyConfig]) -> Replication:
     """`replication.json`: a row per cell and arm, and the decisions on R1 to R5 and validity."""
+    return _summary(
+        {
+            name: (cell, Artifacts(root / "cells" / name).results.read())
+            for name, cell in cells.items()
+        }
+    )
+
+
+def study_claims(config: StudyConfig, results: Results) -> dict[str, Claim]:
+    """R1 to R5 and validity for one study by itself, as for a replication of one cell."""
+    return _summary({"": (config, results)})["claims"]
+
+
+def _summary(cells: Mapping[str, tuple[StudyConfig, Results]]) -> Replication:
     described: list[ReplicationCell] = []
     rows: list[ReplicationRow] = []
     scored: dict[str, list[tuple[Mapping[str, float], list[Changes]]]] = {}
-    for name, cell in cells.items():
-        results: Results = Artifacts(root / "cells" / name).results.read()
+    for name, (cell, results) in cells.items():
         arm, made = plain_arm(cell), results["forecast"]
         drops, rises = (_by_seed(results, arm, key) for key in ("drop", "compliance_rise"))
         described.append(

@@ -377,6 +377,21 @@ class Provenance(TypedDict):
     hashes: dict[str, str]
     devices: str
     wall_seconds: dict[str, float]
+    settings: NotRequired[dict[str, Any]]
+    """Every field of the config, the arms with what they share filled in."""
+    judging: NotRequired[dict[str, Any]]
+    command: NotRequired[str | None]
+    commit: NotRequired[str | None]
+    date: NotRequired[str]
+
+
+class Claim(TypedDict):
+    """The decision on one claim; None: cannot be decided."""
+
+    holds: bool | None
+    evidence: list[str]
+    by: NotRequired[dict[str, bool | None]]  # refusal, compliance
+    statement: NotRequired[str]
 
 
 class Results(ConceptChanges):
@@ -402,16 +417,8 @@ class Results(ConceptChanges):
     labels: NotRequired[Labels]
     corrected: NotRequired[dict[str, dict[str, CorrectedShare]]]
     warnings: NotRequired[list[str]]
+    claims: NotRequired[dict[str, Claim]]
     provenance: Provenance
-
-
-class Claim(TypedDict):
-    """The decision on one claim; None: cannot be decided."""
-
-    holds: bool | None
-    evidence: list[str]
-    by: NotRequired[dict[str, bool | None]]  # refusal, compliance
-    statement: NotRequired[str]
 
 
 class ReplicationCell(TypedDict):
