@@ -17,8 +17,8 @@ CAPTIONS = {
     "trajectory": (
         "Refusal rate over optimiser steps, one panel per domain",
         "Refusal on the development prompts during training; each line is a seed, small "
-        "marks are measurements, the large one is where it stopped. Invalid responses must stay near zero, the target's included, for the "
-        "rest to count.",
+        "marks are measurements, the large one is where it stopped. Invalid responses must stay "
+        "near zero, the target's included, for the rest to count.",
     ),
     "ema": (
         "Off-target drop in refusal and rise in compliance per domain and arm, 95 % intervals",
