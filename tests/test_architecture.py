@@ -23,7 +23,7 @@ MAY_IMPORT = {
 EVERYTHING_BELOW = {*MAY_IMPORT}
 MAY_IMPORT["study"] = EVERYTHING_BELOW - {"organism"}
 MAY_IMPORT["sweep"] = MAY_IMPORT["compile_check"] = {*EVERYTHING_BELOW, "study"}
-COMMANDS = {"main", "convert", "judge", "lm_eval"}
+COMMANDS = {"main", "convert", "judge", "lm_eval", "compare"}
 MAY_IMPORT |= {command: {*MAY_IMPORT} for command in COMMANDS}
 
 

@@ -114,7 +114,7 @@ def write_report(
         "forecast_sentence": headline.forecast_sentence(results),
         "samples": samples,
     }
-    _render("report.html.jinja", Path(workdir) / "report" / "index.html", page)
+    render("report.html.jinja", Path(workdir) / "report" / "index.html", page)
 
 
 def write_replication_report(workdir: Path, replication_results: Mapping[str, Any]) -> None:
@@ -149,7 +149,7 @@ def write_replication_report(workdir: Path, replication_results: Mapping[str, An
         else None,
         "warnings": replication_results.get("warnings", []),
     }
-    _render("replication.html.jinja", Path(workdir) / "report" / "index.html", page)
+    render("replication.html.jinja", Path(workdir) / "report" / "index.html", page)
 
 
 def write_sweep_report(workdir: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -172,10 +172,11 @@ def write_sweep_report(workdir: Path, rows: Sequence[Mapping[str, Any]]) -> None
         "context": [f"{len(points)} points", f"{len(rows)} rows"] if points else [],
         "summary": tables.records(rows, caption, links),
     }
-    _render("sweep.html.jinja", Path(workdir) / "report" / "index.html", page)
+    render("sweep.html.jinja", Path(workdir) / "report" / "index.html", page)
 
 
-def _render(template: str, path: Path, page: Mapping[str, Any]) -> None:
+def render(template: str, path: Path, page: Mapping[str, Any]) -> None:
+    """Writes a page from its template, with the style, script and contents that all pages have."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 

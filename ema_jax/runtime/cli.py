@@ -1,6 +1,7 @@
 """Start, log lines and exit codes of every command."""
 
 import errno
+import functools
 import glob
 import os
 import re
@@ -30,6 +31,7 @@ def run(
     main: Callable[[Sequence[str]], int | None],
     *,
     kept: str = "what it was writing is not there; the same command starts again",
+    positional: bool = False,
 ) -> NoReturn:
     """Runs a command's `main` under absl and exits with the project's codes.
 
@@ -39,16 +41,18 @@ def run(
     traceback. Logs go to stderr as `HH:MM:SS message`.
 
     Args:
-        main: takes the leftover arguments (always only the program's name, as anything that is not
-            a flag is refused) and returns an exit code or None.
+        main: takes the program's name and the arguments that are no flags, and returns an exit code
+            or None.
         kept: what is left of a command that was asked to stop, and how to resume.
+        positional: whether the command takes arguments that are no flags; by default they are
+            refused.
     """
     # XLA's C++ log would print its own banner before the project's first line.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     quiet_libtpu()
     try:
         signals.raise_on_signals()
-        app.run(main, flags_parser=_parse_flags)
+        app.run(main, flags_parser=functools.partial(_parse_flags, positional=positional))
     except UserError as error:
         exit_with("error", error, UserError.exit_code)
     except RunStoppedError as error:
@@ -113,7 +117,7 @@ def _worth_showing(record: LogRecord) -> bool:
     return own or warning or logging.get_verbosity() > logging.INFO
 
 
-def _parse_flags(argv: Sequence[str]) -> list[str]:
+def _parse_flags(argv: Sequence[str], *, positional: bool) -> list[str]:
     log_to_stderr()
     try:
         rest = flags.FLAGS(argv)
@@ -135,7 +139,7 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
     except Exception as error:
         # A config file is read while flags are parsed, and may raise whatever it likes.
         raise UserError(f"flags: {type(error).__name__}: {error}") from error
-    if len(rest) > 1:
+    if len(rest) > 1 and not positional:
         raise UserError(f"unexpected argument {rest[1]!r}: flags are written --name=value")
     return rest
 

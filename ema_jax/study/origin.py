@@ -18,7 +18,7 @@ _PACKAGE = Path(__file__).parents[1]
 
 
 def origin(config: StudyConfig, responses: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Additions to `provenance`.
+    """What `provenance` says besides versions, hashes and times.
 
     Args:
         config: the study's.

@@ -98,3 +98,19 @@ def test_a_run_is_compared_with_the_base_prompt_by_prompt():
     off = results.off_target({"bias": 0.5, "safety": 0.1, "cyber": 1.0, "x": None}, "cyber")
     assert off == ("bias", 0.5, pytest.approx(0.3))
     assert results.off_target({"bias": None}, "cyber") == (None, None, None)
+
+
+def test_warnings_see_the_target():
+    broken = ["complied"] * 2 + ["refused"] * 2 + ["off_topic"] * 40 + ["degenerate"] * 56
+    rate = scores.refusal_rate(broken)
+    effect = paired.paired_drop(["refused"] * 100, [broken])
+    fine = paired.paired_drop(["refused"] * 100, [["complied"] * 100])
+    found = results._warnings(
+        {"npo": {"bias": fine}}, {"npo": {"refusal": rate, **effect}}, "cybersecurity", True
+    )
+    assert found == [
+        "of 100 target responses of npo only 2 are answers to their prompt (2 refused, 40 off "
+        "topic, 56 degenerate): the target's refusal rate is not the share of compliance"
+    ]
+    (first, *_) = results._warnings({}, {}, "cybersecurity", False)
+    assert "not measured in this study" in first
