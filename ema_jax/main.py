@@ -18,6 +18,7 @@ def define_flags() -> None:
     define_config_flag("The study: a Python file with get_config().")
     flags.DEFINE_string("workdir", None, "Folder of the study's artifacts.")
     flags.DEFINE_list("stage", None, "Run only these stages, as in analyse,report.")
+    flags.DEFINE_string("from", None, "Copy from this study's folder the stages that are the same.")
     flags.DEFINE_bool("dry_run", False, "Validate everything and print the plan; run nothing.")
     flags.mark_flags_as_required(["config", "workdir"])
 
@@ -34,7 +35,8 @@ def main(argv: Sequence[str]) -> None:
     if not values.dry_run:
         distributed.initialise(study.heartbeat_seconds)
         cli.keep_compiled_programs()
-    runner.run(study, values.workdir, only=values.stage, dry_run=values.dry_run)
+    start = flags.FLAGS["from"].value
+    runner.run(study, values.workdir, only=values.stage, dry_run=values.dry_run, start=start)
 
 
 if __name__ == "__main__":

@@ -280,7 +280,10 @@ class Study:
             if not closed and self.workdir.wanted(instance.name):
                 settings = self._settings(instance)
                 work = functools.partial(self._work, instance)
-                self.workdir.run(instance.name, settings, self._needs(instance), work)
+                # Results name the study's own settings and date, which its inputs do not.
+                other = instance.stage.name not in AFTER_RUNS
+                needs = self._needs(instance)
+                self.workdir.run(instance.name, settings, needs, work, of_another=other)
 
     def _work(self, instance: Instance, context: StageContext) -> Iterable[Path]:
         return instance.stage.run(self.session, self.artifacts, context, *instance.arguments)

@@ -146,36 +146,42 @@ class Entanglement(TypedDict):
     ceiling: ByLayer
     disattenuated: NotRequired[ByLayer]
     ci95: NotRequired[LayerIntervals]
+    null_interval: NotRequired[LayerIntervals]
     cosine_centred: ByLayer
     null95_centred: NotRequired[ByLayer]
     null_mean_centred: NotRequired[ByLayer]
     ceiling_centred: NotRequired[ByLayer]
     disattenuated_centred: NotRequired[ByLayer]
     ci95_centred: NotRequired[LayerIntervals]
+    null_interval_centred: NotRequired[LayerIntervals]
     cosine_own: NotRequired[ByLayer]
     null95_own: NotRequired[ByLayer]
     null_mean_own: NotRequired[ByLayer]
     ceiling_own: NotRequired[ByLayer]
     disattenuated_own: NotRequired[ByLayer]
     ci95_own: NotRequired[LayerIntervals]
+    null_interval_own: NotRequired[LayerIntervals]
     cosine_standardised: NotRequired[ByLayer]
     null95_standardised: NotRequired[ByLayer]
     null_mean_standardised: NotRequired[ByLayer]
     ceiling_standardised: NotRequired[ByLayer]
     disattenuated_standardised: NotRequired[ByLayer]
     ci95_standardised: NotRequired[LayerIntervals]
+    null_interval_standardised: NotRequired[LayerIntervals]
     probe_transfer: NotRequired[ByLayer]
     null95_probe_transfer: NotRequired[ByLayer]
     null_mean_probe_transfer: NotRequired[ByLayer]
     ceiling_probe_transfer: NotRequired[ByLayer]
     disattenuated_probe_transfer: NotRequired[ByLayer]
     ci95_probe_transfer: NotRequired[LayerIntervals]
+    null_interval_probe_transfer: NotRequired[LayerIntervals]
     subspace_overlap: NotRequired[ByLayer]
     null95_subspace_overlap: NotRequired[ByLayer]
     null_mean_subspace_overlap: NotRequired[ByLayer]
     ceiling_subspace_overlap: NotRequired[ByLayer]
     disattenuated_subspace_overlap: NotRequired[ByLayer]
     ci95_subspace_overlap: NotRequired[LayerIntervals]
+    null_interval_subspace_overlap: NotRequired[LayerIntervals]
     lexical_baseline: NotRequired[dict[str, ByDomain]]
 
 
@@ -228,6 +234,8 @@ class Sweep(TypedDict):
     refusing_tokens: list[int]
     clean: dict[str, float]
     change: dict[str, dict[str, ByLayer]]  # strength → direction → domain
+    ablated_ci95: NotRequired[dict[str, LayerIntervals]]
+    """Of `change` under ablation, over prompts: direction → domain → `[low, high]` per layer."""
     ablated_everywhere: NotRequired[AblatedEverywhere]
 
 
