@@ -193,11 +193,9 @@ class Workdir:
                     "file, or leave out --from"
                 )
         logging.info("%s: copied from %s", stage, self._start.path)
-        if distributed.is_first():
-            for name, file in files.items():
-                with atomic_path(self.path / name) as temporary:
-                    shutil.copyfile(file, temporary)
-        distributed.barrier(f"{stage} copied")
+        for name, file in files.items():
+            with atomic_path(self.path / name) as temporary:
+                shutil.copyfile(file, temporary)
         stamps = {name: stamp(self.path / name) for name in files}
         write_json(self.manifest_path(stage), found | {"stamps": stamps})
         return True
