@@ -325,7 +325,8 @@ def forecast(results: Mapping[str, Any], arm: str) -> "Figure | None":
     figure = drawing.blank(3.6)
     grid = GridSpec(1, 2, figure, width_ratios=(1.5, 1))
     axes = figure.add_subplot(grid[0, 0] if by_layer else grid[0, :])
-    axes.axhline(0, color=INK, linewidth=0.7)
+    if min(measured[d]["ci95"][0] for d in domains) < 0.1:  # else zero would squeeze them together
+        axes.axhline(0, color=INK, linewidth=0.7)
     for domain in domains:
         entry, x = measured[domain], score[domain]
         low, high = entry["ci95"]

@@ -38,12 +38,14 @@ def heat_map(
         title: np.array([[np.nan if x is None else x for x in row] for row in rows.values()], float)
         for title, rows in panels.items()
     }
-    # A column without a value in any panel, as of layer 0 under a last-token pooling, is left out.
-    empty = np.all([np.isnan(a).all(axis=0) for a in arrays.values()], axis=0)
-    skipped = int(np.argmin(empty)) if not empty.all() else 0
-    arrays = {title: a[:, skipped:] for title, a in arrays.items()}
     low, high = _range(np.concatenate([a[~np.isnan(a)] for a in arrays.values()]))
     limit = max(-low, high)
+    # Columns without a value in any panel, or with nothing but zeros, are left out at the start:
+    # layer 0 of the last token, which is the same in all prompts.
+    sizes = [np.nan_to_num(np.abs(a)).max(axis=0) for a in arrays.values()]
+    empty = np.max(sizes, axis=0) <= 1e-3 * limit
+    skipped = int(np.argmin(empty)) if not empty.all() else 0
+    arrays = {title: a[:, skipped:] for title, a in arrays.items()}
     heights = [len(rows) for rows in panels.values()]
     figure = blank(0.32 * sum(heights) + 0.5 * len(panels) + 0.5)
     grid = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
