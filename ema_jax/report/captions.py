@@ -28,13 +28,13 @@ CAPTIONS = {
     ),
     "entanglement_centred": (
         "centred cosine of each domain's concept with {target}, by layer",
-        "Entanglement with {target}, centred cosine: read the line against the grey null band, not "
+        "Entanglement with {target}, centred cosine: read the line against the null (grey), not "
         "against 0, since centring on the domains' mean puts unrelated domains a little below 0."
         + _EARLY,
     ),
     "entanglement": (
         "raw cosine of each domain's concept with {target}, by layer",
-        "Entanglement with {target}, raw cosine: read the line against the grey null band, not "
+        "Entanglement with {target}, raw cosine: read the line against the null (grey), not "
         "against 0, since a contrast set shared by both concepts lifts unrelated domains to about "
         "0.5." + _EARLY,
     ),

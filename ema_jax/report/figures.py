@@ -42,7 +42,7 @@ def refusal(results: Mapping[str, Any]) -> "Figure | None":
     Narrow, as it stands beside the findings on the first screen and is read on a phone.
     """
     domains, look = ordered_domains(results), arm_look(results)
-    height = 0.2 * len(domains) * max(len(look), 2) + 1.2
+    height = 0.18 * len(domains) * max(len(look), 2) + 1.1
     figure = drawing.blank(height, drawing.NARROW_INCHES)
     axes = figure.subplots()
     for arm, y in drawing.rows(axes, [titled(d, results) for d in domains], look):

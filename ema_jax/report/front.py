@@ -38,6 +38,8 @@ class Verdict(NamedTuple):
     word: str
     kind: str  # yes, no or open: how the page colours it
     by: str
+    only: str  # the measure by which alone it holds
+    rule: str
     evidence: tuple[str, ...]
 
 
@@ -130,7 +132,7 @@ def _contained(results: Mapping[str, Any]) -> Figure | None:
         if entry.get("target_damaged"):
             note += ", damaged: no containment"
         return Figure(
-            "Of that, taken back by retain data",
+            "Lost refusals taken back by retain data",
             percent(entry["recovered"]),
             interval(entry["ci95"], percent),
             note,
@@ -162,6 +164,7 @@ def verdicts(claims: Mapping[str, Any]) -> list[Verdict]:
         claim = claims.get(name, {})
         holds = claim.get("holds")
         by = [f"by {measure}: {_WORDS[x]}" for measure, x in claim.get("by", {}).items()]
+        alone = [measure for measure, x in claim.get("by", {}).items() if x]
         made.append(
             Verdict(
                 name,
@@ -170,6 +173,8 @@ def verdicts(claims: Mapping[str, Any]) -> list[Verdict]:
                 _WORDS[holds],
                 {True: "yes", False: "no", None: "open"}[holds],
                 "; ".join(by),
+                alone[0] if len(alone) == 1 and holds is False else "",
+                claim.get("rule", ""),
                 tuple(claim.get("evidence", ())),
             )
         )

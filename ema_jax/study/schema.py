@@ -400,6 +400,8 @@ class Claim(TypedDict):
     evidence: list[str]
     by: NotRequired[dict[str, bool | None]]  # refusal, compliance
     statement: NotRequired[str]
+    rule: NotRequired[str]
+    """When it holds, by each measure."""
 
 
 class Results(ConceptChanges):
