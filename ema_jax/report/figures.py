@@ -206,20 +206,19 @@ def _similarity(
 ) -> None:
     """One domain's curve with its interval, null and ceiling."""
     colour = COLOURS[1]
+    null: dict[str, Any] = {"color": INK, "alpha": 0.12, "linewidth": 0}
+    band: dict[str, Any] = {"color": colour, "alpha": 0.2, "linewidth": 0}
+    line: dict[str, Any] = {"color": INK, "linewidth": 1}
     if found["null_interval"]:
         low, high = (_gaps([x and x[i] for x in found["null_interval"]]) for i in (0, 1))
-        null = {"color": INK, "alpha": 0.12, "linewidth": 0}
         axes.fill_between(layers, low, high, **null, label="permutation null, central 95 %")
     elif found["null95"]:
         # Results of before have its upper end alone.
-        line = {"linestyle": ":", "color": INK, "linewidth": 1}
-        axes.plot(layers, _gaps(found["null95"]), **line, label="null, 95th percentile")
+        axes.plot(layers, _gaps(found["null95"]), ":", **line, label="null, 95th percentile")
     if found["ceiling"]:
-        line = {"linestyle": "--", "color": INK, "linewidth": 1}
-        axes.plot(layers, _gaps(found["ceiling"]), **line, label="split-half ceiling")
+        axes.plot(layers, _gaps(found["ceiling"]), "--", **line, label="split-half ceiling")
     if found["ci95"]:
         low, high = (_gaps([x and x[i] for x in found["ci95"]]) for i in (0, 1))
-        band = {"color": colour, "alpha": 0.2, "linewidth": 0}
         axes.fill_between(layers, low, high, **band, label="95 % interval")
     axes.plot(layers, _gaps(found["cosine"]), color=colour, linewidth=1.8, label="observed")
     known = [i for i, x in enumerate(found["cosine"]) if x is not None]

@@ -194,7 +194,7 @@ def render(template: str, path: Path, page: Mapping[str, Any]) -> None:
     )
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     own = {"style": style, "script": script, "script_hash": f"sha256-{digest}"}
-    text = environment.get_template(template).render(page | own)
+    text = environment.get_template(template).render({**page, **own})
     write_text(path, _with_contents(text))
 
 
