@@ -166,7 +166,10 @@ def write_sweep_report(workdir: Path, rows: Sequence[Mapping[str, Any]]) -> None
         for point, path in reports.items()
         if (Path(workdir) / path).exists()
     }
-    caption = "Means over seeds; refusal rates in per cent, drops in points."
+    caption = (
+        "Means over seeds, in brackets Student's 95 % interval over them where there are two or "
+        "more; refusal rates in per cent, drops and rises in points."
+    )
     page = {
         "title": "A sweep of refusal unlearning",
         "context": [f"{len(points)} points", f"{len(rows)} rows"] if points else [],
