@@ -23,7 +23,6 @@ WIDTHS = {"desktop": 1280, "phone": 390}
 def pages(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pages")
     results = example_results()
-    results["claims"] = example_replication()["claims"]
     results["provenance"]["settings"] = origin.settings(StudyConfig())
     samples = [{"arm": "npo", "prompt": "p", "response": "<img src=x onerror=alert(1)>"}]
     write_report(folder / "study", results, example_trajectories(), samples)
