@@ -19,6 +19,7 @@ STAGES = (
     "concepts",
     "forecast",
     "harvest",
+    "dose",
     "unlearn",
     "evaluate",
     "analyse",
@@ -32,6 +33,7 @@ def define_flags() -> None:
     define_config_flag("The study: a Python file with get_config().")
     flags.DEFINE_string("workdir", None, "Folder of the study's artifacts.")
     flags.DEFINE_list("stage", None, f"Run only these stages, of {', '.join(STAGES)}.")
+    flags.DEFINE_string("from", None, "Copy from this study's folder the stages that are the same.")
     flags.DEFINE_bool("dry_run", False, "Validate everything and print the plan; run nothing.")
     cli.require("config", "workdir")
 
@@ -49,7 +51,9 @@ def main(argv: Sequence[str]) -> None:
     if not values.dry_run:
         distributed.initialise(study.heartbeat_seconds)
         cli.keep_compiled_programs()
-    runner.run(study, workdir, only=values.stage, dry_run=values.dry_run)
+    start = flags.FLAGS["from"].value
+    start = None if start is None else local_path(start, "--from")
+    runner.run(study, workdir, only=values.stage, dry_run=values.dry_run, start=start)
 
 
 if __name__ == "__main__":

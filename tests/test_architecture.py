@@ -23,7 +23,7 @@ MAY_IMPORT = {
 EVERYTHING_BELOW = {*MAY_IMPORT}
 MAY_IMPORT["study"] = EVERYTHING_BELOW - {"organism"}
 MAY_IMPORT["sweep"] = MAY_IMPORT["compile_check"] = {*EVERYTHING_BELOW, "study"}
-COMMANDS = {"__main__", "main", "convert", "judge", "lm_eval", "init", "reproduce"}
+COMMANDS = {"__main__", "main", "convert", "judge", "lm_eval", "init", "reproduce", "compare"}
 MAY_IMPORT |= {command: {*MAY_IMPORT} for command in COMMANDS}
 
 

@@ -11,7 +11,7 @@ measures, nulls and ceilings are this project's.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -72,6 +72,8 @@ class Calibrated:
       disattenuated: observed over ceiling.
       ci95: `[L+1, 2]`; from redrawing prompts within domains. It is an interval for the
         similarity at this number of prompts: more prompts raise the ceiling and with it both ends.
+      null_interval: `[L+1, 2]`, the central 95 % over permuted labels; empty in figures that were
+        made before there was one.
     """
 
     observed: ByDomain
@@ -80,6 +82,7 @@ class Calibrated:
     ceiling: ByDomain
     disattenuated: ByDomain
     ci95: ByDomain
+    null_interval: ByDomain = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -127,9 +130,9 @@ class Entanglement:
             "outlier_share": json_safe(self.outlier_share),
         }
         for name, calibrated in self.measures.items():
-            for field in fields(Calibrated):
-                key = name if field.name == "observed" else field.name + _SUFFIXES[name]
-                out[key] = json_safe(getattr(calibrated, field.name))
+            for each in fields(Calibrated):
+                key = name if each.name == "observed" else each.name + _SUFFIXES[name]
+                out[key] = json_safe(getattr(calibrated, each.name))
         if self.lexical_baseline is not None:
             out["lexical_baseline"] = json_safe(self.lexical_baseline)
         return out
@@ -139,7 +142,7 @@ class Entanglement:
         """The inverse of `to_json`."""
 
         def arrays(key: str) -> ByDomain:
-            return {d: np.array(x, np.float64) for d, x in value[key].items()}
+            return {d: np.array(x, np.float64) for d, x in value.get(key, {}).items()}
 
         def calibrated(name: str) -> Calibrated:
             rest = [f.name for f in fields(Calibrated) if f.name != "observed"]

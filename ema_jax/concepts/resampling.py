@@ -176,6 +176,12 @@ class PairFigures(NamedTuple):
     ceiling: Float[np.ndarray, "L1 D D"]
     disattenuated: Float[np.ndarray, "L1 D D"]
     ci95: Float[np.ndarray, "L1 D D 2"]
+    null_interval: Float[np.ndarray, "L1 D D 2"]
+
+
+def central(null: Float[np.ndarray, "R *shape"]) -> Float[np.ndarray, "*shape 2"]:
+    """The central 95 % of draws under the null: two-sided, as a curve is read against it."""
+    return np.moveaxis(np.quantile(null, (0.025, 0.975), axis=0), 0, -1)
 
 
 def calibrate(
@@ -251,6 +257,7 @@ def calibrate(
                     ceiling,
                     np.divide(observed, ceiling, out=np.full((D, D), np.nan), where=ceiling > 0),
                     fisher_interval(observed, spread),
+                    central(null),
                 )
             )
     return {

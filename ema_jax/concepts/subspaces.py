@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Float
 from threadpoolctl import threadpool_limits
 
-from ema_jax.concepts.resampling import PairFigures
+from ema_jax.concepts.resampling import PairFigures, central
 
 # Coordinates of each domain: its own leading directions, far more than are compared.
 _COORDINATES = 32
@@ -70,6 +70,7 @@ def subspaces(
                 ceiling,
                 observed / np.where(ceiling > 0, ceiling, np.nan),
                 np.clip(interval, 0, 1),
+                np.broadcast_to(central(np.ravel(null)), (*observed.shape, 2)),
             )
         )
     return PairFigures(*map(np.stack, zip(*figures, strict=True)))

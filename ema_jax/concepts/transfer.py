@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from ema_jax.concepts.resampling import PairFigures, gram_matrix
+from ema_jax.concepts.resampling import PairFigures, central, gram_matrix
 
 _ULPS = 4
 
@@ -109,6 +109,7 @@ def probe_transfer(
                 ceiling,
                 share,
                 np.clip(interval, 0, 1),
+                central(null),
             )
         )
     return PairFigures(*map(np.stack, zip(*found, strict=True)))

@@ -12,13 +12,13 @@ CAPTIONS = {
     "refusal": (
         "Refusal rate per domain and arm with 95 % intervals",
         "Refusal before and after. The top row is the target and should move left; every other row "
-        "should not move. Ticks are single seeds.",
+        "should not move. Ticks are single seeds. Point at a mark for its counts.",
     ),
     "trajectory": (
         "Refusal rate over optimiser steps, one panel per domain",
-        "Refusal on the development prompts during training; each thin line is a seed, its marker "
-        "where it stopped. Invalid responses must stay near zero, the target's included, for the "
-        "rest to count.",
+        "Refusal on the development prompts during training; each line is a seed, small "
+        "marks are measurements, the large one is where it stopped. Invalid responses must stay "
+        "near zero, the target's included, for the rest to count.",
     ),
     "ema": (
         "Off-target drop in refusal and rise in compliance per domain and arm, 95 % intervals",
@@ -28,13 +28,13 @@ CAPTIONS = {
     ),
     "entanglement_centred": (
         "centred cosine of each domain's concept with {target}, by layer",
-        "Entanglement with {target}, centred cosine: read the line against the grey null band, not "
+        "Entanglement with {target}, centred cosine: read the line against the null (grey), not "
         "against 0, since centring on the domains' mean puts unrelated domains a little below 0."
         + _EARLY,
     ),
     "entanglement": (
         "raw cosine of each domain's concept with {target}, by layer",
-        "Entanglement with {target}, raw cosine: read the line against the grey null band, not "
+        "Entanglement with {target}, raw cosine: read the line against the null (grey), not "
         "against 0, since a contrast set shared by both concepts lifts unrelated domains to about "
         "0.5." + _EARLY,
     ),
@@ -61,7 +61,8 @@ CAPTIONS = {
     "sweep": (
         "Heat maps of refusal log-odds lost to ablation in the untouched model",
         "Directions that mediate refusal in the untouched model: change of its log-odds when one "
-        "is ablated at one layer alone. Blue = refusal falls; the random direction is the control.",
+        "is ablated at one layer alone. Blue = refusal falls; the random direction is the control. "
+        "Point at a cell for its number of prompts, and its interval where it was recorded.",
     ),
     "forecast": (
         "Forecast against measured drop per domain",

@@ -1,11 +1,12 @@
 """The look of every chart: theme, panels, shared parts, and writing to files."""
 
+import io
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ema_jax.runtime.files import atomic_path
+from ema_jax.runtime.files import atomic_path, write_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,10 +38,12 @@ STYLE: Any = {
     "ytick.major.width": 0.7,
     "legend.frameon": False,
     "svg.fonttype": "none",
+    "pdf.fonttype": 42,
     "svg.hashsalt": "ema_jax",
     "savefig.dpi": 150,
 }
 WIDTH_INCHES = 9.0
+NARROW_INCHES = 5.2  # of the chart on the first screen, also read on a phone
 
 
 def label(name: str) -> str:
@@ -48,8 +51,41 @@ def label(name: str) -> str:
     return "Medical/legal" if name == "medical_legal" else name.replace("_", " ").capitalize()
 
 
+def tip(artist: Any, *texts: str) -> None:
+    """Gives an artist the text that the page shows over it: one, or one for every marker of a line.
+
+    Of a line with several texts all markers must be drawn: no missing value, none out of view.
+    """
+    # matplotlib writes an artist's id into its SVG group, from where `_titled` takes it.
+    artist.set_gid(_TIP + _BETWEEN.join(texts))
+
+
+_TIP, _BETWEEN = "tip:", "\x1f"
+_TIPPED = re.compile(r'<g id="tip:([^"]*)">(.*?)(?=<g id="|\Z)', flags=re.DOTALL)
+
+
+def _titled(svg: str) -> str:
+    """SVG with what `tip` left in ids as `<title>` elements, which every viewer shows."""
+
+    def replace(match: re.Match[str]) -> str:
+        first, *more = texts = match[1].split(_BETWEEN)
+        body = match[2]
+        if not more:
+            return f'<g class="tip"><title>{first}</title>{body}'
+        each = iter(texts)
+        marked = re.sub(
+            r"<use ([^>]*)/>",
+            lambda use: f'<use class="tip" {use[1]}><title>{next(each)}</title></use>',
+            body,
+            count=len(texts),
+        )
+        return f"<g>{marked}"
+
+    return _TIPPED.sub(replace, svg)
+
+
 def save(draw: "Callable[[], Figure | None]", folder: Path, name: str, alt: str) -> str:
-    """Draws one figure, writes `folder/name.svg` and `.png`, and returns inline SVG markup.
+    """Draws one figure, writes `folder/name.svg`, `.png` and `.pdf`, and returns inline SVG markup.
 
     The markup carries `alt` as its accessible name, ids prefixed by `name` so that several figures
     share a page, and theme colours as CSS variables; it refers to nothing outside itself. Returns
@@ -64,10 +100,15 @@ def save(draw: "Callable[[], Figure | None]", folder: Path, name: str, alt: str)
             return ""
         with atomic_path(folder / f"{name}.png") as path:
             figure.savefig(path, format="png", metadata={"Software": None}, facecolor="white")
-        with atomic_path(folder / f"{name}.svg") as path:
-            figure.savefig(path, format="svg", metadata={"Date": None}, transparent=True)
-    text = (folder / f"{name}.svg").read_text(encoding="utf-8")
+        figure.set_layout_engine("none")  # it is laid out: the same in every format, and faster
+        with atomic_path(folder / f"{name}.pdf") as path:
+            figure.savefig(path, format="pdf", metadata={"CreationDate": None}, facecolor="white")
+        drawn = io.StringIO()
+        figure.savefig(drawn, format="svg", metadata={"Date": None}, transparent=True)
+    text = _titled(drawn.getvalue())
+    write_text(folder / f"{name}.svg", text)
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    text = re.sub(r"\n\s*", "\n", text)
     text = re.sub(r'\bid="', f'id="{name}-', text)
     text = re.sub(r'(href="#|url\(#)', rf"\g<1>{name}-", text)
     for colour, variable in THEME.items():
@@ -75,11 +116,11 @@ def save(draw: "Callable[[], Figure | None]", folder: Path, name: str, alt: str)
     return text.replace("<svg ", f'<svg role="img" aria-label="{escape(alt)}" ', 1)
 
 
-def blank(height_inches: float) -> "Figure":
-    """An empty figure of the page's width."""
+def blank(height_inches: float, width_inches: float = WIDTH_INCHES) -> "Figure":
+    """An empty figure, by default of the page's width."""
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(WIDTH_INCHES, height_inches), layout="constrained")
+    return Figure(figsize=(width_inches, height_inches), layout="constrained")
 
 
 def panels(count: int, columns: int, height_inches: float) -> "tuple[Figure, list[Axes]]":
@@ -114,25 +155,64 @@ def interval(
     colour: str,
     marker: str,
     filled: bool = True,
+    text: str = "",
 ) -> None:
     """A share with its interval, in percent, at height y; nothing where there is none."""
     if not entry or entry.get(key) is None:
         return
+    drawn = []
     if entry.get("ci95") and None not in entry["ci95"]:
-        axes.plot([100 * x for x in entry["ci95"]], (y, y), color=colour, linewidth=1.6)
+        drawn += axes.plot([100 * x for x in entry["ci95"]], (y, y), color=colour, linewidth=1.6)
     face = colour if filled else PAGE
-    axes.plot(100 * entry[key], y, marker, color=colour, markerfacecolor=face, markersize=6)
+    drawn += axes.plot(
+        100 * entry[key], y, marker, color=colour, markerfacecolor=face, markersize=6
+    )
+    for artist in drawn if text else ():
+        tip(artist, text)
 
 
-def name_points(axes: "Axes", places: Mapping[str, tuple[float, float]]) -> None:
-    """Writes names right of their points, or left where a neighbour stands to the right."""
+# Places for a name around its point, in points: (dx, dy, alignment).
+_AROUND = (
+    *((7, 4, "left"), (-7, 4, "right"), (7, -11, "left"), (-7, -11, "right")),
+    *((0, 10, "center"), (0, -17, "center"), (12, 15, "left"), (-12, 15, "right")),
+    *((12, -22, "left"), (-12, -22, "right"), (0, 22, "center"), (0, -29, "center")),
+)
+
+
+def name_points(
+    axes: "Axes", places: Mapping[str, tuple[float, float]], size_inches: tuple[float, float]
+) -> None:
+    """Writes each name beside its point, where it covers no other name or point.
+
+    Args:
+        axes: with its limits set.
+        places: name → point.
+        size_inches: width and height of the axes, roughly: the layout is not known yet.
+    """
     (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
-    wide, high = 0.3 * (right - left), 0.09 * (top - bottom)
-    for name, (x, y) in places.items():
-        others = [place for other, place in places.items() if other != name]
-        crowded = any(0 <= x2 - x < wide and abs(y2 - y) < high for x2, y2 in others)
-        offset, side = (-7, "right") if crowded else (7, "left")
-        axes.annotate(label(name), (x, y), (offset, 4), textcoords="offset points", ha=side, size=9)
+    points = {
+        name: (
+            72 * size_inches[0] * (x - left) / (right - left),
+            72 * size_inches[1] * (y - bottom) / (top - bottom),
+        )
+        for name, (x, y) in places.items()
+    }
+    taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in points.values()]
+    for name, (x, y) in points.items():
+        text = label(name)
+        wide, high, boxes = 5.6 * len(text), 11, []
+        for dx, dy, side in _AROUND:
+            start = x + dx - {"left": 0, "right": wide, "center": wide / 2}[side]
+            boxes.append((start, y + dy, start + wide, y + dy + high))
+        clear = [not any(_overlap(box, other) for other in taken) for box in boxes]
+        best = clear.index(True) if True in clear else 0
+        taken.append(boxes[best])
+        dx, dy, side = _AROUND[best]
+        axes.annotate(text, places[name], (dx, dy), textcoords="offset points", ha=side, size=9)
+
+
+def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
 def share_y(grid: "Sequence[Axes]") -> None:
@@ -143,54 +223,19 @@ def share_y(grid: "Sequence[Axes]") -> None:
         axes.set_ylim(low, high)
 
 
-def heat_map(panels: Mapping[str, Mapping[str, Sequence[float]]], quantity: str) -> "Figure":
-    """One row of cells per domain, one column per layer, symmetric colours about zero."""
-    import numpy as np
-
-    arrays = {
-        title: np.array([[np.nan if x is None else x for x in row] for row in rows.values()])
-        for title, rows in panels.items()
-    }
-    limit = max(float(np.nanmax(np.abs(a), initial=0)) for a in arrays.values()) or 1.0
-    heights = [len(rows) for rows in panels.values()]
-    figure = blank(0.32 * sum(heights) + 0.45 * len(panels) + 0.5)
-    grid = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
-    for axes, (title, values) in zip(grid, arrays.items(), strict=True):
-        mesh = axes.pcolormesh(
-            values, cmap="RdBu_r", vmin=-limit, vmax=limit, edgecolors=PAGE, linewidth=0.5
-        )
-        count, layers = values.shape
-        axes.set_yticks(np.arange(count) + 0.5, [label(d) for d in panels[title]])
-        every = max(1, layers // 16)
-        axes.set_xticks(np.arange(0, layers, every) + 0.5, np.arange(0, layers, every))
-        axes.set(ylim=(count, 0), title=title)
-        axes.tick_params(length=0)
-        axes.spines[:].set_visible(False)
-        if layers <= 12:
-            for (y, x), value in np.ndenumerate(values):
-                if np.isnan(value):
-                    continue
-                colour = "#ffffff" if abs(value) > 0.65 * limit else "#111111"
-                text = f"{value:z.2f}".replace("-", "−")
-                axes.text(x + 0.5, y + 0.5, text, ha="center", va="center", color=colour)
-    grid[-1].set_xlabel("layer (0 = embeddings)")
-    figure.colorbar(mesh, ax=list(grid), label=quantity, aspect=30, pad=0.01)
-    return figure
-
-
 def looks(names: Iterable[str]) -> dict[str, tuple[str, str]]:
     """Name to `(colour, marker)`, no two alike among the first 36."""
     size = len(COLOURS)
     return {n: (COLOURS[i % size], MARKERS[(i + i // size) % size]) for i, n in enumerate(names)}
 
 
-def legend(figure: "Figure", look: Mapping[str, tuple[str, str]]) -> None:
-    """Names with their colours and markers, above the panels."""
+def legend(figure: "Figure", look: Mapping[str, tuple[str, str]], columns: int = 6) -> None:
+    """Names with their colours and markers, above the panels, so many in a line at most."""
     from matplotlib.lines import Line2D
 
     handles = [
         Line2D([], [], color=colour, marker=marker, markersize=6, linewidth=1.6, label=name)
         for name, (colour, marker) in look.items()
     ]
-    lines = -(-len(handles) // 6)
+    lines = -(-len(handles) // columns)
     figure.legend(handles=handles, loc="outside upper left", ncols=-(-len(handles) // lines))

@@ -112,7 +112,13 @@ def ema(results: Mapping[str, Any]) -> Table:
                         str(entry.get("n", MISSING)),
                         points(entry.get("detectable_drop")).lstrip("+"),
                         read,
-                        ", ".join(f.replace("_", " ") for f in entry.get("flags", ())) or MISSING,
+                        ", ".join(
+                            flag.replace("_", " ")
+                            for flag in entry.get("flags", ())
+                            # Of the base, and so the same for all arms: said at the top, once.
+                            if flag not in ("floor", "ceiling")
+                        )
+                        or MISSING,
                     ),
                     strong=read[0] in "▼▲",
                 )

@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ema_jax.report import drawing
-from ema_jax.report.drawing import COLOURS, INK, PAGE, SHADE, label
+from ema_jax.report.drawing import COLOURS, INK, SHADE, label
+from ema_jax.report.maps import heat_map
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,23 +37,54 @@ def arm_look(results: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
 
 
 def refusal(results: Mapping[str, Any]) -> "Figure | None":
-    """Refusal rate per domain and arm: a marker, its 95 % interval, and a dot for every seed."""
+    """Refusal rate per domain and arm: a marker, its 95 % interval, and a dot for every seed.
+
+    Narrow, as it stands beside the findings on the first screen and is read on a phone.
+    """
     domains, look = ordered_domains(results), arm_look(results)
-    figure = drawing.blank(0.27 * len(domains) * len(look) * 0.75 + 1.2)
+    height = 0.18 * len(domains) * max(len(look), 2) + 1.1
+    figure = drawing.blank(height, drawing.NARROW_INCHES)
     axes = figure.subplots()
     for arm, y in drawing.rows(axes, [titled(d, results) for d in domains], look):
         colour, marker = look[arm]
         entry = results["arms"][arm]
         for i, domain in enumerate(domains):
-            drawing.interval(axes, entry["refusal"].get(domain), "rate", y[i], colour, marker)
-            for seed in entry.get("seeds", {}).values():
-                rate = seed["refusal"].get(domain, {}).get("rate")
-                if rate is not None:
-                    axes.plot(100 * rate, y[i], "|", color=colour, markersize=7, alpha=0.55)
-    axes.set(xlim=(-1, 101), xlabel="refusal rate (% of valid responses), 95 % interval")
+            rate = entry["refusal"].get(domain)
+            text = f"{label(domain)}, {arm}: {_rate_text(rate)}"
+            drawing.interval(axes, rate, "rate", y[i], colour, marker, text=text)
+            for name, seed in entry.get("seeds", {}).items():
+                found = seed["refusal"].get(domain, {})
+                if found.get("rate") is not None:
+                    tick = axes.plot(
+                        100 * found["rate"], y[i], "|", color=colour, markersize=7, alpha=0.55
+                    )
+                    text = f"{label(domain)}, {arm}, seed {name}: {_rate_text(found)}"
+                    drawing.tip(tick[0], text)
+    axes.set(xlim=(-1.5, 101.5), xlabel="refusal rate (% of valid responses), 95 % interval")
     axes.get_yticklabels()[0].set_fontweight("bold")
-    drawing.legend(figure, look)
+    drawing.legend(figure, look, columns=3)
     return figure
+
+
+def _rate_text(rate: Mapping[str, Any] | None) -> str:
+    """A refusal score in words, for the text over its mark."""
+    if not rate or rate.get("rate") is None:
+        return ""
+    return (
+        f"{_percent(rate['rate'])} {_bounds(rate.get('ci95'))} refused "
+        f"({rate['refused']} of {rate['valid']} valid)"
+    )
+
+
+def _percent(x: float) -> str:
+    return f"{100 * x:z.1f} %".replace("-", "−")
+
+
+def _bounds(ends: Sequence[Any] | None, scale: float = 100, digits: int = 1) -> str:
+    if not ends or None in ends:
+        return ""
+    low, high = (f"{scale * x:z.{digits}f}".replace("-", "−") for x in ends)
+    return f"[{low}, {high}]"
 
 
 def ema(results: Mapping[str, Any]) -> "Figure | None":
@@ -77,9 +109,17 @@ def ema(results: Mapping[str, Any]) -> "Figure | None":
         for arm, y in drawing.rows(axes, [label(d) for d in domains], arms):
             for j, domain in enumerate(domains):
                 entry = results["ema"][arm].get(domain) or {}
+                if entry.get(key) is None:
+                    continue
                 clear = entry.get(p) is not None and entry[p] < ALPHA
-                shown = {"change": entry.get(key), "ci95": entry.get(bounds)}
-                drawing.interval(axes, shown, "change", y[j], *arms[arm], filled=clear)
+                shown = {"change": entry[key], "ci95": entry.get(bounds)}
+                size = f"{100 * entry[key]:+z.1f}".replace("-", "−")
+                text = f"{label(domain)}, {arm}: {title} {size} points {_bounds(shown['ci95'])}"
+                if entry.get(p) is not None:
+                    text += f", Holm p {entry[p]:.3f}"
+                if entry.get("n"):
+                    text += f", n = {entry['n']}"
+                drawing.interval(axes, shown, "change", y[j], *arms[arm], filled=clear, text=text)
         axes.tick_params(axis="y", labelleft=i == 0)
         axes.set(title=title if both else "")
     figure.supxlabel("against base (points), 95 % interval; right = worse", fontsize=9.5)
@@ -110,8 +150,15 @@ def trajectory(
             if points:
                 steps, rates = zip(*points, strict=True)
                 colour, marker = look.get(run["arm"], (INK, "o"))
-                axes.plot(steps, [100 * r for r in rates], color=colour, linewidth=1, alpha=0.8)
-                axes.plot(steps[-1], 100 * rates[-1], marker, color=colour, markersize=4)
+                rates = [100 * rate for rate in rates]
+                axes.plot(steps, rates, color=colour, linewidth=1, alpha=0.8)
+                measured = axes.plot(steps, rates, marker, color=colour, markersize=2.4)
+                where = f"{title}, {run['arm']}, seed {run['seed']}, step"
+                drawing.tip(
+                    measured[0],
+                    *(f"{where} {n}: {rate:.1f} %" for n, rate in zip(steps, rates, strict=True)),
+                )
+                axes.plot(steps[-1], rates[-1], marker, color=colour, markersize=5)
         axes.set(title=title, ylim=(-4, 104), yticks=(0, 50, 100))
         axes.grid(axis="y")
     figure.supxlabel("optimiser step", fontsize=9.5)
@@ -131,34 +178,62 @@ def entanglement(results: Mapping[str, Any], centred: bool) -> "Figure | None":
     ]
     if not domains:
         return None
-    layers = table["layers"]
+    first = min(_first_known(cosine[d]) for d in domains)
+    layers = table["layers"][first:]
     figure, grid = drawing.panels(len(domains), columns=3, height_inches=1.9)
-    colour = COLOURS[1]
     for axes, domain in zip(grid, domains, strict=True):
+        found = {
+            name: table.get(name + suffix, {}).get(domain, [])[first:]
+            for name in ("cosine", "ci95", "null_interval", "null95", "ceiling")
+        }
         _early(axes, results)
-        band = table.get("ci95" + suffix, {}).get(domain)
-        if band:
-            low, high = (_gaps([x and x[i] for x in band]) for i in (0, 1))
-            axes.fill_between(layers, low, high, color=colour, alpha=0.2, linewidth=0)
-        null = _gaps(table.get("null95" + suffix, {}).get(domain, []))
-        if null:
-            axes.fill_between(layers, -1, null, color=INK, alpha=0.1, linewidth=0)
-            axes.plot(
-                layers, null, ":", color=INK, linewidth=1, label="95 % of the permutation null"
-            )
-        ceiling = _gaps(table.get("ceiling" + suffix, {}).get(domain, []))
-        if ceiling:
-            axes.plot(layers, ceiling, "--", color=INK, linewidth=1, label="split-half ceiling")
-        observed = _gaps(cosine[domain])
-        axes.plot(layers, observed, color=colour, linewidth=1.8, label="observed")
-        lowest = min([0.0, *(x for x in (*observed, *null) if not math.isnan(x))])
-        axes.set(title=label(domain), ylim=(max(-1, lowest - 0.1), 1.05))
+        _similarity(axes, label(domain), layers, found)
+        axes.set(title=label(domain), xlim=(layers[0] - 0.4, layers[-1] + 0.4))
         axes.grid(axis="y")
     drawing.share_y(grid)
+    low, high = grid[0].get_ylim()
+    for axes in grid:
+        axes.set_ylim(max(-1.05, low), min(1.05, high))
+        axes.xaxis.get_major_locator().set_params(integer=True)
     figure.supxlabel("layer (0 = embeddings)", fontsize=9.5)
     figure.supylabel("centred cosine" if centred else "cosine", fontsize=9.5)
-    figure.legend(*grid[0].get_legend_handles_labels(), loc="outside upper left", ncols=3)
+    figure.legend(*grid[0].get_legend_handles_labels(), loc="outside upper left", ncols=4)
     return figure
+
+
+def _similarity(
+    axes: "Axes", name: str, layers: Sequence[int], found: Mapping[str, Sequence[Any]]
+) -> None:
+    """One domain's curve with its interval, null and ceiling."""
+    colour = COLOURS[1]
+    null: dict[str, Any] = {"color": INK, "alpha": 0.12, "linewidth": 0}
+    band: dict[str, Any] = {"color": colour, "alpha": 0.2, "linewidth": 0}
+    line: dict[str, Any] = {"color": INK, "linewidth": 1}
+    if found["null_interval"]:
+        low, high = (_gaps([x and x[i] for x in found["null_interval"]]) for i in (0, 1))
+        axes.fill_between(layers, low, high, **null, label="permutation null, central 95 %")
+    elif found["null95"]:
+        # Results of before have its upper end alone.
+        axes.plot(layers, _gaps(found["null95"]), ":", **line, label="null, 95th percentile")
+    if found["ceiling"]:
+        axes.plot(layers, _gaps(found["ceiling"]), "--", **line, label="split-half ceiling")
+    if found["ci95"]:
+        low, high = (_gaps([x and x[i] for x in found["ci95"]]) for i in (0, 1))
+        axes.fill_between(layers, low, high, **band, label="95 % interval")
+    axes.plot(layers, _gaps(found["cosine"]), color=colour, linewidth=1.8, label="observed")
+    known = [i for i, x in enumerate(found["cosine"]) if x is not None]
+    values = [found["cosine"][i] for i in known]
+    (marks,) = axes.plot([layers[i] for i in known], values, ".", color=colour, markersize=5)
+    texts = []
+    for i, value in zip(known, values, strict=True):
+        text = f"{name}, layer {layers[i]}: {value:z.2f}".replace("-", "−")
+        texts.append(f"{text} {_bounds(found['ci95'][i], 1, 2) if found['ci95'] else ''}".strip())
+    drawing.tip(marks, *texts)
+
+
+def _first_known(values: Sequence[float | None]) -> int:
+    """The first layer that has a value: there is none at layer 0 of the last token."""
+    return next((i for i, x in enumerate(values) if x is not None), 0)
 
 
 def _gaps(values: Sequence[float | None]) -> list[float]:
@@ -175,7 +250,9 @@ def entanglement_map(results: Mapping[str, Any]) -> "Figure | None":
         return None
     score = results.get("forecast", {}).get("score", {})
     order = sorted(values, key=lambda d: -(score.get(d) or 0))
-    return drawing.heat_map({"": {d: values[d] for d in order}}, name.replace("_", ", "))
+    intervals = table.get(name.replace("cosine", "ci95"), {})
+    notes = {d: [_bounds(x, 1, 2) for x in intervals[d]] for d in order if d in intervals}
+    return heat_map({"": {d: values[d] for d in order}}, name.replace("_", ", "), notes={"": notes})
 
 
 def erasure_map(results: Mapping[str, Any]) -> "Figure | None":
@@ -185,7 +262,7 @@ def erasure_map(results: Mapping[str, Any]) -> "Figure | None":
 
 def angle_map(results: Mapping[str, Any]) -> "Figure | None":
     """Heat map, layer by domain, of the angle from base to unlearned concept, a panel per arm."""
-    return _arm_maps(results, "angle_degrees", "angle (degrees)")
+    return _arm_maps(results, "angle_degrees", "angle (degrees)", digits=0)
 
 
 def patching_map(results: Mapping[str, Any]) -> "Figure | None":
@@ -204,19 +281,34 @@ def sweep_map(results: Mapping[str, Any]) -> "Figure | None":
         return None
     ablated, target = sweep["change"]["ablated"], results["target"]
     order = [d for d in ordered_domains(results) if d in sweep["clean"]]
-    panels = {
-        "own direction ablated": {d: ablated[d][d] for d in order},
-        f"{label(target)} direction ablated": {d: ablated[target][d] for d in order},
-        "random direction ablated": {d: ablated["random"][d] for d in order},
+    directions = {
+        "own direction ablated": {d: d for d in order},
+        f"{label(target)} direction ablated": dict.fromkeys(order, target),
+        "random direction ablated": dict.fromkeys(order, "random"),
     }
-    return drawing.heat_map(panels, "change of log-odds (nats)")
+    spread = sweep.get("ablated_ci95", {})
+    counted = f"n = {sweep['prompts_per_domain']} prompts"
+    notes = {
+        title: {
+            d: [
+                f"{_bounds(x, 1, 2)} {counted}".strip()
+                for x in spread.get(of[d], {}).get(d, [None] * len(ablated[of[d]][d]))
+            ]
+            for d in order
+        }
+        for title, of in directions.items()
+    }
+    shown = {title: {d: ablated[of[d]][d] for d in order} for title, of in directions.items()}
+    return heat_map(shown, "change of log-odds (nats)", notes=notes)
 
 
-def _arm_maps(results: Mapping[str, Any], field: str, quantity: str) -> "Figure | None":
+def _arm_maps(
+    results: Mapping[str, Any], field: str, quantity: str, digits: int = 2
+) -> "Figure | None":
     arms = {arm: rows for arm, rows in (results.get(field) or {}).items() if rows}
     order = ordered_domains(results)
     panels = {arm: {d: rows[d] for d in order if d in rows} for arm, rows in arms.items()}
-    return drawing.heat_map(panels, quantity) if panels else None
+    return heat_map(panels, quantity, digits=digits) if panels else None
 
 
 def forecast(results: Mapping[str, Any], arm: str) -> "Figure | None":
@@ -232,14 +324,22 @@ def forecast(results: Mapping[str, Any], arm: str) -> "Figure | None":
     figure = drawing.blank(3.6)
     grid = GridSpec(1, 2, figure, width_ratios=(1.5, 1))
     axes = figure.add_subplot(grid[0, 0] if by_layer else grid[0, :])
-    axes.axhline(0, color=INK, linewidth=0.7)
+    if min(measured[d]["ci95"][0] for d in domains) < 0.1:  # else zero would squeeze them together
+        axes.axhline(0, color=INK, linewidth=0.7)
     for domain in domains:
         entry, x = measured[domain], score[domain]
         low, high = entry["ci95"]
-        axes.plot((x, x), (100 * low, 100 * high), color=COLOURS[1], linewidth=1, alpha=0.5)
-        axes.plot(x, 100 * entry["drop"], "o", color=COLOURS[1], markersize=6)
+        text = (
+            f"{label(domain)}: forecast {x:z.3f}, measured drop {100 * entry['drop']:z.1f} points "
+            f"{_bounds(entry['ci95'])}"
+        ).replace("-", "−")
+        bar = axes.plot((x, x), (100 * low, 100 * high), color=COLOURS[1], linewidth=1, alpha=0.5)
+        dot = axes.plot(x, 100 * entry["drop"], "o", color=COLOURS[1], markersize=6)
+        for artist in (*bar, *dot):
+            drawing.tip(artist, text)
     axes.margins(x=0.3)
-    drawing.name_points(axes, {d: (score[d], 100 * measured[d]["drop"]) for d in domains})
+    places = {d: (score[d], 100 * measured[d]["drop"]) for d in domains}
+    drawing.name_points(axes, places, (4.6, 2.9) if by_layer else (8, 2.9))
     axes.grid()
     axes.set(
         xlabel="forecast from the base model's early layers",
@@ -250,48 +350,13 @@ def forecast(results: Mapping[str, Any], arm: str) -> "Figure | None":
         _early(right, results)
         values = [float("nan") if v is None else v for v in by_layer]
         right.axhline(0, color=INK, linewidth=0.7)
-        right.plot(range(len(values)), values, color=COLOURS[1], marker=".", linewidth=1.2)
+        right.plot(range(len(values)), values, color=COLOURS[1], linewidth=1.2)
+        known = {i: v for i, v in enumerate(values) if not math.isnan(v)}
+        (dots,) = right.plot(list(known), list(known.values()), ".", color=COLOURS[1])
+        texts = (f"layer {i}: ρ = {v:z.2f}".replace("-", "−") for i, v in known.items())
+        drawing.tip(dots, *texts)
         right.set(ylim=(-1.05, 1.05), xlabel="layer", ylabel="Spearman ρ (exploratory)")
         right.grid(axis="y")
-    return figure
-
-
-def replication(report: Mapping[str, Any]) -> "Figure | None":
-    """Mean (filled) and worst (hollow) off-target drop per target and arm, a panel per family."""
-    rows = [r for r in report.get("rows", []) if r.get("mean_off_target_drop") is not None]
-    if not rows:
-        return None
-    families = list(dict.fromkeys(r["family"] for r in rows))
-    targets = list(dict.fromkeys(r["target"] for r in rows))
-    arms = list(dict.fromkeys(r["arm"] for r in rows))
-    look = drawing.looks(targets)
-    figure, grid = drawing.panels(
-        len(families), columns=2, height_inches=0.3 * len(arms) * len(targets) + 0.7
-    )
-    for axes, family in zip(grid, families, strict=True):
-        axes.axvline(0, color=INK, linewidth=0.9)
-        for target, y in drawing.rows(axes, arms, look):
-            colour, marker = look[target]
-            for row in rows:
-                if (row["family"], row["target"]) != (family, target):
-                    continue
-                if row.get("mean_off_target_drop") is None:
-                    continue
-                height, mean = y[arms.index(row["arm"])], 100 * row["mean_off_target_drop"]
-                if row.get("worst_drop") is not None:
-                    worst = 100 * row["worst_drop"]
-                    axes.plot((mean, worst), (height, height), color=colour, linewidth=1.2)
-                    axes.plot(worst, height, marker, color=colour, markerfacecolor=PAGE)
-                axes.plot(mean, height, marker, color=colour)
-        axes.set(title=family)
-    low = min(axes.get_xlim()[0] for axes in grid)
-    high = max(axes.get_xlim()[1] for axes in grid)
-    for axes in grid:
-        axes.set_xlim(low, high)
-    figure.supxlabel(
-        "off-target drop in refusal rate (points): filled = mean, hollow = worst", size=9.5
-    )
-    drawing.legend(figure, {f"target {t}": look[t] for t in targets})
     return figure
 
 

@@ -1,13 +1,19 @@
-"""Reports as one self-contained HTML page: inline CSS and SVG, no scripts, nothing fetched.
+"""Reports as one self-contained HTML page: inline CSS, SVG and one script, nothing fetched.
 
-Pure functions of their inputs: the same results give the same bytes.
+The script is the only one that the page's content security policy lets run, by its hash. Without it
+everything is there, only still. Pure functions of their inputs: the same results give the same
+bytes.
 """
 
+import base64
+import hashlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from ema_jax.errors import UserError
 from ema_jax.report import (
@@ -15,8 +21,11 @@ from ema_jax.report import (
     drawing,
     effects,
     figures,
+    front,
     headline,
     labels,
+    method,
+    replication,
     sensitivity,
     shares,
     tables,
@@ -26,22 +35,18 @@ from ema_jax.runtime.files import write_text
 
 SCHEMA = 1
 
-# The qualitative claims of the paper that this project tests; wording ours, from its abstract.
-CLAIMS = {
-    "R1": "Narrow unlearning lowers refusal in the target domain.",
-    "R2": "Refusal also falls significantly in at least one domain that was not unlearned.",
-    "R3": "Unlearning safety spills more than unlearning cybersecurity.",
-    "R4": "Cross-entropy on a small retain set restores the others while the target stays low.",
-    "R5": "Concepts more entangled with the target in early layers lose more refusal.",
-}
-
 
 @dataclass(frozen=True)
 class Chart:
-    """An inlined figure with its caption; empty markup where there was nothing to draw."""
+    """An inlined figure with its caption; empty markup where there was nothing to draw.
+
+    Its files are `folder/name.svg|png|pdf`, from the page's place.
+    """
 
     svg: str
     caption: str
+    name: str
+    folder: str = "../figures"
 
 
 def write_report(
@@ -69,10 +74,16 @@ def write_report(
             "run the analyse stage again"
         )
     arm = next(iter(headline.plain_arms(results)), "")
-    target, model = results["target"], results["model"]["id"]
     page = {
-        "title": f"Emergent misalignment: unlearning {target} in {model}",
+        "title": front.title(results),
         "results": results,
+        "unlearned": any(name != "base" for name in results["arms"]),
+        "limits": front.badges(results),
+        "context": _context(results),
+        "figures": front.numbers(results),
+        "verdicts": front.verdicts(results.get("claims") or {}),
+        "method": method.paragraph(results),
+        "glossary": method.GLOSSARY,
         "headline": headline.headline(results),
         "facts": _facts(results),
         "charts": _charts(Path(workdir) / "figures", results, trajectories, arm),
@@ -98,73 +109,113 @@ def write_report(
             "sensitivity": results.get("sensitivity") and sensitivity.sensitivity(results),
             "labels": results.get("labels") and labels.errors(results),
             "corrected": results.get("corrected") and labels.corrected(results),
+            "settings": method.study_settings(results),
+            "arm_settings": method.arm_settings(results),
             "provenance": results.get("provenance") and tables.provenance(results),
         },
         "forecast_sentence": headline.forecast_sentence(results),
-        "claims": CLAIMS,
         "samples": samples,
     }
-    _render("report.html.jinja", Path(workdir) / "report" / "index.html", page)
+    render("report.html.jinja", Path(workdir) / "report" / "index.html", page)
 
 
-def write_replication_report(workdir: Path, replication: Mapping[str, Any]) -> None:
+def write_replication_report(workdir: Path, replication_results: Mapping[str, Any]) -> None:
     """Writes `workdir/report/index.html` over a replication, linking to its cells' reports.
 
     Args:
         workdir: the replication's folder, with the cells' studies under `cells/CELL`.
-        replication: `replication.json`: `cells`, `claims` (R1 to R5) and flat `rows`.
+        replication_results: `replication.json`: `cells`, `claims` (R1 to R5) and flat `rows`.
     """
     chart = _chart(
         Path(workdir) / "figures",
         "replication",
-        partial(figures.replication, replication),
+        partial(replication.figure, replication_results),
         "Mean and worst off-target drop per family, arm and target",
         "Drop in refusal off target, in points: one mark per target and arm, filled for the "
         "mean over the other domains, hollow for the worst of them. Further right is more spill.",
     )
-    rows = replication.get("rows", [])
+    rows = replication_results.get("rows", [])
+    cells = [str(cell["cell"]) for cell in replication_results.get("cells", [])]
     page = {
-        "title": "Emergent misalignment: replication over models and targets",
-        "claims": replication.get("claims", {}),
-        "statements": CLAIMS,
-        "cells": [str(cell["cell"]) for cell in replication.get("cells", [])],
+        "title": "Refusal unlearning replicated over models and targets",
+        "context": [f"{len(cells)} studies", f"{len(rows)} arms"] if cells else [],
+        "verdicts": front.verdicts(replication_results.get("claims", {})),
+        "cells": cells,
         "chart": chart,
-        "table_rows": tables.records(rows, "One row per cell and arm.") if rows else None,
-        "warnings": replication.get("warnings", []),
+        "table_rows": tables.records(
+            rows,
+            "One row per cell and arm; rates and shares in per cent, drops and rises in points.",
+            {cell: f"../cells/{quote(cell)}/report/index.html" for cell in cells},
+        )
+        if rows
+        else None,
+        "warnings": replication_results.get("warnings", []),
     }
-    _render("replication.html.jinja", Path(workdir) / "report" / "index.html", page)
+    render("replication.html.jinja", Path(workdir) / "report" / "index.html", page)
 
 
 def write_sweep_report(workdir: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Writes `workdir/report/index.html` over a sweep.
 
     Args:
-        workdir: the sweep's folder.
+        workdir: the sweep's folder, with the studies of its points under `points/POINT`.
         rows: flat, one per point of the grid and arm.
     """
-    caption = "Means over seeds; refusal rates in per cent, drops in points."
-    page = {
-        "title": "Emergent misalignment: a sweep",
-        "summary": tables.records(rows, caption),
+    points = dict.fromkeys(str(row["point"]) for row in rows if "point" in row)
+    reports = {point: f"points/{point}/report/index.html" for point in points}
+    links = {
+        point: f"../{quote(path)}"
+        for point, path in reports.items()
+        if (Path(workdir) / path).exists()
     }
-    _render("sweep.html.jinja", Path(workdir) / "report" / "index.html", page)
+    caption = (
+        "Means over seeds, in brackets Student's 95 % interval over them where there are two or "
+        "more; refusal rates in per cent, drops and rises in points."
+    )
+    page = {
+        "title": "A sweep of refusal unlearning",
+        "context": [f"{len(points)} points", f"{len(rows)} rows"] if points else [],
+        "summary": tables.records(rows, caption, links),
+    }
+    render("sweep.html.jinja", Path(workdir) / "report" / "index.html", page)
 
 
-def _render(template: str, path: Path, page: Mapping[str, Any]) -> None:
+def render(template: str, path: Path, page: Mapping[str, Any]) -> None:
+    """Writes a page from its template, with the style, script and contents that all pages have."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
 
+    folder = Path(__file__).parent
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
+        loader=FileSystemLoader(folder),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    write_text(path, environment.get_template(template).render(page))
+    style, script = (
+        Markup((folder / f"page.{kind}.jinja").read_text(encoding="utf-8"))
+        for kind in ("css", "js")
+    )
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    own = {"style": style, "script": script, "script_hash": f"sha256-{digest}"}
+    text = environment.get_template(template).render({**page, **own})
+    write_text(path, _with_contents(text))
+
+
+_SECTION = re.compile(r'<section id="([a-z]+)"[^>]*>\n<h2>(.*?)</h2>')
+
+
+def _with_contents(text: str) -> str:
+    """The page with a list of its sections where the template wants one."""
+    items = "".join(
+        f'<li><a href="#{id}">{title}</a></li>\n' for id, title in _SECTION.findall(text)
+    )
+    return text.replace("<!-- contents -->", f"<ol>\n{items}</ol>", 1)
 
 
 def _chart(folder: Path, name: str, draw: Callable, alt: str, caption: str) -> Chart:
-    return Chart(drawing.save(draw, folder, name, alt), caption)
+    return Chart(drawing.save(draw, folder, name, alt), caption, name)
 
 
 def _charts(
@@ -201,6 +252,21 @@ def _charts(
         name: _chart(folder, name, draw, *(text.format(target=target) for text in CAPTIONS[name]))
         for name, draw in draws.items()
     }
+
+
+def _context(results: Mapping[str, Any]) -> list[str]:
+    """Where the figures come from, in short."""
+    provenance = results.get("provenance", {})
+    prompts = provenance.get("settings", {}).get("prompts", {}).get("source")
+    judge = results.get("judge")
+    found = [
+        f"model {results['model']['id']}",
+        f"target {drawing.label(results['target']).lower()}",
+        prompts and f"prompts {prompts}",
+        judge and f"judge {judge}",
+        provenance.get("date"),
+    ]
+    return [text for text in found if text]
 
 
 def _facts(results: Mapping[str, Any]) -> list[tuple[str, str]]:

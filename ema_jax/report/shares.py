@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ema_jax.report import drawing
-from ema_jax.report.drawing import label
+from ema_jax.report.drawing import label, tip
 from ema_jax.report.figures import ordered_domains, titled
 from ema_jax.report.tables import MISSING, Row, Table, answered, number, percent
 
@@ -76,7 +76,7 @@ def figure(results: Mapping[str, Any]) -> "Figure | None":
             axes.get_yticklabels()[0].set_fontweight("bold")
         axes.spines["left"].set_visible(False)
         for y, domain in enumerate(domains):
-            _bar(axes, y, bars.get(domain, {}))
+            _bar(axes, y, bars.get(domain, {}), f"{label(domain)}, {arm}")
     figure.supxlabel("% of all responses", fontsize=9.5)
     seen = {name for bars in arms.values() for bar in bars.values() for name, n in bar.items() if n}
     look = {name: part for name, part in PARTS.items() if name in seen}
@@ -91,13 +91,13 @@ def figure(results: Mapping[str, Any]) -> "Figure | None":
     return figure
 
 
-def _bar(axes: "Axes", y: int, counts: Mapping[str, int]) -> None:
+def _bar(axes: "Axes", y: int, counts: Mapping[str, int], where: str) -> None:
     left, total = 0.0, sum(counts.values())
     for name, count in counts.items():
         if not count:
             continue
         part, share = PARTS[name], count / total
-        axes.barh(
+        (segment,) = axes.barh(
             y,
             100 * share,
             left=left,
@@ -107,6 +107,7 @@ def _bar(axes: "Axes", y: int, counts: Mapping[str, int]) -> None:
             edgecolor=_EDGE,
             linewidth=0.5,
         )
+        tip(segment, f"{where}: {part.name}, {count} of {total} ({100 * share:.1f} %)")
         if share >= _SMALLEST_LABELLED:
             # A plate under the figure, where a hatch would run through it.
             plate = {"facecolor": part.colour, "edgecolor": "none", "pad": 1.2}

@@ -4,7 +4,7 @@ Rates and drops are fractions in `results.json` and per cent or points (x 100) h
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ema_jax.report.drawing import label
@@ -27,13 +27,14 @@ class Table:
     """A table whose first column spans the rows of its group.
 
     `text_columns` are the columns aligned left (counted from 0, the group's column first); all
-    others hold numbers.
+    others hold numbers. `links` gives the groups that have a page of their own its address.
     """
 
     caption: str
     columns: tuple[str, ...]
     groups: tuple[tuple[str, tuple[Row, ...]], ...]
     text_columns: tuple[int, ...] = (0,)
+    links: Mapping[str, str] = field(default_factory=dict)
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -295,6 +296,8 @@ def provenance(results: Mapping[str, Any]) -> Table:
     source = results["provenance"]
     groups = []
     for name, value in source.items():
+        if name == "settings":
+            continue  # in tables of their own
         if name == "wall_seconds" and isinstance(value, Mapping):
             value = {stage: f"{seconds:,.1f} s" for stage, seconds in value.items()}
         items = value.items() if isinstance(value, Mapping) else [("", value)]
@@ -304,10 +307,12 @@ def provenance(results: Mapping[str, Any]) -> Table:
     )
 
 
-def records(rows: Sequence[Mapping[str, Any]], caption: str) -> Table:
+def records(
+    rows: Sequence[Mapping[str, Any]], caption: str, links: Mapping[str, str] | None = None
+) -> Table:
     """A table of flat rows of any fields: one column per key, formatted by the key's meaning.
 
-    `x_lo` and `x_hi` become one column, the interval of `x`.
+    `x_lo` and `x_hi` become one column, the interval of `x`. `links` are as in `Table`.
     """
     given = {key for row in rows for key in row}
     rows = [_with_intervals(row) for row in rows]
@@ -324,7 +329,7 @@ def records(rows: Sequence[Mapping[str, Any]], caption: str) -> Table:
     }
     text = [i for i, key in enumerate(keys) if key in words]
     names = tuple("p" if key == "p" else label(key).replace("p holm", "Holm p") for key in keys)
-    return Table(caption, names, groups, (0, *text))
+    return Table(caption, names, groups, (0, *text), links or {})
 
 
 def _with_intervals(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -137,7 +137,8 @@ def layer_sweep_summary(
     Returns:
         Mean refusal log-odds in nats: `clean` by domain, and its `change` by strength, direction
         and domain of the prompts, `[L+1]`; None at layers that are not among `layers`, if that is
-        there.
+        there. `ablated_ci95`, intervals of the change under ablation (the last strength) over
+        prompts.
     """
     lengths = [np.linalg.norm(v, axis=1, keepdims=True) for v in vectors.values()]
     drawn = random_like(next(iter(vectors.values())))
@@ -181,7 +182,25 @@ def layer_sweep_summary(
             }
             for j, strength in enumerate(wanted.strengths)
         },
+        "ablated_ci95": {
+            direction: {
+                d: json_safe(_mean_interval(change[:, i, -1, rows])) for d, rows in rows_of.items()
+            }
+            for i, direction in enumerate(wanted.directions)
+        },
     }
+
+
+def _mean_interval(x: Float[np.ndarray, "L1 N"]) -> Float[np.ndarray, "L1 2"]:
+    """Student's 95 % interval of the mean over prompts at every layer; NaN of one prompt."""
+    from scipy import stats
+
+    n = x.shape[1]
+    if n < 2:
+        return np.full((len(x), 2), np.nan)
+    mean = x.mean(axis=1, dtype=np.float64)
+    half = stats.t.ppf(0.975, n - 1) * x.std(axis=1, ddof=1, dtype=np.float64) / np.sqrt(n)
+    return np.stack([mean - half, mean + half], axis=1)
 
 
 def most_refusing_layer(found: Mapping[str, Any], domain: str) -> int:

@@ -343,7 +343,9 @@ class Study:
                 self._settings(instance),
                 self._needs(instance),
                 functools.partial(self._work, instance),
-                functools.partial(watch.begin, *shown),
+                begin=functools.partial(watch.begin, *shown),
+                # Results name the study's own settings and date, which its inputs do not.
+                of_another=instance.stage.name not in AFTER_RUNS,
             )
             watch.end(*shown, seconds)
             times.append(seconds)

@@ -1,5 +1,6 @@
 """A replication: several studies in one folder, with one table for R1 to R5."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -16,6 +17,7 @@ from ema_jax.study.results import off_target, plain_arm
 from ema_jax.study.schema import (
     Arm,
     ByDomain,
+    Claim,
     Replication,
     ReplicationCell,
     ReplicationRow,
@@ -40,12 +42,26 @@ def unfinished(root: Path, cells: Mapping[str, StudyConfig]) -> list[str]:
 
 def summarise(root: Path, cells: Mapping[str, StudyConfig]) -> Replication:
     """`replication.json`: a row per cell and arm, and the decisions on R1 to R5 and validity."""
+    return _summary(
+        {
+            name: (cell, Artifacts(root / "cells" / name).results.read())
+            for name, cell in cells.items()
+        }
+    )
+
+
+def study_claims(config: StudyConfig, results: Results) -> dict[str, Claim]:
+    """R1 to R5 and validity for one study by itself, as for a replication of one cell."""
+    arms = {name: arm for name, arm in config.arms.items() if name in results["arms"]}
+    return _summary({"": (dataclasses.replace(config, arms=arms), results)})["claims"]
+
+
+def _summary(cells: Mapping[str, tuple[StudyConfig, Results]]) -> Replication:
     described: list[ReplicationCell] = []
     rows: list[ReplicationRow] = []
     scored: dict[str, list[tuple[Mapping[str, float], list[Changes]]]] = {}
-    for name, cell in cells.items():
-        results: Results = Artifacts(root / "cells" / name).results.read()
-        arm, made = plain_arm(cell), results["forecast"]
+    for name, (cell, results) in cells.items():
+        arm, made = plain_arm(cell), results.get("forecast") or {}
         drops, rises = (_by_seed(results, arm, key) for key in ("drop", "compliance_rise"))
         described.append(
             {
@@ -57,11 +73,11 @@ def summarise(root: Path, cells: Mapping[str, StudyConfig]) -> Replication:
             }
         )
         rows += [_row(name, cell, results, arm) for arm in cell.arms]
-        lexical = made.get("lexical_score") or {}
+        scores, lexical = made.get("score") or {}, made.get("lexical_score") or {}
         for by, score, changes in (
-            ("pooled", made["score"], drops),
+            ("pooled", scores, drops),
             ("lexical", lexical, drops),
-            ("pooled_by_compliance", made["score"], rises),
+            ("pooled_by_compliance", scores, rises),
             ("lexical_by_compliance", lexical, rises),
         ):
             scored.setdefault(by, []).append((score, list(changes.values())))
@@ -103,7 +119,7 @@ def _row(name: str, config: StudyConfig, results: Results, arm: str) -> Replicat
     ema, entry = results["ema"][arm], results["arms"][arm]
     drop = off_target({d: e["drop"] for d, e in ema.items()}, config.target)
     rise = off_target({d: e.get("compliance_rise") for d, e in ema.items()}, config.target)
-    forecast: Any = results["forecast"] if arm == plain_arm(config) else {}
+    forecast: Any = results.get("forecast", {}) if arm == plain_arm(config) else {}
     contained: Any = results["containment"].get(arm, {})
     on_target = results.get("on_target", {})
     bounds, compliance_bounds = (

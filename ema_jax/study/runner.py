@@ -26,7 +26,12 @@ Sources = Mapping[ModelConfig, ModelSource | None]
 
 
 def run(
-    config: StudyConfig, workdir: str | Path, *, only: Sequence[str] | None = None, dry_run: bool
+    config: StudyConfig,
+    workdir: str | Path,
+    *,
+    only: Sequence[str] | None = None,
+    dry_run: bool,
+    start: str | Path | None = None,
 ) -> None:
     """Runs what the config describes.
 
@@ -35,6 +40,7 @@ def run(
         workdir: its folder; finished stages in it are skipped.
         only: names of the stages to run; all by default.
         dry_run: validate everything and print the plan; neither runs nor writes anything.
+        start: another study's folder, whose finished stages are copied where they are the same.
 
     Raises:
         UserError: before any expensive work, for whatever is wrong with config, model or folder.
@@ -55,6 +61,8 @@ def run(
     if bool(config.cells) != (root / "cells").is_dir() and any(root.glob("[!.]*")):
         kind = "a single study" if config.cells else "a replication"
         raise UserError(f"{root}: holds {kind}; choose another --workdir")
+    if start is not None:
+        _check_start(Path(start), root)
     sources = {
         model: find_model(model, download=not dry_run)
         for model in dict.fromkeys(cell.model for cell in cells.values())
@@ -64,7 +72,7 @@ def run(
         source = sources[cell.model]
         if source is not None:
             place = root / "cells" / name if name else root
-            studies[name] = Study(cell, Workdir(place, only), source)
+            studies[name] = Study(cell, Workdir(place, only, _start_of(start, name)), source)
             studies[name].workdir.check(studies[name].settings())
     if dry_run:
         _dry_run(cells, sources, studies)
@@ -82,6 +90,21 @@ def run(
             watching.close(artifacts, ran=ran)
         if config.cells and (only is None or "report" in only):
             _write_replication(root, cells)
+
+
+def _check_start(start: Path, root: Path) -> None:
+    if not any((start / name).is_dir() for name in ("stages", "cells")):
+        raise UserError(f"--from={start}: not a study's folder: it has no finished stages")
+    if start.resolve() == root.resolve():
+        raise UserError(f"--from={start}: is the --workdir itself; leave it out to resume")
+
+
+def _start_of(start: str | Path | None, cell: str) -> Path | None:
+    """The folder that a cell starts from: its namesake's, or the one study that there is."""
+    if start is None:
+        return None
+    own = Path(start) / "cells" / cell
+    return own if cell and own.is_dir() else Path(start)
 
 
 def _dry_run(

@@ -186,36 +186,42 @@ class Entanglement(TypedDict):
     ceiling: ByLayer
     disattenuated: NotRequired[ByLayer]
     ci95: NotRequired[LayerIntervals]
+    null_interval: NotRequired[LayerIntervals]
     cosine_centred: ByLayer
     null95_centred: NotRequired[ByLayer]
     null_mean_centred: NotRequired[ByLayer]
     ceiling_centred: NotRequired[ByLayer]
     disattenuated_centred: NotRequired[ByLayer]
     ci95_centred: NotRequired[LayerIntervals]
+    null_interval_centred: NotRequired[LayerIntervals]
     cosine_own: NotRequired[ByLayer]
     null95_own: NotRequired[ByLayer]
     null_mean_own: NotRequired[ByLayer]
     ceiling_own: NotRequired[ByLayer]
     disattenuated_own: NotRequired[ByLayer]
     ci95_own: NotRequired[LayerIntervals]
+    null_interval_own: NotRequired[LayerIntervals]
     cosine_standardised: NotRequired[ByLayer]
     null95_standardised: NotRequired[ByLayer]
     null_mean_standardised: NotRequired[ByLayer]
     ceiling_standardised: NotRequired[ByLayer]
     disattenuated_standardised: NotRequired[ByLayer]
     ci95_standardised: NotRequired[LayerIntervals]
+    null_interval_standardised: NotRequired[LayerIntervals]
     probe_transfer: NotRequired[ByLayer]
     null95_probe_transfer: NotRequired[ByLayer]
     null_mean_probe_transfer: NotRequired[ByLayer]
     ceiling_probe_transfer: NotRequired[ByLayer]
     disattenuated_probe_transfer: NotRequired[ByLayer]
     ci95_probe_transfer: NotRequired[LayerIntervals]
+    null_interval_probe_transfer: NotRequired[LayerIntervals]
     subspace_overlap: NotRequired[ByLayer]
     null95_subspace_overlap: NotRequired[ByLayer]
     null_mean_subspace_overlap: NotRequired[ByLayer]
     ceiling_subspace_overlap: NotRequired[ByLayer]
     disattenuated_subspace_overlap: NotRequired[ByLayer]
     ci95_subspace_overlap: NotRequired[LayerIntervals]
+    null_interval_subspace_overlap: NotRequired[LayerIntervals]
     lexical_baseline: NotRequired[dict[str, ByDomain]]
 
 
@@ -269,6 +275,8 @@ class Sweep(TypedDict):
     refusing_tokens: list[int]
     clean: dict[str, float]
     change: dict[str, dict[str, ByLayer]]  # strength → direction → domain
+    ablated_ci95: NotRequired[dict[str, LayerIntervals]]
+    """Of `change` under ablation, over prompts: direction → domain → `[low, high]` per layer."""
     ablated_everywhere: NotRequired[AblatedEverywhere]
 
 
@@ -425,6 +433,23 @@ class Provenance(TypedDict):
     hashes: dict[str, str]
     devices: str
     wall_seconds: dict[str, float]
+    settings: NotRequired[dict[str, Any]]
+    """Every field of the config, the arms with what they share filled in."""
+    judging: NotRequired[dict[str, Any]]
+    command: NotRequired[str | None]
+    commit: NotRequired[str | None]
+    date: NotRequired[str]
+
+
+class Claim(TypedDict):
+    """The decision on one claim; None: cannot be decided."""
+
+    holds: bool | None
+    evidence: list[str]
+    by: NotRequired[dict[str, bool | None]]  # refusal, compliance
+    statement: NotRequired[str]
+    rule: NotRequired[str]
+    """When it holds, by each measure."""
 
 
 class BaselineResults(TypedDict):
@@ -460,15 +485,7 @@ class Results(BaselineResults, ConceptChanges):
     entanglement: Entanglement
     sweep: NotRequired[Sweep | None]
     forecast: Forecast
-
-
-class Claim(TypedDict):
-    """The decision on one claim; None: cannot be decided."""
-
-    holds: bool | None
-    evidence: list[str]
-    by: NotRequired[dict[str, bool | None]]  # refusal, compliance
-    statement: NotRequired[str]
+    claims: NotRequired[dict[str, Claim]]
 
 
 class ReplicationCell(TypedDict):

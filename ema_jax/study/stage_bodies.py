@@ -33,8 +33,11 @@ from ema_jax.runtime.files import json_safe
 from ema_jax.study import base_check, concept_summaries, sensitivity
 from ema_jax.study.arm_training import arm_settings, train_arm
 from ema_jax.study.artifacts import BASE, Artifacts, ConceptInputs, ForgetSet, Pooled, Run, runs_of
+from ema_jax.study.cautions import cautions
 from ema_jax.study.checks import check_prompts
 from ema_jax.study.dose_search import search_dose
+from ema_jax.study.origin import origin
+from ema_jax.study.replication import study_claims
 from ema_jax.study.results import results
 from ema_jax.study.session import ModelSession
 from ema_jax.study.workdir import StageContext
@@ -303,7 +306,12 @@ def _export(session: ModelSession, artifacts: Artifacts, run: Run, model: Decode
 
 def analyse(session: ModelSession, artifacts: Artifacts, context: StageContext) -> list[Path]:
     """All figures of the study, from its artifacts alone."""
-    written = artifacts.results.write(results(artifacts, session.config, session.describe()))
+    made: Any = results(artifacts, session.config, session.describe())
+    made["warnings"] = [*cautions(made), *made["warnings"]]
+    made["provenance"] |= origin(session.config, artifacts.responses(BASE).read())
+    if len(made["arms"]) > 1:
+        made["claims"] = study_claims(session.config, made)
+    written = artifacts.results.write(made)
     metrics = map(artifacts.metrics, runs_of(session.config))
     rows = (row for run in metrics if run.path.exists() for row in run.read())
     return [written, artifacts.all_metrics.write(rows)]

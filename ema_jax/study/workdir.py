@@ -18,7 +18,13 @@ from absl import logging
 
 from ema_jax.errors import AskedToStopError, UserError
 from ema_jax.runtime import distributed
-from ema_jax.runtime.files import json_safe, sha256_file, sha256_json, write_json
+from ema_jax.runtime.files import (
+    atomic_path,
+    json_safe,
+    sha256_file,
+    sha256_json,
+    write_json,
+)
 from ema_jax.study.manifest import Manifest, read_manifest, stamp, verify
 
 
@@ -48,11 +54,16 @@ class Workdir:
     Args:
         path: the folder.
         only: names of the stages that are wanted; all by default.
+        start: another study's folder, which is only read: stages that were finished there with the
+            same settings and inputs are copied and not run.
     """
 
-    def __init__(self, path: str | Path, only: Sequence[str] | None = None):
+    def __init__(
+        self, path: str | Path, only: Sequence[str] | None = None, start: Path | None = None
+    ):
         self.path = Path(path)
         self._only = only
+        self._start = None if start is None else Workdir(start)
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
@@ -97,9 +108,11 @@ class Workdir:
         settings: Mapping[str, Any],
         inputs: Iterable[str],
         function: Callable[[StageContext], Iterable[Path]],
+        *,
         begin: Callable[[], None] | None = None,
+        of_another: bool = True,
     ) -> float | None:
-        """Runs a stage unless it is done.
+        """Runs a stage unless it is done, here or in the study that this one starts from.
 
         Args:
             stage: its name, `/` between its parts.
@@ -107,6 +120,7 @@ class Workdir:
             inputs: the stages that it reads from.
             function: does the work and returns the files or folders that it wrote.
             begin: called when the work starts; by default the stage's name is logged.
+            of_another: whether what another study made of the same settings and inputs is as good.
 
         Returns:
             Seconds that the work took; None where it was done before.
@@ -132,6 +146,8 @@ class Workdir:
             if manifest["inputs"] == hashes and there:
                 self._verify(stage, manifest)
                 return None
+        if manifest is None and of_another and self._taken(stage, settings, hashes):
+            return None
         if distributed.stop_requested():
             raise AskedToStopError(
                 f"{self.path}: asked to stop (SIGTERM or Ctrl-C) before the stage {stage}; the "
@@ -169,6 +185,30 @@ class Workdir:
             shutil.rmtree(unfinished, ignore_errors=True)
         _release_memory()
         return seconds
+
+    def _taken(self, stage: str, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> bool:
+        """Copies a stage from the study that this one starts from; False if it has another."""
+        found = None if self._start is None else self._start.manifest(stage)
+        if self._start is None or found is None:
+            return False
+        if found["settings"] != settings or found["inputs"] != inputs:
+            return False
+        files = {name: self._start / name for name in found["outputs"]}
+        if not all(file.exists() for file in files.values()):
+            return False
+        for name, file in files.items():
+            if sha256_file(file) != found["outputs"][name]:
+                raise UserError(
+                    f"{file}: was changed after the stage {stage} wrote it; bring back the old "
+                    "file, or leave out --from"
+                )
+        logging.info("%s: copied from %s", stage, self._start.path)
+        for name, file in files.items():
+            with atomic_path(self.path / name) as temporary:
+                shutil.copyfile(file, temporary)
+        stamps = {name: stamp(self.path / name) for name in files}
+        write_json(self.manifest_path(stage), found | {"stamps": stamps})
+        return True
 
 
 def manifests(folder: Path) -> list[Manifest]:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 from absl import logging
+from scipy import stats
 
 from ema_jax.refusal.responses import responses_by_domain
 from ema_jax.refusal.scores import refusal_rate
@@ -100,13 +101,20 @@ def _figures(folder: Path, cell: Cell) -> Row:
 
 
 _ONE_RUN = (
-    *("cell", "point", "seed", "seconds", "status", "steps", "stopped_at"),
+    *("cell", "seed", "seconds", "status", "steps", "stopped_at"),
     *("worst_domain", "worst_rise_domain"),
+)
+
+_SPREAD = (
+    *("target_rate", "target_answered", "mean_off_target_drop", "worst_drop"),
+    *("mean_off_target_rise", "worst_rise"),
 )
 
 
 def summarised(rows: Sequence[Mapping[str, Any]], settings: set[str]) -> list[Row]:
     """A row per point and arm: every figure's mean over the seeds, and the worst target rate.
+
+    Figures of `_SPREAD` have Student's 95 % interval over seeds as `x_lo` and `x_hi`.
 
     Args:
         rows: of `sweep.csv`.
@@ -120,6 +128,8 @@ def summarised(rows: Sequence[Mapping[str, Any]], settings: set[str]) -> list[Ro
         done = [run for run in runs if run["status"] == "done"]
         shown = [k for k in runs[0] if k not in _ONE_RUN and not k.startswith("rate_")]
         one = {k: runs[0][k] if k in settings else _mean([run[k] for run in done]) for k in shown}
+        for k in (name for name in _SPREAD if name in one):
+            one[f"{k}_lo"], one[f"{k}_hi"] = _interval([run[k] for run in done])
         one["target_rate_max"] = max(
             (run["target_rate"] for run in done if run["target_rate"] is not None), default=None
         )
@@ -130,6 +140,15 @@ def summarised(rows: Sequence[Mapping[str, Any]], settings: set[str]) -> list[Ro
 def _mean(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return float(np.mean(known)) if known else None
+
+
+def _interval(values: Sequence[float | None]) -> tuple[float | None, float | None]:
+    """Student's 95 % interval of the mean; unknown of fewer than two values."""
+    known = np.array([value for value in values if value is not None], float)
+    if len(known) < 2:
+        return None, None
+    half = stats.t.ppf(0.975, len(known) - 1) * known.std(ddof=1) / np.sqrt(len(known))
+    return float(known.mean() - half), float(known.mean() + half)
 
 
 def _plain(value: Any) -> Any:

@@ -181,6 +181,9 @@ def test_nulls_sit_where_theory_puts_them():
         np.testing.assert_allclose(found.cosine_centred.null_mean[d], -1 / 4, atol=0.02)
         np.testing.assert_allclose(found.cosine_centred.observed[d], -1 / 4, atol=0.15)
         assert (found.cosine.null95[d] > found.cosine.null_mean[d]).all()
+        low, high = found.cosine.null_interval[d].T
+        assert (low < found.cosine.null_mean[d]).all()
+        assert (high > found.cosine.null95[d]).all()
 
 
 def test_null_with_unequal_groups():
@@ -326,7 +329,10 @@ def test_layers_where_all_prompts_agree_are_undefined_not_noise():
     found = entanglement(acts, "safety", DOMAINS, permutations=10, splits=2)
     for name in ("cosine", "cosine_centred"):
         calibrated = getattr(found, name)
-        for figure in ("observed", "null95", "null_mean", "ceiling", "disattenuated", "ci95"):
+        for figure in (
+            *("observed", "null95", "null_mean", "ceiling", "disattenuated", "ci95"),
+            "null_interval",
+        ):
             values = getattr(calibrated, figure)["bias"]
             assert np.isnan(values[0]).all(), figure
             assert np.isfinite(values[1:]).all(), figure
@@ -458,6 +464,8 @@ def test_overlap_is_that_of_scipys_principal_angles():
     found = subspaces([x], (12, 12, 4), k=3, splits=5, bootstraps=5, seed=0)
     assert found.observed[0, 0, 1] == pytest.approx(expected, abs=1e-5)
     assert found.null_mean[0, 0, 1] == pytest.approx(3 / 30, abs=0.02)
+    low, high = found.null_interval[0, 0, 1]
+    assert 0 <= low < found.null_mean[0, 0, 1] < high
     np.testing.assert_allclose(found.observed[0, 0, 0], 1, atol=1e-6)
 
 

@@ -120,6 +120,26 @@ def as_before(results: object) -> object:
     return {key: as_before(value) for key, value in kept.items()}
 
 
+def example_claims() -> dict:
+    """Three claims that hold, one by refusal only, one that cannot be judged."""
+    return {
+        "R1": {"statement": "Target refusal falls.", "holds": True, "evidence": ["4 of 4 cells"]},
+        "R2": {"statement": "Others fall too.", "holds": True, "evidence": ["4 of 4 cells"]},
+        "R3": {
+            "statement": "Safety spills more.",
+            "holds": True,
+            "evidence": ["27 against 12 points"],
+        },
+        "R4": {
+            "statement": "Retain data restores.",
+            "holds": False,
+            "by": {"refusal": True, "compliance": False},
+            "evidence": ["2 of 4 cells"],
+        },
+        "R5": {"statement": "Entanglement ranks.", "holds": None, "evidence": ["n = 6 is too few"]},
+    }
+
+
 def example_results() -> dict:
     """Results in which three domains fall, and retain data recovers most of it."""
     rng = np.random.default_rng(0)
@@ -212,6 +232,7 @@ def example_results() -> dict:
             "cosine_centred": centred,
             "null95": flat(0.58),
             "null95_centred": flat(-0.02),
+            "null_interval_centred": {d: [[-0.4, 0.02]] * (LAYERS + 1) for d in OFF_TARGET},
             "ceiling": flat(0.95),
             "ci95": {d: [[x - 0.06, x + 0.06] for x in v] for d, v in raw.items()},
         },
@@ -280,6 +301,7 @@ def example_results() -> dict:
             "early_layers": [1, 2, 3, 4],
             "layer_spearman": [None, *(float(x) for x in 0.9 * np.sin(np.pi * depth[1:]))],
         },
+        "claims": example_claims(),
         "warnings": ["privacy has 120 prompts, fewer than the 300 asked for"],
         "provenance": {
             "versions": {"ema_jax": "0.1.0", "jax": "0.10.2"},
@@ -287,6 +309,10 @@ def example_results() -> dict:
             "hashes": {"prompts": "9f" * 32, "model": "1c" * 32},
             "devices": "1 x cpu",
             "wall_seconds": {"baseline": 41.2, "unlearn": 1830.0},
+            "judging": {"judge": "lexical", "version": "2", "revision": "", "rules": 2},
+            "command": "python -m ema_jax.main --config=my.py --workdir=run",
+            "commit": "5f" * 20,
+            "date": "2026-01-02 03:04 UTC",
         },
     }
 
@@ -352,20 +378,4 @@ def example_replication() -> dict:
                         "p": 0.058 if scale == 1 else None,
                     }
                 )
-    claims = {
-        "R1": {"statement": "Target refusal falls.", "holds": True, "evidence": ["4 of 4 cells"]},
-        "R2": {"statement": "Others fall too.", "holds": True, "evidence": ["4 of 4 cells"]},
-        "R3": {
-            "statement": "Safety spills more.",
-            "holds": True,
-            "evidence": ["27 against 12 points"],
-        },
-        "R4": {
-            "statement": "Retain data restores.",
-            "holds": False,
-            "by": {"refusal": True, "compliance": False},
-            "evidence": ["2 of 4 cells"],
-        },
-        "R5": {"statement": "Entanglement ranks.", "holds": None, "evidence": ["n = 6 is too few"]},
-    }
-    return {"schema": 1, "cells": cells, "claims": claims, "rows": rows}
+    return {"schema": 1, "cells": cells, "claims": example_claims(), "rows": rows}

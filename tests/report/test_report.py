@@ -1,6 +1,8 @@
 """The report: self-contained, escaped, deterministic, and honest in words."""
 
+import base64
 import copy
+import hashlib
 import json
 import re
 from html.parser import HTMLParser
@@ -17,16 +19,20 @@ from report_fixtures import (
 )
 from results_schema import optional_fields, without
 
+from ema_jax.config import StudyConfig
 from ema_jax.errors import UserError
 from ema_jax.report import (
     drawing,
     effects,
+    figures,
+    maps,
     shares,
     tables,
     write_replication_report,
     write_report,
 )
 from ema_jax.report.headline import headline, plain_arms
+from ema_jax.study import origin
 
 FIGURES = {
     *("shares", "refusal", "ema", "trajectory", "entanglement", "entanglement_centred"),
@@ -63,7 +69,7 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data):
-        if "style" not in self.open:
+        if not {"style", "script"} & set(self.open):
             self.words.append(data)
         if self.open and {"td", "th"} & set(self.open):
             self.cells[-1][-1] += data.strip()
@@ -92,29 +98,50 @@ def html(study):
 
 def test_is_self_contained(html):
     page = Page(html)
-    assert not {"script", "link", "iframe", "object", "base"} & {tag for tag, _ in page.tags}
-    for _, attributes in page.tags:
+    assert not {"link", "iframe", "object", "base", "form"} & {tag for tag, _ in page.tags}
+    for tag, attributes in page.tags:
         for name, value in attributes.items():
             if name in ("src", "href", "xlink:href"):
-                assert value.startswith(("#", "data:"))
+                # What a reader follows may lie beside the page; nothing is loaded from there.
+                assert value.startswith(("#", "data:")) or (tag == "a" and value.startswith("../"))
             assert not name.startswith("on")
     assert "@import" not in html
     assert all(target.startswith(("#", '"#')) for target in re.findall(r"url\(([^)]*)", html))
+
+
+def test_one_script_runs_and_only_by_its_hash(html):
+    (script,) = re.findall(r"<script>(.*?)</script>", html, flags=re.DOTALL)
+    assert html.count("<script") == 1
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = next(a["content"] for _, a in Page(html).tags if "content" in a and "http-equiv" in a)
+    assert f"script-src 'sha256-{digest}';" in policy
+    assert policy.startswith("default-src 'none'")
+    assert "unsafe-eval" not in policy
+    for dangerous in ("innerHTML", "insertAdjacentHTML", "eval(", "fetch(", "XMLHttpRequest"):
+        assert dangerous not in script
 
 
 def test_ids_are_unique_and_references_resolve(html):
     tags = Page(html).tags
     ids = [attributes["id"] for _, attributes in tags if "id" in attributes]
     assert len(ids) == len(set(ids))
-    links = {a["xlink:href"] for _, a in tags if "xlink:href" in a}
+    links = {a[name] for _, a in tags for name in ("href", "xlink:href") if name in a}
     uses = {link[1:] for link in links if link.startswith("#")}
+    assert {"shares", "settings", "glossary"} <= uses  # the contents
     uses |= set(re.findall(r"url\(#([^)]*)\)", html))
     assert uses
     assert uses <= set(ids)
 
 
+def test_files_that_the_page_links_are_there(study, html):
+    for tag, attributes in Page(html).tags:
+        if tag == "a" and attributes["href"].startswith("../figures"):
+            assert (study / "report" / attributes["href"]).exists()
+    assert 'href="../results.json"' in html
+
+
 def test_figures_are_written_and_inlined_with_alt_text(study, html):
-    for suffix in ("svg", "png"):
+    for suffix in ("svg", "png", "pdf"):
         assert {path.stem for path in (study / "figures").glob(f"*.{suffix}")} == FIGURES
     assert all(path.stat().st_size > 2000 for path in (study / "figures").iterdir())
     names = [a.get("aria-label") for tag, a in Page(html).tags if tag == "svg"]
@@ -142,8 +169,8 @@ def test_tables_carry_the_numbers(html):
     assert "+41.0" in safety
     assert "[35.5, 46.5]" in safety
     assert "+36.9" in safety
-    floor = next(row for row in cells if "Medical/legal" in row and "floor" in row)
-    assert "unmeasurable: floor" in floor
+    floor = next(row for row in cells if "Medical/legal" in row and "unmeasurable: floor" in row)
+    assert floor[-1] == "–"  # said once, at the top
     judges = next(row for row in cells if "lexical / wildguard" in row)
     assert judges[-8:] == ["0.59", "[0.37, 0.81]", "95.0\u202f%", "181", "7", "3", "8", "1"]
     assert ["Safety", "tools", "−0.200", "+7.5"] in cells
@@ -196,7 +223,7 @@ def test_samples_are_escaped(tmp_path):
     write_report(tmp_path, example_results(), [], samples)
     text = (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
     page = Page(text)
-    assert "script" not in {tag for tag, _ in page.tags}
+    assert [tag for tag, _ in page.tags].count("script") == 1
     assert '<script>alert("x")</script>' in page.text
     assert "&lt;script&gt;" in text
     assert "npo · bias · complied" in page.text
@@ -414,10 +441,11 @@ def test_replication_report(tmp_path):
     page = Page(text)
     rows = {row[0]: row for row in page.cells if row and row[0].startswith("R")}
     assert [rows[f"R{i}"][2] for i in range(1, 6)] == [
-        *("✓ yes", "✓ yes", "✓ yes", "✗ noby refusal: yesby compliance: no", "? undecided")
+        *("✓ holds", "✓ holds", "✓ holds"),
+        *("✗ does not holdby refusal: holds; by compliance: does not hold", "? cannot be judged"),
     ]
     links = [a["href"] for tag, a in page.tags if tag == "a"]
-    assert links == [
+    assert [link for link in links if "cells/" in link] == [
         f"../cells/{family}_{target}/report/index.html"
         for family in ("qwen2", "mistral")
         for target in ("cybersecurity", "safety")
@@ -453,6 +481,74 @@ def test_forecast_table_is_sorted_and_leaves_out_the_target():
 )
 def test_number_forms(form, value, expected):
     assert form(value) == expected
+
+
+def test_values_over_marks_are_those_of_the_results(html):
+    results = example_results()
+    titles = re.findall(r"<title>(.*?)</title>", html)[1:]
+    assert len(titles) > 400
+    rate = results["arms"]["npo"]["refusal"]["bias"]
+    low, high = (f"{100 * x:.1f}" for x in rate["ci95"])
+    counted = f"({rate['refused']} of {rate['valid']} valid)"
+    assert f"Bias, npo: {100 * rate['rate']:.1f} % [{low}, {high}] refused {counted}" in titles
+    drop = "Safety, npo: drop in refusal rate +41.0 points [35.5, 46.5], Holm p 0.000, n = 298"
+    assert drop in titles
+    for d in OFF_TARGET:
+        for layer, x in enumerate(results["entanglement"]["cosine"][d]):
+            low, high = (f"{v:.2f}" for v in results["entanglement"]["ci95"][d][layer])
+            text = f"{drawing.label(d)}, layer {layer}: {x:.2f} [{low}, {high}]"
+            assert text.replace("-", "−") in titles or text in titles
+    ablated = results["sweep"]["change"]["ablated"]
+    for d in DOMAINS:
+        text = f"{drawing.label(d)}, layer 7: {ablated[d][d][7]:z.2f} n = 8 prompts"
+        assert text.replace("-", "−") in titles
+
+
+def test_a_layer_without_any_value_has_no_column():
+    drawn = maps.heat_map({"npo": {"bias": [None, 0.1, -0.2], "privacy": [None, None, 0.3]}}, "x")
+    axes = drawn.axes[0]
+    assert [t.get_text() for t in axes.get_xticklabels()] == ["1", "2"]
+    assert len(axes.patches) == 3  # and an unknown value no cell
+    positive = maps.heat_map({"npo": {"bias": [10.0, 20.0]}}, "degrees").axes[-1]
+    assert positive.get_ylim() == (0, 20)
+
+
+def test_intervals_are_in_view():
+    results = example_results()
+    entanglement = results["entanglement"]
+    low = {d: [[x - 0.9, x + 0.4] for x in v] for d, v in entanglement["cosine_centred"].items()}
+    entanglement["ci95_centred"] = low
+    entanglement["null_interval_centred"] = {d: [[-0.7, 0.7]] * 13 for d in OFF_TARGET}
+    lowest = min(x for v in low.values() for x, _ in v)
+    for axes in figures.entanglement(results, True).axes:
+        assert axes.get_ylim()[0] <= max(-1, lowest)
+
+
+def test_names_of_points_cover_no_other_name():
+    from matplotlib.figure import Figure
+
+    axes = Figure().add_subplot()
+    axes.set(xlim=(0, 1), ylim=(0, 1))
+    close = {f"some_domain_{i}": (0.5 + 0.005 * i, 0.5) for i in range(6)}
+    drawing.name_points(axes, close, (4.6, 2.9))
+    places = {(t.xyann, t.get_horizontalalignment()) for t in axes.texts}
+    assert len(places) == 6
+
+
+@pytest.mark.usefixtures("no_drawing")
+def test_settings_are_tables_and_a_paragraph(tmp_path):
+    results = example_results()
+    config = StudyConfig(arms={"npo": {"beta": 0.25}, "npo_retain": {"retain_weight": 2.0}})
+    results["provenance"]["settings"] = origin.settings(config)
+    results["provenance"]["settings"]["model"]["source"] = "/home/me/models/mine"
+    write_report(tmp_path, results, [])
+    page = Page((tmp_path / "report" / "index.html").read_text(encoding="utf-8"))
+    assert ["beta", "0.25", "0.1"] in page.cells
+    assert ["lora.rank", *[str(config.arm("npo").lora.rank)] * 2] in page.cells
+    assert "npo: NPO (β 0.25) on LoRA" in page.text
+    assert "with CE at weight 2 on the retain set" in page.text
+    assert "/home/me" not in page.text
+    assert ["source", "…/mine"] in [row[-2:] for row in page.cells]
 
 
 def test_many_first_sentences_are_a_list(tmp_path):

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import scipy.stats
 
 from ema_jax.concepts.cka import cka
 from ema_jax.concepts.erasure import erasure
@@ -57,3 +58,12 @@ def test_drift_has_all_figures_of_domains_and_of_the_refusal_direction():
     assert [row["domain"] for row in found["ranking"]] == ["bias", "safety"]
     low, high = found["ranking"][0]["ci95"]
     assert low < found["ranking"][0]["mean"] < high
+
+
+def test_intervals_of_a_sweep_are_students_over_prompts():
+    x = np.random.default_rng(3).normal(size=(4, 8)).astype(np.float32)
+    found = concept_summaries._mean_interval(x)
+    for row, bounds in zip(x, found, strict=True):
+        expected = scipy.stats.ttest_1samp(row.astype(float), 0).confidence_interval()
+        np.testing.assert_allclose(bounds, (expected.low, expected.high), rtol=1e-6)
+    assert np.isnan(concept_summaries._mean_interval(x[:, :1])).all()

@@ -141,3 +141,37 @@ def test_a_killed_stage_finds_what_it_left_unless_its_settings_changed(workdir):
         assert seen[-1] is resumed
     workdir.run("a", {"n": 2}, [], Work(workdir, "a.txt"))
     assert not list(workdir.path.glob(".partial/**/*.jsonl"))
+
+
+def test_a_study_starts_from_the_same_stages_of_another(workdir, tmp_path):
+    for name, needs in (("a", []), ("b", ["a"])):
+        workdir.run(name, {"n": 1}, needs, Work(workdir, f"{name}.txt"))
+    before = contents(workdir.path)
+    mine = Workdir(tmp_path / "mine", start=workdir.path)
+    same, other, after = (Work(mine, f"{name}.txt", "y") for name in "abc")
+    mine.run("a", {"n": 1}, [], same)
+    mine.run("b", {"n": 2}, ["a"], other)
+    mine.run("c", {}, ["b"], after)
+    assert (same.runs, other.runs, after.runs) == (0, 1, 1)
+    assert same.path.read_text() == "x"
+    assert mine.manifest("a")["hash"] == workdir.manifest("a")["hash"]
+    Workdir(mine.path).run("a", {"n": 1}, [], same)  # resumes without the other
+    assert same.runs == 0
+    assert contents(workdir.path) == before, "the other study is only read"
+
+
+def test_what_another_study_made_is_not_taken_unseen(workdir, tmp_path):
+    workdir.run("a", {}, [], Work(workdir, "a.txt"))
+    workdir.run("results", {}, ["a"], Work(workdir, "r.txt"))
+    mine = Workdir(tmp_path / "mine", start=workdir.path)
+    own = Work(mine, "r.txt")
+    mine.run("a", {}, [], Work(mine, "a.txt"))
+    mine.run("results", {}, ["a"], own, of_another=False)
+    assert own.runs == 1
+    (workdir / "a.txt").write_text("changed")
+    with pytest.raises(UserError, match=r"a\.txt: was changed after the stage a wrote it"):
+        Workdir(tmp_path / "new", start=workdir.path).run("a", {}, [], Work(mine, "a.txt"))
+    (workdir / "a.txt").unlink()
+    again = Work(Workdir(tmp_path / "other"), "a.txt")
+    Workdir(tmp_path / "other", start=workdir.path).run("a", {}, [], again)
+    assert again.runs == 1

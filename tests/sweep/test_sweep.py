@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import scipy.stats
 from results_schema import assert_valid
 from small_study import small_config
 
@@ -228,8 +229,17 @@ def test_the_summary_averages_every_figure_over_seeds():
     ]
     rows.append(dict.fromkeys(rows[0]) | fixed | {"seed": 2, "status": "stopped"})
     (made,) = table.summarised(rows, {"point", "arm", "unlearn.beta"})
+    low, high = made.pop("target_rate_lo"), made.pop("target_rate_hi")
+    expected = scipy.stats.ttest_1samp([0.0, 0.5], 0).confidence_interval()
+    assert (low, high) == pytest.approx((expected.low, expected.high))
     assert made == {
-        **{"arm": "npo", "unlearn.beta": 0.1, "target_rate": 0.25, "target_rate_max": 0.5},
+        **{
+            "point": rows[0]["point"],
+            "arm": "npo",
+            "unlearn.beta": 0.1,
+            "target_rate": 0.25,
+            "target_rate_max": 0.5,
+        },
         **{"response_perplexity": 2.25, "seeds": 2, "stopped": 1},
     }
 

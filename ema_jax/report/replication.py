@@ -1,0 +1,53 @@
+"""The chart of a replication: spill per family, target and arm."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from ema_jax.report import drawing
+from ema_jax.report.drawing import INK, PAGE, label
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def figure(report: Mapping[str, Any]) -> "Figure | None":
+    """Mean (filled) and worst (hollow) off-target drop per target and arm, a panel per family."""
+    rows = [r for r in report.get("rows", []) if r.get("mean_off_target_drop") is not None]
+    if not rows:
+        return None
+    families = list(dict.fromkeys(r["family"] for r in rows))
+    targets = list(dict.fromkeys(r["target"] for r in rows))
+    arms = list(dict.fromkeys(r["arm"] for r in rows))
+    look = drawing.looks(targets)
+    figure, grid = drawing.panels(
+        len(families), columns=2, height_inches=0.3 * len(arms) * len(targets) + 0.7
+    )
+    for axes, family in zip(grid, families, strict=True):
+        axes.axvline(0, color=INK, linewidth=0.9)
+        for target, y in drawing.rows(axes, arms, look):
+            colour, marker = look[target]
+            for row in rows:
+                if (row["family"], row["target"]) != (family, target):
+                    continue
+                if row.get("mean_off_target_drop") is None:
+                    continue
+                where = f"{family}, target {label(target)}, {row['arm']}"
+                height, mean = y[arms.index(row["arm"])], 100 * row["mean_off_target_drop"]
+                if row.get("worst_drop") is not None:
+                    worst = 100 * row["worst_drop"]
+                    axes.plot((mean, worst), (height, height), color=colour, linewidth=1.2)
+                    far = axes.plot(worst, height, marker, color=colour, markerfacecolor=PAGE)
+                    place = label(row.get("worst_domain") or "the worst domain")
+                    drawing.tip(far[0], f"{where}: {worst:z.1f} points in {place}")
+                near = axes.plot(mean, height, marker, color=colour)
+                drawing.tip(near[0], f"{where}: {mean:z.1f} points, mean over the other domains")
+        axes.set(title=family)
+    low = min(axes.get_xlim()[0] for axes in grid)
+    high = max(axes.get_xlim()[1] for axes in grid)
+    for axes in grid:
+        axes.set_xlim(low, high)
+    figure.supxlabel(
+        "off-target drop in refusal rate (points): filled = mean, hollow = worst", size=9.5
+    )
+    drawing.legend(figure, {f"target {t}": look[t] for t in targets})
+    return figure
