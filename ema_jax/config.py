@@ -64,10 +64,12 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class GenerationConfig:
-    """Generation of responses: greedy, `batch_size` at once."""
+    """Generation of responses: greedy, `batch_size` at once; 0 for as many as the memory has room
+    for, which is what an accelerator is fastest with.
+    """
 
     max_new_tokens: PositiveInt = 256
-    batch_size: PositiveInt = 64
+    batch_size: NonNegativeInt = 64
 
 
 @dataclasses.dataclass(frozen=True)
