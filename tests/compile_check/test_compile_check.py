@@ -199,7 +199,7 @@ def test_flops_are_those_that_xla_counts():
 def test_a_step_costs_more_where_more_is_trained_or_computed_again():
     work = Workload.of(ema.read(small_config()), 16)
     full = dataclasses.replace(work, arm=dataclasses.replace(work.arm, trainable="full"))
-    again = dataclasses.replace(work, arm=dataclasses.replace(work.arm, remat=True))
+    again = dataclasses.replace(work, arm=dataclasses.replace(work.arm, remat="full"))
     more = dataclasses.replace(work, arm=dataclasses.replace(work.arm, batch_size=24))
     plain = roofline.train_flops(work)
     assert roofline.train_flops(again) == pytest.approx(1.5 * plain, rel=0.05)
