@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from tiny_models import our_outputs
 
+from ema_jax.data.batching import pad_examples
 from ema_jax.data.chat import TokenExample
 from ema_jax.data.packing import Item, pack, spread
 from ema_jax.models import checkpoint
@@ -69,8 +70,8 @@ def test_a_packed_example_has_the_states_that_it_has_alone(tiny, variant):
     hidden = model(batch.tokens, batch.mask, segments=batch.segments).hidden
     found = np.asarray(batch.at_places(hidden))
     assert not found[batch.examples < 0].any()
-    for number, (prompt, response) in enumerate((x.prompt, x.response) for x in examples):
-        tokens = np.array([prompt + response])
-        alone = our_outputs(model, tokens, np.ones(tokens.shape, bool))[1][0]
-        ours = found[batch.examples == number]
-        np.testing.assert_allclose(ours, alone[len(prompt) - 1 : -1], atol=2e-5)
+    rows = pad_examples(examples, max(x.size for x in examples), len(examples))
+    alone = our_outputs(model, rows.tokens, rows.mask)[1]
+    for number, example in enumerate(examples):
+        ours, start = found[batch.examples == number], len(example.prompt) - 1
+        np.testing.assert_allclose(ours, alone[number, start : example.size - 1], atol=2e-5)
