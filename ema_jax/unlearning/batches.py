@@ -172,8 +172,10 @@ class Data:
         everywhere = retains and RETAIN[config.retain_objective].everywhere
         if everywhere or tokens >= _FULL * examples * most:
             return _Layout(examples, few_lengths(most, MULTIPLE), most, places / (examples * most))
-        rows = bucket(math.ceil(tokens / (_LONGEST_PER_ROW * most)), groups)
-        return _Layout(min(rows, examples), few_lengths(most, PACKED), None, places / tokens)
+        # No more rows than share the examples evenly: 16 in 5 rows are as long as in 4.
+        each = math.ceil(examples / math.ceil(tokens / (_LONGEST_PER_ROW * most)))
+        rows = bucket(math.ceil(examples / each), groups)
+        return _Layout(rows, few_lengths(most, PACKED), None, places / tokens)
 
     @functools.cached_property
     def _sizes(self) -> dict[str, np.ndarray]:
