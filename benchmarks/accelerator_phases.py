@@ -265,6 +265,10 @@ def pieces(run: Run) -> None:
         def loss(q, k, v):
             if kind == "ours":
                 mixed = attend(q, k, v, causal_mask(at, at, None))
+            elif kind.endswith("packed"):  # two examples in a row, by a mask
+                mask = causal_mask(at, at, None, 1 + at // (length // 2))
+                name = kind.partition(" ")[0]
+                mixed = jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=name)
             else:
                 mixed = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=kind)
             return jnp.sum(mixed.astype(jnp.float32) ** 2)
@@ -279,7 +283,7 @@ def pieces(run: Run) -> None:
 
     other = "xla" if jax.default_backend() == "cpu" else "cudnn"
     for rows, length in ((2, 32),) if run.tiny else ((32, 256), (8, 1024), (2, 4096)):
-        for kind in ("ours", other):
+        for kind in ("ours", other, f"{other} packed"):
             run.attempt(attention, kind, rows, length, seconds=6)
     sizes = (14, 16) if run.tiny else (25, 28, 27)
     for logits, kind in [(sizes[0], "ours"), (sizes[1], "ours"), (sizes[1], "float32 slopes")]:
@@ -290,7 +294,7 @@ def pieces(run: Run) -> None:
 
 def _head_seconds(run: Run, config: DecoderConfig, dtype, logits: int, kind: str) -> float:
     """Seconds of all rows' log-probabilities and their gradient, at most 2^logits at once."""
-    log_probs._logits_at_once = lambda mesh: 1 << logits
+    log_probs._logits_at_once = lambda mesh, words: 1 << logits
     rows, length = (4, 31) if run.tiny else (32, 255)
     keys = jax.random.split(jax.random.key(0), 3)
     hidden = jax.random.normal(keys[0], (rows, length, config.hidden_size), dtype)

@@ -1,10 +1,12 @@
-"""The train step against transformers + PEFT, and many adapters against one after another.
+"""The train step against transformers + PEFT: one decoder, the same losses, the same cores.
 
-python benchmarks/train_step.py --part=step      # one decoder, the same losses, the same cores
-python benchmarks/train_step.py --part=together  # 8 adapters at once on the embedded model
+python benchmarks/train_step.py                  # full rows of 128 tokens
+python benchmarks/train_step.py --lengths=drawn  # a median response of a fifth of the longest row
+python benchmarks/train_step.py --model=FOLDER   # a checkpoint in place of a random small model
 """
 
 import argparse
+import functools
 import json
 import os
 import resource
@@ -15,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -25,31 +27,61 @@ import peft
 import torch
 import transformers
 
-from ema_jax.data import corpus
-from ema_jax.data.chat import Chat, TokenExample
+from ema_jax.data.chat import TokenExample
 from ema_jax.models import checkpoint, lora
 from ema_jax.models.sharding import make_mesh
-from ema_jax.organism import CHECKPOINTS
-from ema_jax.refusal.evaluation import Evaluation
 from ema_jax.unlearning import train_step as steps
-from ema_jax.unlearning.batches import Data
+from ema_jax.unlearning.batches import Data, batch_indices
 from ema_jax.unlearning.config import UnlearnConfig
 from ema_jax.unlearning.reference import reference_log_probs
-from ema_jax.unlearning.together import Member, unlearn_together
-from ema_jax.unlearning.trainer import unlearn
 
-BETA, RATE, LENGTH, ROWS = 0.1, 1e-4, 128, 8  # 8 forget + 8 retain rows: a batch of 16
+BETA, RATE = 0.1, 1e-4
+FULL, DRAWN = 128, 256  # tokens of a full row, and of the longest of drawn lengths
 LORA = lora.LoRAConfig(rank=16, alpha=32.0)
-NPO = UnlearnConfig(
-    lora=LORA,
-    beta=BETA,
-    retain_weight=1.0,
-    learning_rate=RATE,
-    batch_size=ROWS,
-    retain_batch_size=ROWS,
-)
-# The same tokens through plain fine-tuning: cross-entropy on both halves.
-SFT = UnlearnConfig(**{**vars(NPO), "objective": "sft"})
+
+
+class Work(NamedTuple):
+    """Rows of a forget and of a retain batch, and their lengths."""
+
+    rows: int = 8
+    length: int = FULL
+    lengths: str = "full"  # or drawn
+
+    def examples(self, seed: int) -> list[TokenExample]:
+        rng = np.random.default_rng(seed)
+        number = self.rows if self.lengths == "full" else 8 * self.rows
+        prompts = np.full(number, self.length // 4)
+        responses = self.length - prompts
+        if self.lengths == "drawn":
+            prompts = rng.integers(self.length // 12, self.length // 4, number)
+            median = np.log(self.length / 5)
+            responses = rng.lognormal(median, 0.8, number).astype(int)
+            responses = np.clip(responses, 5, self.length - prompts)
+
+        def ids(size: int) -> tuple[int, ...]:
+            return tuple(rng.integers(32_000, size=size).tolist())
+
+        sizes = zip(prompts.tolist(), responses.tolist(), strict=True)
+        return [TokenExample(ids(p), ids(r)) for p, r in sizes]
+
+    def arm(self, objective: str = "npo") -> UnlearnConfig:
+        """NPO with retain cross-entropy; for sft, the same tokens through plain fine-tuning."""
+        return UnlearnConfig(
+            lora=LORA,
+            objective=objective,
+            beta=BETA,
+            retain_weight=1.0,
+            learning_rate=RATE,
+            batch_size=self.rows,
+            retain_batch_size=self.rows,
+        )
+
+    def chosen(self, step: int) -> tuple[list[int], list[int]]:
+        """Indices of a step's forget and retain examples, the same for both sides."""
+        number = self.rows if self.lengths == "full" else 8 * self.rows
+        sides = (batch_indices(number, self.rows, seed, step) for seed in (0, 1))
+        forget, retain = (indices.tolist() for indices in sides)
+        return forget, retain
 
 
 def write_model(folder: Path) -> None:
@@ -68,193 +100,194 @@ def write_model(folder: Path) -> None:
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
 
 
-def examples(seed: int) -> list[TokenExample]:
-    rng = np.random.default_rng(seed)
-    draw = rng.integers(32_000, size=(ROWS, LENGTH))
-    return [TokenExample(tuple(row[:32].tolist()), tuple(row[32:].tolist())) for row in draw]
-
-
-def ours(folder: Path, config: UnlearnConfig) -> Callable[[], float]:
-    base, mesh = checkpoint.load(folder), make_mesh()
-    forget, retain = examples(1), examples(2)
-    data = Data(forget, reference_log_probs(base, forget, ROWS), retain, forget)
+def ours(folder: Path, work: Work, objective: str = "npo") -> Callable[[], tuple[float, int]]:
+    base, mesh, config = checkpoint.load(folder), make_mesh(), work.arm(objective)
+    forget, retain = work.examples(1), work.examples(2)
+    data = Data(forget, reference_log_probs(base, forget, work.rows), retain, forget)
     setup = steps.prepare(base, config, 0, mesh)
     state, count = steps.init_state(setup), iter(range(10_000))
 
-    def step() -> float:
+    def step() -> tuple[float, int]:
         nonlocal state
-        batch = data.host_batch(config, 0, next(count)).placed(mesh)
-        state, metrics = steps.train_step(setup, state, batch)
-        return float(metrics["loss"])
+        batch = data.host_batch(config, 0, next(count))
+        state, metrics = steps.train_step(setup, state, batch.placed(mesh))
+        return float(metrics["loss"]), np.count_nonzero(batch.rows.segments)
 
     return step
 
 
-def theirs(folder: Path, *, live_reference: bool) -> Callable[[], float]:
-    """The same step in PyTorch; the reference as numbers too, or by a forward pass each step."""
+def theirs(
+    folder: Path, work: Work, *, live_reference: bool = False, micro: int = 0
+) -> Callable[[], tuple[float, int]]:
+    """The same step in PyTorch, each micro-batch padded to its longest example.
+
+    The reference as numbers, too, or by a forward pass each step.
+    """
     base = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     settings = peft.LoraConfig(
         task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules=list(lora.TARGETS)
     )
     model = peft.get_peft_model(base, settings).train()
     rule = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=RATE)
-    forget, retain = (
-        torch.tensor([item.prompt + item.response for item in examples(seed)]) for seed in (1, 2)
-    )
+    size, count = micro or work.rows, iter(range(10_000))
+    padded = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
 
-    def log_probs(ids: torch.Tensor) -> torch.Tensor:
-        logits = model(ids).logits[:, :-1].log_softmax(-1)
-        return logits.gather(-1, ids[:, 1:, None])[:, 31:, 0]
+    def log_probs(examples: list[TokenExample]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probabilities of the targets, and which of them are of a response."""
+        ids = [torch.tensor(x.prompt + x.response) for x in examples]
+        labels = [torch.tensor((-100,) * len(x.prompt) + x.response) for x in examples]
+        rows = padded(ids)
+        response = padded(labels, padding_value=-100)[:, 1:] >= 0
+        mask = padded([torch.ones_like(x) for x in ids])
+        logits = model(rows, attention_mask=mask).logits[:, :-1].log_softmax(-1)
+        chosen = logits.gather(-1, rows[:, 1:, None])[..., 0]
+        return torch.where(response, chosen, 0.0), response
 
-    def reference() -> torch.Tensor:
+    def reference(examples: list[TokenExample]) -> torch.Tensor:
         with torch.no_grad(), model.disable_adapter():
-            return log_probs(forget).sum(-1)
+            return log_probs(examples)[0].sum(-1)
 
-    numbers = reference()
+    forget, retain = work.examples(1), work.examples(2)
+    at = range(0, len(forget), work.rows)
+    parts = [] if live_reference else [reference(forget[i : i + work.rows]) for i in at]
+    numbers = torch.cat(parts) if parts else None
 
-    def step() -> float:
-        kept = reference() if live_reference else numbers
-        ratio = log_probs(forget).sum(-1) - kept
-        loss = -2 / BETA * torch.nn.functional.logsigmoid(-BETA * ratio).mean()
-        loss = loss - log_probs(retain).mean()
-        loss.backward()
+    def step() -> tuple[float, int]:
+        chosen, others = work.chosen(next(count))
+        total, found = sum(len(retain[i].response) for i in others), 0.0
+        for i in range(0, work.rows, size):
+            own = [forget[k] for k in chosen[i : i + size]]
+            base = reference(own) if numbers is None else numbers[chosen[i : i + size]]
+            ratio = log_probs(own)[0].sum(-1) - base
+            loss = -2 / BETA * torch.nn.functional.logsigmoid(-BETA * ratio).sum() / work.rows
+            kept = log_probs([retain[k] for k in others[i : i + size]])[0]
+            loss = loss - kept.sum() / total
+            loss.backward()
+            found += float(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         rule.step()
         rule.zero_grad()
-        return float(loss)
+        used = [forget[i].size for i in chosen] + [retain[i].size for i in others]
+        return found, sum(used)
 
     return step
 
 
-PROGRAMS: dict[str, Callable[[Path], Callable[[], float]]] = {
-    "ema_jax, NPO + retain CE": lambda folder: ours(folder, NPO),
-    "ema_jax, SFT on the same tokens": lambda folder: ours(folder, SFT),
-    "PEFT, reference as numbers": lambda folder: theirs(folder, live_reference=False),
-    "PEFT, reference by a forward pass": lambda folder: theirs(folder, live_reference=True),
+PROGRAMS: dict[str, Callable[[Path, Work], Callable[[], tuple[float, int]]]] = {
+    "ema_jax, NPO + retain CE": ours,
+    "ema_jax, SFT on the same tokens": lambda folder, work: ours(folder, work, "sft"),
+    "PEFT, reference as numbers": theirs,
+    "PEFT, reference by a forward pass": lambda folder, work: theirs(
+        folder, work, live_reference=True
+    ),
+    "PEFT, half a batch at a time": lambda folder, work: theirs(
+        folder, work, micro=max(work.rows // 2, 1)
+    ),
+    "PEFT, a quarter at a time": lambda folder, work: theirs(
+        folder, work, micro=max(work.rows // 4, 1)
+    ),
 }
+FULL_ONLY = ("ema_jax, SFT on the same tokens", "PEFT, reference by a forward pass")
 
 
-def timed(step: Callable[[], float], number: int) -> dict[str, Any]:
-    """Seconds of each step after two, and processor seconds and page faults a step."""
-    first = step()
-    step()
-    seconds, before = [], resource.getrusage(resource.RUSAGE_SELF)
+def timed(step: Callable[[], tuple[float, int]], number: int, warm: int) -> dict[str, Any]:
+    """Seconds and real tokens of each step after some, and processor seconds and page faults."""
+    first = step()[0]
+    for _ in range(warm):
+        step()
+    seconds, tokens, before = [], 0, resource.getrusage(resource.RUSAGE_SELF)
     for _ in range(number):
         start = time.perf_counter()
-        step()
+        tokens += step()[1]
         seconds.append(time.perf_counter() - start)
     after = resource.getrusage(resource.RUSAGE_SELF)
     return {
         "first_loss": first,
         "seconds": seconds,
+        "tokens": tokens / number,
         "user": (after.ru_utime - before.ru_utime) / number,
         "system": (after.ru_stime - before.ru_stime) / number,
         "page_faults": (after.ru_minflt - before.ru_minflt) / number,
     }
 
 
-def step_part(number: int, rounds: int) -> dict[str, Any]:
+def compare(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """Every program in a process of its own, in turn, some rounds of it.
 
     In one process they slow each other.
     """
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in PROGRAMS}
+    names = arguments.only or [
+        name for name in PROGRAMS if (name in FULL_ONLY) <= (arguments.lengths == "full")
+    ]
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     with tempfile.TemporaryDirectory() as scratch:
-        write_model(Path(scratch))
         environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": f"{scratch}/programs"}
-        for turn in range(rounds):
-            for name in PROGRAMS:
-                print(f"round {turn + 1} of {rounds}: {name}", file=sys.stderr)
-                command = [sys.executable, __file__, f"--program={name}", f"--folder={scratch}"]
-                command.append(f"--steps={number}")
+        for turn in range(arguments.rounds):
+            for name in names:
+                print(f"round {turn + 1} of {arguments.rounds}: {name}", file=sys.stderr)
+                command = [sys.executable, __file__, f"--program={name}", f"--model={folder}"]
+                for flag in ("steps", "rows", "length", "lengths"):
+                    command.append(f"--{flag}={getattr(arguments, flag)}")
                 out = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE)
                 found[name].append(json.loads(out.stdout))
-    return {
-        name: summary(runs, found["PEFT, reference as numbers"]) for name, runs in found.items()
-    }
+                print(json.dumps(found[name][-1]), file=sys.stderr)
+    best = max(
+        (name for name in names if name.startswith("PEFT")),
+        key=lambda name: statistics.median(_rates(found[name])),
+    )
+    return {name: summary(runs, found[best]) for name, runs in found.items()} | {"baseline": best}
+
+
+def _rates(runs: list[dict[str, Any]]) -> list[float]:
+    """Real tokens per second of each round."""
+    return [run["tokens"] * len(run["seconds"]) / sum(run["seconds"]) for run in runs]
 
 
 def summary(runs: list[dict[str, Any]], baseline: list[dict[str, Any]]) -> dict[str, Any]:
     """Quartiles over all steps, and how many times as fast as `baseline` in each round."""
-    medians = [statistics.median(run["seconds"]) for run in runs]
-    others = [statistics.median(run["seconds"]) for run in baseline]
     seconds = np.quantile([x for run in runs for x in run["seconds"]], (0.25, 0.5, 0.75))
-    means = {
-        key: statistics.mean(r[key] for r in runs) for key in ("user", "system", "page_faults")
-    }
+    keys = ("tokens", "user", "system", "page_faults")
+    means = {key: statistics.mean(r[key] for r in runs) for key in keys}
+    processor = means["tokens"] / (means["user"] + means["system"])
+    theirs = [run["tokens"] / (run["user"] + run["system"]) for run in baseline]
     return {
         "first_loss": round(runs[0]["first_loss"], 5),
         "seconds_a_step": [round(x, 2) for x in seconds.tolist()],
-        "tokens_per_second": round(2 * ROWS * LENGTH / float(seconds[1])),
-        "times_as_fast": [round(b / a, 2) for a, b in zip(medians, others, strict=True)],
+        "tokens_per_second": round(statistics.median(_rates(runs))),
+        "times_as_fast": [
+            round(a / b, 2) for a, b in zip(_rates(runs), _rates(baseline), strict=True)
+        ],
+        "by_processor_time": round(processor / statistics.mean(theirs), 2),
         **{key: round(value, 2) for key, value in means.items()},
     }
 
 
-def together_part(number: int, runs: int = 8) -> dict[str, Any]:
-    """Adapters of `runs` seeds on the embedded model: at once, and one after the other."""
-    folder = CHECKPOINTS / "qwen2"
-    chat, base = Chat.load(folder), checkpoint.load(folder)
-    drawn = [item for item in corpus.training_examples(9, 1500) if item.refusal]
-    forget = [chat.example(item.prompt, item.refusal) for item in drawn[:200]]
-    retain = [chat.example(item.prompt, item.refusal) for item in drawn[200:400]]
-    reference = reference_log_probs(base, forget, 64)
-    data = Data(forget, reference, retain)
-    result: dict[str, Any] = {}
-    for name, batch in {"a batch of 16 + 32": (16, 32), "a batch of 4 + 4": (4, 4)}.items():
-        config = UnlearnConfig(
-            retain_weight=4.0,
-            max_steps=number,
-            eval_every=number,
-            batch_size=batch[0],
-            retain_batch_size=batch[1],
-        )
-
-        def never(model: Any) -> Evaluation:
-            return Evaluation({"t": 1.0}, 0.0)
-
-        def alone(seed: int, config: UnlearnConfig = config) -> None:
-            unlearn(base, forget, retain, reference, config, seed=seed, target="t", evaluate=never)
-
-        def at_once(config: UnlearnConfig = config) -> None:
-            members = [Member(seed) for seed in range(runs)]
-            unlearn_together(base, data, config, members, target="t", evaluate=never)
-
-        def seconds(job: Callable[[], Any]) -> float:
-            start = time.perf_counter()
-            job()
-            return time.perf_counter() - start
-
-        alone(99), at_once()  # compile both
-        turns = seconds(lambda alone=alone: [alone(seed) for seed in range(runs)])
-        stacked = seconds(at_once)
-        result[name] = {
-            "in_turn": round(turns, 2),
-            "at_once": round(stacked, 2),
-            "share": stacked / turns,
-        }
-    return result
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--part", choices=("step", "together"), default="step")
+    parser.add_argument("--lengths", choices=("full", "drawn"), default="full")
+    parser.add_argument("--length", type=int, help="of a full row, or the longest that is drawn")
+    parser.add_argument("--rows", type=int, default=8, help="of a forget and of a retain batch")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--program", choices=PROGRAMS, help="one program alone, for --part=step")
-    parser.add_argument("--folder", type=Path, help="the model of --program")
+    parser.add_argument("--model", type=Path, help="a checkpoint folder; else a small random model")
+    parser.add_argument("--only", nargs="*", choices=PROGRAMS)
+    parser.add_argument("--program", choices=PROGRAMS, help="one program, in this process")
     arguments = parser.parse_args()
-    torch.set_num_threads(os.cpu_count() or 1)
+    arguments.length = arguments.length or (FULL if arguments.lengths == "full" else DRAWN)
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
     if arguments.program:
-        step = PROGRAMS[arguments.program](arguments.folder)
-        print(json.dumps(timed(step, arguments.steps)))
+        work = Work(arguments.rows, arguments.length, arguments.lengths)
+        step = PROGRAMS[arguments.program](arguments.model, work)
+        # Drawn lengths have a few programs, compiled in the first steps.
+        warm = 1 if arguments.lengths == "full" else 3
+        print(json.dumps(timed(step, arguments.steps, warm)))
         return
-    if arguments.part == "step":
-        result = step_part(arguments.steps, arguments.rounds)
-    else:
-        result = together_part(arguments.steps)
+    with tempfile.TemporaryDirectory() as scratch:
+        if arguments.model is None:
+            write_model(Path(scratch))
+        result = compare(arguments.model or Path(scratch), arguments)
     versions = {m.__name__: m.__version__ for m in (jax, torch, transformers, peft)}
-    print(json.dumps({"cores": os.cpu_count(), **versions, **result}, indent=2))
+    print(json.dumps({"cores": len(os.sched_getaffinity(0)), **versions, **result}, indent=2))
 
 
 if __name__ == "__main__":

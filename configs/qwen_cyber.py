@@ -16,6 +16,6 @@ def get_config():
     config.prompts.source = "salad"
     config.prompts.benign_source = "dolly"
     config.prompts.lookalike_source = "xstest"
-    config.unlearn.remat = True
+    config.generation.batch_size = 0  # as many rows as fit
     config.mesh = (1, -1, 1)
     return config

@@ -38,7 +38,6 @@ _HOME = {
     "refusal_rate": "ema_jax.refusal.scores",
     "save_peft": "ema_jax.models.lora",
     "unlearn": "ema_jax.unlearning.trainer",
-    "unlearn_together": "ema_jax.unlearning.together",
 }
 
 __all__ = sorted([*_HOME, "__version__"])

@@ -71,11 +71,12 @@ class GenerationConfig:
 
     Attributes:
         max_new_tokens: longest response.
-        batch_size: prompts that are answered at once.
+        batch_size: prompts that are answered at once; 0 for as many as the memory has room for,
+            which is what an accelerator is fastest with.
     """
 
     max_new_tokens: PositiveInt = 256
-    batch_size: PositiveInt = 64
+    batch_size: NonNegativeInt = 64
 
 
 @dataclasses.dataclass(frozen=True)

@@ -60,7 +60,7 @@ def _scores(
         greedy = jnp.argmax(log_probs, axis=-1) == targets
         return jnp.sum(jnp.where(response, chosen, 0.0), 1), jnp.all(greedy | ~response, 1)
 
-    hidden = model(batch.tokens, batch.mask).hidden[:, :-1]
+    hidden = model(batch.tokens, batch.mask, right_padded=True).hidden[:, :-1]
     arrays = (hidden, batch.tokens[:, 1:], batch.response[:, 1:])
     sums, greedy = map_chunks(chunk, model.config.vocab_size, *arrays, longest=_CHUNK)
     return jnp.sum(sums, 0), jnp.all(greedy, 0)

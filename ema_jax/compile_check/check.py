@@ -48,7 +48,8 @@ def check(
         UserError: the mesh does not use the whole slice, the sizes of the model are not known, or
             the trainer would refuse an arm on this mesh (`check_arm`).
     """
-    work, mesh = Workload.of(config, prompt_tokens), topology.mesh(config.mesh)
+    mesh = topology.mesh(config.mesh)
+    work = programs.resolved(Workload.of(config, prompt_tokens), mesh)
     for name in config.arms:  # as the study does before it loads anything
         check_arm(work.model, config.arm(name), mesh.shape, f"arms.{name}")
     compiled = {name: _figures(p, topology) for name, p in programs.lowered(work, mesh, names)}
@@ -91,7 +92,8 @@ def compare_meshes(
                 refusal = error
                 logging.info("mesh %s, %d times the batch: refused: %s", shape, factor, error)
                 continue
-            work = dataclasses.replace(workload, arm=_scaled(workload.arm, factor))
+            scaled = dataclasses.replace(workload, arm=_scaled(workload.arm, factor))
+            work = programs.resolved(scaled, mesh)
             ((_, program),) = programs.lowered(work, mesh, ("train",))
             figures = _figures(program, topology)
             bound = _bound(work, topology, mesh, figures)

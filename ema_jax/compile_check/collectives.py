@@ -56,14 +56,15 @@ def read(hlo: str, devices: int) -> list[Collective]:
     """Reads the collectives of an optimised HLO module.
 
     A loop counts as many trips as its condition allows, if that contains a number. The fusions of
-    an asynchronous collective share its channel and count once.
+    an asynchronous collective share its channel and count once in each loop: another loop may have
+    the same channel for a collective of its own.
 
     Args:
         hlo: `compiled.as_text()`.
         devices: how many take part in an instruction without groups.
     """
     bodies = dict(_computations(hlo))
-    times = _executions(bodies)
+    times, homes = _executions(bodies)
     found: dict[object, Collective] = {}
     for name, lines in bodies.items():
         for line in lines:
@@ -73,7 +74,7 @@ def read(hlo: str, devices: int) -> list[Collective]:
                 continue
             size = _result_bytes(match[1], kind, match[2].endswith("-start"))
             channel = _CHANNEL.search(line)
-            key = (kind, channel[1], size) if channel else len(found)
+            key = (kind, channel[1], size, homes[name]) if channel else len(found)
             one = Collective(kind, size, _group(line, devices), times[name])
             if key not in found or found[key].times < one.times:
                 found[key] = one
@@ -106,22 +107,24 @@ def _computations(hlo: str) -> Iterator[tuple[str, list[str]]]:
             lines.append(line)
 
 
-def _executions(bodies: dict[str, list[str]]) -> dict[str, int]:
-    """Number of runs of each computation that the entry reaches."""
+def _executions(bodies: dict[str, list[str]]) -> tuple[dict[str, int], dict[str, str]]:
+    """Number of runs of each computation that the entry reaches, and the loop that it is of."""
     times: dict[str, int] = {}
+    homes: dict[str, str] = {}
 
-    def visit(name: str, count: int) -> None:
+    def visit(name: str, count: int, home: str) -> None:
         times[name] = times.get(name, 0) + count
+        homes[name] = home
         for line in bodies.get(name, ()):
-            loop = _trips(line, bodies)
+            loop = _CONDITION.search(line)
             for called in _CALLED.findall(line):
-                visit(called, count * loop)
+                visit(called, count * _trips(line, bodies), called if loop else home)
             for branches in _BRANCHES.findall(line):
                 for branch in branches.split(","):
-                    visit(branch.strip().removeprefix("%"), count)
+                    visit(branch.strip().removeprefix("%"), count, home)
 
-    visit("ENTRY", 1)
-    return times
+    visit("ENTRY", 1, "ENTRY")
+    return times, homes
 
 
 def _trips(line: str, bodies: dict[str, list[str]]) -> int:

@@ -14,18 +14,25 @@ from jax.sharding import PartitionSpec as P
 
 from ema_jax.concepts import capture
 from ema_jax.config import ModelConfig, StudyConfig
-from ema_jax.data.batching import Batch, bucket
+from ema_jax.data.batching import bucket
+from ema_jax.data.packing import Packed
 from ema_jax.errors import UserError
 from ema_jax.generation import sampler
 from ema_jax.models import checkpoint, hub, lora
 from ema_jax.models.config import DecoderConfig
 from ema_jax.models.decoder import Decoder
-from ema_jax.models.sharding import batch_rows, batch_sharding, parameter_shardings
+from ema_jax.models.sharding import (
+    batch_multiple,
+    batch_rows,
+    batch_sharding,
+    parameter_shardings,
+)
 from ema_jax.unlearning import train_step as steps
 from ema_jax.unlearning.batches import StepBatch
 from ema_jax.unlearning.config import UnlearnConfig
-from ema_jax.unlearning.objectives import FORGET, ForgetBatch, RetainBatch
+from ema_jax.unlearning.objectives import FORGET
 from ema_jax.unlearning.optimizers import optimizer
+from ema_jax.unlearning.remat import choose_remat
 
 _SHAPES = resources.files("ema_jax.models") / "shapes"
 
@@ -88,7 +95,7 @@ class Workload:
             arm=arm,
             prompt_tokens=prompt,
             train_tokens=bucket(prompt + config.harvest.response_cap),
-            prompt_rows=config.generation.batch_size,
+            prompt_rows=config.generation.batch_size or 64,
             new_tokens=config.generation.max_new_tokens,
             poolings=len(config.concepts.poolings),
         )
@@ -97,6 +104,13 @@ class Workload:
     def train_rows(self) -> int:
         """Examples per train step, forget and retain together."""
         return self.arm.batch_size + self.arm.retains * self.arm.retain_batch_size
+
+
+def resolved(work: Workload, mesh: Mesh) -> Workload:
+    """The workload with what its train step keeps under `unlearn.remat = "auto"`."""
+    tokens = work.train_rows * work.train_tokens // work.arm.accumulate
+    remat: Any = choose_remat(work.model, work.arm, tokens, work.dtype.itemsize, mesh).name
+    return dataclasses.replace(work, arm=dataclasses.replace(work.arm, remat=remat))
 
 
 def lowered(work: Workload, mesh: Mesh, names: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
@@ -119,16 +133,27 @@ def _train(work: Workload, mesh: Mesh) -> Any:
     trained = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), states[0])
     opt_state = jax.eval_shape(optimizer(arm).init, trained)
     state = steps.TrainState(_placed(trained, mesh), _placed(opt_state, mesh))
-    rows, tokens = arm.batch_size, work.train_tokens
-    reference = _rows((rows,), jnp.float32, mesh)
-    forget = ForgetBatch(_batch(rows, tokens, mesh), reference)
-    if FORGET[arm.objective].preferred:
-        forget = forget._replace(preferred=forget.batch, preferred_reference=reference)
-    retain = None
-    if arm.retains:
-        retain = RetainBatch(_batch(arm.retain_batch_size, tokens, mesh))
+    return steps.train_step.lower(setup, state, _step_batch(work, mesh))
+
+
+def _step_batch(work: Workload, mesh: Mesh) -> StepBatch:
+    """Full rows, with room for as many places as a response may have tokens."""
+    arm, parts, groups = work.arm, work.arm.accumulate, batch_multiple(mesh)
+    preferred = arm.batch_size if FORGET[arm.objective].preferred else 0
+    rows = batch_rows((work.train_rows + preferred) // parts, mesh)
+    response = work.train_tokens - work.prompt_tokens
+
+    def shape(*sizes: int) -> Any:
+        sharding = batch_sharding(mesh, axis=1)
+        return jax.ShapeDtypeStruct((parts, *sizes), jnp.int32, sharding=sharding)
+
+    packed = Packed(
+        *(shape(rows, work.train_tokens),) * 2, *(shape(groups, rows // groups * response),) * 3
+    )
+    reference: Any = jax.ShapeDtypeStruct((parts, arm.batch_size // parts), jnp.float32)
+    references = (reference, reference if preferred else None)
     draw: Any = jax.ShapeDtypeStruct((2,), jnp.uint32)
-    return steps.train_step.lower(setup, state, StepBatch(forget, retain, draw))
+    return StepBatch(packed, *references, draw)
 
 
 def _capture(work: Workload, mesh: Mesh) -> Any:
@@ -188,8 +213,3 @@ def _shaped(tree: Any, shardings: Any) -> Any:
 
 def _rows(shape: tuple[int, ...], dtype: Any, mesh: Mesh) -> Any:
     return jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh))
-
-
-def _batch(rows: int, tokens: int, mesh: Mesh) -> Batch:
-    shape = (rows, tokens)
-    return Batch(*(_rows(shape, dtype, mesh) for dtype in (jnp.int32, jnp.bool, jnp.bool)))

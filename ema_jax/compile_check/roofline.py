@@ -42,7 +42,10 @@ class Bound:
 def train_flops(work: Workload) -> float:
     """FLOPs of a train step, recomputation included."""
     arm, length = work.arm, work.train_tokens
-    per_token = flops_per_token(work.model, arm, length, recompute=arm.remat)
+    scored = (length - work.prompt_tokens) / length  # the responses
+    per_token = flops_per_token(
+        work.model, arm, length, scored=scored, recompute=arm.remat == "full"
+    )
     return float(per_token * work.train_rows * length)
 
 
@@ -56,7 +59,7 @@ def train_bound(work: Workload, topology: Topology, mesh: Mesh, sent_bytes: floa
         sent_bytes: by one device per step (`collectives.summary`).
     """
     chip, devices = topology.chip, topology.devices_per_chip
-    passes = 2 + work.arm.remat
+    passes = 2 + (work.arm.remat == "full")
     read = passes * work.model.matrix_weights * work.dtype.itemsize / mesh.shape["tensor"]
     return Bound(
         compute=train_flops(work) / (topology.chips * chip.flops),

@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ema_jax.concepts.store import ActivationStore
 from ema_jax.concepts.vectors import LAYER_CONVENTION
-from ema_jax.data.batching import map_batches, pad_examples
+from ema_jax.data.batching import ROWS, map_batches, pad_examples
 from ema_jax.data.chat import TokenExample
 from ema_jax.errors import UserError
 from ema_jax.models.decoder import Decoder
@@ -105,7 +105,7 @@ def _pooled(
             "bpt,btd->bpd", weights, x.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
         )
 
-    out = nnx.merge(graph, state)(tokens, mask, tap=tap, tap_branches=branches)
+    out = nnx.merge(graph, state)(tokens, mask, right_padded=True, tap=tap, tap_branches=branches)
     return (out.taps, *(out.branches or ()))
 
 
@@ -161,7 +161,7 @@ def capture(
     }
     saved = None
     if store is not None:
-        rows = batch_rows(min(batch_size, len(prompts)), mesh)
+        rows = batch_rows(min(batch_size or ROWS, len(prompts)), mesh)
         about = [list(map(list, prompts)), list(map(list, answers)), list(poolings), rows]
         metadata = {"layer_convention": LAYER_CONVENTION, "model_hash": model_hash}
         saved = ActivationStore(store, shapes, metadata | {"inputs_sha256": sha256_json(about)})

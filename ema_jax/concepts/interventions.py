@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from ema_jax.concepts.vectors import LayerVectors
-from ema_jax.data.batching import map_batches, pad_prompts
+from ema_jax.data.batching import ROWS, map_batches, pad_prompts
 from ema_jax.errors import UserError
 from ema_jax.models.decoder import Decoder
 from ema_jax.models.sharding import host_array
@@ -163,7 +163,7 @@ def sweep(
     changed = np.full((every, count, len(prompts)), np.nan, np.float32)
 
     def effects(batch: Any) -> tuple[Array, Array]:
-        chunk = max(1, min(count, batch_size // len(batch[0])))
+        chunk = max(1, min(count, (batch_size or ROWS) // len(batch[0])))
         return _sweep(graph, state, *batch, members, chosen, candidates, chunk=chunk)
 
     batches = map_batches(effects, prompts, pad_prompts, batch_size=batch_size, mesh=mesh, axis=-1)

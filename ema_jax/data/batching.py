@@ -15,6 +15,8 @@ from ema_jax.models.sharding import batch_rows, host_array, make_mesh, place_bat
 
 T = TypeVar("T")
 
+ROWS = 64  # of one forward pass, where nobody says how many
+
 
 class Batch(NamedTuple):
     """Padded rows for one forward pass."""
@@ -55,6 +57,17 @@ def bucket(length: int, multiple: int = 16) -> int:
     return -(-length // multiple) * multiple
 
 
+def few_rows(batch_size: int, items: int) -> int:
+    """Rows of a batch for so many items: `batch_size` halved while all of them still fit.
+
+    Calls with few items have few sizes, so that few programs are compiled.
+    """
+    rows = batch_size
+    while rows > 1 and -(-rows // 2) >= items:
+        rows = -(-rows // 2)
+    return rows
+
+
 def length_batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
     """Indices in batches of like length, longest first, so that memory peaks at once."""
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
@@ -80,7 +93,8 @@ def map_batches(
         function: takes a batch on the mesh; returns a tree of arrays.
         items: what the batches are made of.
         pad: `(items, length, rows)` → a batch in NumPy, as `pad_prompts` and `pad_examples` are.
-        batch_size: rows at once, rounded up to what the mesh divides.
+        batch_size: rows at once, rounded up to what the mesh divides; 0 for 64. Where the items
+            are fewer, `few_rows`.
         mesh: devices of the model.
         length: tokens of an item.
         multiple: batches are padded to multiples of this; smaller ones pad less, compile more.
@@ -91,12 +105,23 @@ def map_batches(
         Indices of a batch's items, and the function's results for these alone, in NumPy.
     """
     mesh = make_mesh() if mesh is None else mesh
-    rows = batch_rows(min(batch_size, len(items)), mesh)
+    rows = batch_rows(few_rows(batch_size or ROWS, len(items)), mesh)
     lengths = [length(item) for item in items]
+    flying: tuple[list[int], Any] | None = None
     for indices in itertools.islice(length_batches(lengths, rows), start, None):
         batch = pad([items[i] for i in indices], bucket(lengths[indices[0]], multiple), rows)
         results = function(place_batch(batch, mesh))
-        yield indices, jax.tree.map(partial(_on_host, count=len(indices), axis=axis), results)
+        # The device works on these while the host reads those before.
+        if flying is not None:
+            yield _landed(*flying, axis)
+        flying = indices, results
+    if flying is not None:
+        yield _landed(*flying, axis)
+
+
+def _landed(indices: list[int], results: Any, axis: int | None) -> tuple[list[int], Any]:
+    """A batch's results in NumPy."""
+    return indices, jax.tree.map(partial(_on_host, count=len(indices), axis=axis), results)
 
 
 def _on_host(x: jax.Array, count: int, axis: int | None) -> np.ndarray:

@@ -24,7 +24,8 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 from ema_jax.data.batching import bucket, pad_prompts
 from ema_jax.data.chat import Chat
 from ema_jax.errors import UserError
-from ema_jax.models.cache import KVCache
+from ema_jax.models import lora
+from ema_jax.models.cache import KVCache, rows_that_fit
 from ema_jax.models.config import DecoderConfig
 from ema_jax.models.decoder import Decoder, Layers
 from ema_jax.models.sharding import (
@@ -228,8 +229,15 @@ def _fill(
 
 @functools.partial(jax.jit, static_argnames="graph")
 def _layers(graph: nnx.GraphDef, state: nnx.State) -> Layers:
-    """The blocks taken apart, once for all of a `generate`: a copy of their weights."""
-    return nnx.merge(graph, state).layers()
+    """The blocks taken apart, once for all of a `generate`: a copy of their weights.
+
+    In float32 adapters are merged into it. bfloat16 would round their small changes to the
+    precision of the weights, so there they stay apart.
+    """
+    model = nnx.merge(graph, state)
+    if model.embed[...].dtype == jnp.float32:
+        model = lora.merge(model)
+    return model.layers()
 
 
 @functools.partial(jax.jit, static_argnames=_STATIC, donate_argnames="slots")
@@ -294,7 +302,7 @@ def generate(
         chat: renders the prompts and ends the responses.
         prompts: user messages.
         max_new_tokens: the cap on a response.
-        batch_size: rows at once, rounded up to what the mesh divides.
+        batch_size: rows at once, rounded up to what the mesh divides; 0 for as many as fit.
         sampling: how tokens are chosen.
         mesh: devices of the model.
         done: indices of prompts that are left out.
@@ -305,7 +313,9 @@ def generate(
         return
     layers = _layers(*nnx.split(model))
     for indices in _rings({i: len(ids) for i, ids in rendered.items()}, max_new_tokens):
-        rows = batch_rows(min(batch_size, len(indices)), mesh)
+        slots = bucket(len(rendered[indices[0]])) + max_new_tokens
+        most = batch_size or rows_that_fit(model.config, slots, model.embed[...].dtype, mesh)
+        rows = batch_rows(min(most, len(indices)), mesh)
         queue = deque((i, rendered[i]) for i in indices)
         for i, tokens in _serve(model, layers, chat, queue, rows, max_new_tokens, sampling, mesh):
             yield i, Response.of(tokens, chat)
@@ -335,6 +345,8 @@ def _serve(
 ) -> Iterator[tuple[int, tuple[int, ...]]]:
     """Tokens of the responses to the queue's prompts, longest prompts first, in `rows` rows."""
     graph, state = nnx.split(model)
+    # What decoding needs beside its layers: the same program with merged adapters and without any.
+    outer_graph, outer = nnx.split(lora.detach(model))
     eos_ids = np.array(chat.eos_ids, np.int32)
     # The seed comes as keys, so that the same programs serve every one.
     fixed = {"sampling": dataclasses.replace(sampling, seed=0), "mesh": mesh}
@@ -361,7 +373,7 @@ def _serve(
             slots = _fill(graph, state, slots, *placed, draws, targets, eos_ids, **fixed)
         narrower = not queue and _MIN_TAIL <= tail < len(prompt_of)
         few = len(prompt_of) - min(refill, len(queue)) if queue else tail if narrower else 0
-        slots = _advance(graph, state, layers, slots, np.int32(few), eos_ids, **fixed)
+        slots = _advance(outer_graph, outer, layers, slots, np.int32(few), eos_ids, **fixed)
         live, ends, output = map(host_array, (slots.live, slots.length, slots.output))
         for row in np.flatnonzero((prompt_of >= 0) & ~live):
             yield int(prompt_of[row]), tuple(output[row, : ends[row]].tolist())

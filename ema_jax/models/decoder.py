@@ -14,13 +14,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from ema_jax.models.attention import attend, attend_cached, causal_mask, rotary_tables, rotate
+from ema_jax.models.attention import (
+    attend,
+    attend_cached,
+    causal_mask,
+    positions_within,
+    rotary_tables,
+    rotate,
+)
 from ema_jax.models.cache import KVCache
 from ema_jax.models.config import DecoderConfig, rope_frequencies
 from ema_jax.models.sharding import product, vocabulary_product
 
+_KEPT = "kept"  # values that `remat="projections"` keeps
 NO_WINDOW = np.iinfo(np.int32).max
 
 
@@ -58,7 +67,7 @@ class Linear(nnx.Module):
                 keep = jax.random.bernoulli(self.dropout_key[...], 1 - self.dropout, rows.shape)
                 rows = jnp.where(keep, rows / (1 - self.dropout), 0.0)
             y += (rows @ a) @ b * self.lora_scale
-        return y.reshape(*x.shape[:-1], -1)
+        return checkpoint_name(y, _KEPT).reshape(*x.shape[:-1], -1)
 
 
 class RMSNorm(nnx.Module):
@@ -164,6 +173,8 @@ class Decoder(nnx.Module):
         tokens: Int[Array, "B T"],
         mask: Bool[Array, "B T"],
         *,
+        right_padded: bool = False,
+        segments: Int[Array, "B T"] | None = None,
         return_keys_values: bool = False,
         tap: Callable[[Float[Array, "B T D"]], Any] | None = None,
         tap_branches: bool = False,
@@ -174,27 +185,42 @@ class Decoder(nnx.Module):
         Args:
             tokens: ids; arbitrary where padded.
             mask: true at real tokens. Padding may be on the left or on the right.
+            right_padded: padding is on the right, and nothing reads what comes of it: a faster
+                attention may be used.
+            segments: for packed rows, the example of each token: positions start again with each,
+                and none sees another.
             return_keys_values: also return every layer's keys and values, for a cache.
             tap: applied to the residual stream entering each block and to the one leaving the
                 last; its results are stacked over `L + 1`.
             tap_branches: also apply it to what attention and MLP add to the stream.
             remat: recompute the blocks in the backward pass instead of storing activations;
-                "dots" stores the products with weights.
+                "projections" stores their projections and what attention mixes.
         """
         c = self.config
-        positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
+        if segments is None:
+            positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
+        else:
+            positions = positions_within(segments)
         key_positions = jnp.where(mask, positions, -1)
         cos, sin = self._rotary(positions)
-        windowed = any(window is not None for window in c.windows)
-        shared = None if windowed else causal_mask(positions, key_positions, None)
+
+        def visible_in(window: Int[Array, ""] | None) -> Bool[Array, "B 1 T T"]:
+            return causal_mask(positions, key_positions, window, segments)
+
+        # A window that no row fills hides nothing.
+        windowed = any(window is not None and window < tokens.shape[1] for window in c.windows)
+        causal = right_padded and segments is None and not windowed
+        shared = None if windowed else visible_in(None)
 
         def step(x: Float[Array, "B T D"], layer: tuple) -> tuple[Float[Array, "B T D"], tuple]:
             block, window, change = layer
             x = x if change is None else change(x)
             tapped = None if tap is None else tap(x)
             query, key, value = block.queries_keys_values(x, cos, sin)
-            visible = causal_mask(positions, key_positions, window) if shared is None else shared
-            x, *added = block.add_branches(x, attend(query, key, value, visible))
+            visible = visible_in(window) if shared is None else shared
+            mixed = attend(query, key, value, visible, causal=causal)
+            mixed = checkpoint_name(mixed, _KEPT)
+            x, *added = block.add_branches(x, mixed)
             branches = None if tap is None or not tap_branches else tuple(map(tap, added))
             return x, (tapped, branches, (key, value) if return_keys_values else None)
 
@@ -202,8 +228,9 @@ class Decoder(nnx.Module):
         # Without an intervention these are empty trees, which cost nothing.
         inner = jax.tree.map(lambda leaf: leaf[:-1], self.edit)
         last = jax.tree.map(lambda leaf: leaf[-1], self.edit)
-        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-        body = jax.checkpoint(step, policy=policy if remat == "dots" else None) if remat else step
+        kept = jax.checkpoint_policies.save_only_these_names(_KEPT)
+        policy = kept if remat == "projections" else None
+        body = jax.checkpoint(step, policy=policy) if remat else step
         layers = (self.blocks, self._windows(), inner)
         x, (taps, branches, keys_values) = jax.lax.scan(body, x, layers)
         x = x if last is None else last(x)

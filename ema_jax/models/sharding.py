@@ -95,9 +95,9 @@ def parameter_shardings(state: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(sharding, state)
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Sharding of a batch: rows over the data and fsdp axes."""
-    return NamedSharding(mesh, BATCH)
+def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
+    """Sharding of a batch: rows, which lie along `axis`, over the data and fsdp axes."""
+    return NamedSharding(mesh, P(*(None,) * axis, *BATCH))
 
 
 def cache_sharding(num_kv_heads: int, mesh: Mesh) -> NamedSharding:
@@ -195,9 +195,9 @@ def batch_rows(rows: int, mesh: Mesh) -> int:
     return -(-max(rows, 1) // multiple) * multiple
 
 
-def place_batch(batch: T, mesh: Mesh) -> T:
+def place_batch(batch: T, mesh: Mesh, axis: int = 0) -> T:
     """Lays a NumPy batch, which every process holds in full, out over the mesh by rows."""
-    sharding = batch_sharding(mesh)
+    sharding = batch_sharding(mesh, axis)
     if jax.process_count() == 1:
         return jax.device_put(batch, sharding)
     return jax.tree.map(

@@ -28,8 +28,7 @@ from ema_jax.models.decoder import Decoder
 from ema_jax.organism.tokenizers import train_tokenizer
 from ema_jax.runtime.files import atomic_path
 from ema_jax.runtime.progress import Progress
-from ema_jax.unlearning.log_probs import token_log_probs
-from ema_jax.unlearning.objectives import cross_entropy
+from ema_jax.unlearning.log_probs import cross_entropy, token_log_probs
 
 VOCABULARY = 1536  # every word of the corpus is one token: an object in pieces is copied badly
 

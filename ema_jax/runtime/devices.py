@@ -1,6 +1,7 @@
 """Accelerators by name, with the peak figures of their vendors' data sheets."""
 
 import dataclasses
+import os
 
 import jax
 
@@ -49,6 +50,18 @@ def find_accelerator(kind: str) -> Accelerator | None:
     """The first row that names a device kind of JAX; None for a CPU or an unknown accelerator."""
     rows = (*TPUS.values(), *GPUS.values())
     return next((row for row in rows if kind.startswith(row.kinds)), None)
+
+
+def memory_gib(device: jax.Device) -> float:
+    """Memory that a device's programs may take, in GiB; of a CPU all of the machine's."""
+    if device in jax.local_devices():  # not one of a topology without devices
+        limit = (device.memory_stats() or {}).get("bytes_limit")
+        if limit:
+            return limit / GIB
+    accelerator = find_accelerator(device.device_kind)
+    if accelerator is not None:
+        return accelerator.hbm_gib
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
 
 
 def peak_memory_gib() -> float | None:

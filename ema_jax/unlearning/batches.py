@@ -4,21 +4,28 @@ A batch is the same whatever the number of devices or processes, and wherever a 
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, UInt32
 
-from ema_jax.data.batching import Batch, bucket, pad_examples
+from ema_jax.data.batching import bucket
 from ema_jax.data.chat import TokenExample
+from ema_jax.data.packing import Item, Packed, pack, spread
 from ema_jax.models.sharding import place_batch
 from ema_jax.unlearning.config import UnlearnConfig
-from ema_jax.unlearning.objectives import FORGET, ForgetBatch, RetainBatch
+from ema_jax.unlearning.objectives import FORGET, RETAIN
 
 # Batches are padded to multiples of this or of a quarter of the longest example: few programs.
-_LENGTHS, MULTIPLE = 4, 64
+_LENGTHS, MULTIPLE, PACKED = 4, 64, 16
+# Rows as long as two of the longest examples are filled to nine tenths and more; where a row for
+# each example is as full as this, it has less attention to pay.
+_LONGEST_PER_ROW, _FULL = 2, 0.8
+_SHARES = 8  # of a row's tokens: the loss has room for a whole number of them
 
 
 def few_lengths(longest: int, least: int) -> int:
@@ -31,37 +38,20 @@ def padded_length(examples: Sequence[TokenExample]) -> int:
     return bucket(max(item.size for item in examples))
 
 
-def batch_indices(
-    size: int,
-    rows: int,
-    seed: int,
-    step: int,
-    lengths: Sequence[int] | None = None,
-    pool: int = 1,
-) -> np.ndarray:
+def batch_indices(size: int, number: int, seed: int, step: int) -> np.ndarray:
     """Indices of the examples of step `step`: a pure function of seed and step.
 
     Epochs are permutations; a batch may span two of them.
 
     Args:
         size: number of examples.
-        rows: of a batch.
+        number: of a batch's examples.
         seed: of the permutations.
         step: from 0.
-        lengths: of the examples in tokens, for a pool.
-        pool: batches drawn together, sorted by length and taken in random order.
     """
-    if pool > 1:
-        assert lengths is not None
-        first = step - step % pool
-        drawn = np.concatenate([batch_indices(size, rows, seed, first + i) for i in range(pool)])
-        drawn = drawn[np.argsort(np.asarray(lengths)[drawn], kind="stable")]
-        # A stream of its own, apart from the permutations' two-number seeds.
-        order = np.random.default_rng([seed, first, 1]).permutation(pool)
-        return drawn.reshape(pool, rows)[order[step - first]]
-    flat = np.arange(step * rows, (step + 1) * rows)
+    flat = np.arange(step * number, (step + 1) * number)
     epochs, places = flat // size, flat % size
-    chosen = np.empty(rows, int)
+    chosen = np.empty(number, int)
     for epoch in np.unique(epochs):
         order = np.random.default_rng([seed, int(epoch)]).permutation(size)
         here = epochs == epoch
@@ -70,16 +60,25 @@ def batch_indices(
 
 
 class StepBatch(NamedTuple):
-    """The examples of one step, and what its dropout is drawn from."""
+    """The examples of one step in A parts, and what its dropout is drawn from."""
 
-    forget: ForgetBatch
-    retain: RetainBatch | None
+    rows: Packed  # leaves [A, …]
+    reference: Float[Array, "A F"]  # log π_ref of the forget responses
+    preferred_reference: Float[Array, "A F"] | None
     draw: UInt32[Array, "2"]  # (seed, step)
 
     def placed(self, mesh: Mesh) -> "StepBatch":
-        """The batch with its rows laid out over the mesh; the draw goes whole to every device."""
-        forget, retain = place_batch((self.forget, self.retain), mesh)
-        return StepBatch(forget, retain, self.draw)
+        """The batch with its rows laid out over the mesh; all else goes whole to every device."""
+        return self._replace(rows=place_batch(self.rows, mesh, axis=1))
+
+
+class _Layout(NamedTuple):
+    """What the rows of all batches of a run have in common."""
+
+    rows: int  # in a part
+    multiple: int  # of the rows' lengths
+    most: int | None  # longest of them, with an example in each
+    share: float  # of the tokens that are places, as a mean
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,38 +101,111 @@ class Data:
 
     def indices(self, config: UnlearnConfig, seed: int, step: int) -> tuple[np.ndarray, np.ndarray]:
         """Indices of the forget and the retain examples of a step."""
-        pool = config.length_pool
-
-        def chosen(examples: Sequence[TokenExample], rows: int, seed: int) -> np.ndarray:
-            lengths = [example.size for example in examples] if pool > 1 else None
-            return batch_indices(len(examples), rows, seed, step, lengths, pool)
-
-        forget = chosen(self.forget, config.batch_size, seed)
-        if not (config.retains and self.retain):
+        forget = batch_indices(len(self.forget), config.batch_size, seed, step)
+        if not self._retains(config):
             return forget, np.empty(0, int)
-        return forget, chosen(self.retain, config.retain_batch_size, seed + 1)
+        number = config.retain_batch_size
+        return forget, batch_indices(len(self.retain), number, seed + 1, step)
 
-    def host_batch(self, config: UnlearnConfig, seed: int, step: int) -> StepBatch:
-        """The batch of a step, in NumPy: all of its parts padded to one length."""
+    def host_batch(self, config: UnlearnConfig, seed: int, step: int, groups: int = 1) -> StepBatch:
+        """The batch of a step, in NumPy.
+
+        Its examples do not depend on the devices; how they lie in its rows does.
+
+        Args:
+            config: the arm.
+            seed: of the order of examples.
+            step: from 0.
+            groups: number of devices that share the rows (`batch_multiple` of a mesh).
+        """
         forget, retain = self.indices(config, seed, step)
-        parts = {"forget": (self.forget, forget)}
-        if FORGET[config.objective].preferred:
-            parts["preferred"] = self.preferred, forget
-        if len(retain):
-            parts["retain"] = self.retain, retain
-        padded = _padded(parts)
-        batch = ForgetBatch(padded["forget"], self.reference[forget], padded.get("preferred"))
-        if self.preferred_reference is not None and batch.preferred is not None:
-            batch = batch._replace(preferred_reference=self.preferred_reference[forget])
+        layout, parts = self._layout(config, groups), range(config.accumulate)
+        # Each part has examples from all over the batch.
+        each = [forget[part :: config.accumulate] for part in parts]
+        kept = [retain[part :: config.accumulate] for part in parts]
+        packed = _pack(
+            [self._items(config, *chosen) for chosen in zip(each, kept, strict=True)],
+            layout,
+            groups,
+        )
+        reference: Any = np.stack([self.reference[i] for i in each])
+        preferred: Any = None
+        if self.preferred_reference is not None:
+            preferred = np.stack([self.preferred_reference[i] for i in each])
         draw: Any = np.array([seed, step], np.uint32)
-        return StepBatch(batch, RetainBatch(padded["retain"]) if len(retain) else None, draw)
+        return StepBatch(packed, reference, preferred, draw)
+
+    def pass_tokens(self, config: UnlearnConfig, groups: int = 1) -> int:
+        """Tokens of a forward pass, padding included, as a rule."""
+        layout = self._layout(config, groups)
+        return layout.rows * (layout.most or _LONGEST_PER_ROW * self._longest)
+
+    @property
+    def _longest(self) -> int:
+        return max(int(sizes[:, 0].max(initial=0)) for sizes in self._sizes.values())
+
+    def _retains(self, config: UnlearnConfig) -> bool:
+        return config.retains and len(self.retain) > 0
+
+    def _items(self, config: UnlearnConfig, forget: np.ndarray, retain: np.ndarray) -> list[Item]:
+        """Examples by number: forget examples, their preferred responses, retain examples."""
+        kind, number = FORGET[config.objective], len(forget)
+        items = [Item(k, self.forget[i]) for k, i in enumerate(forget) if kind.forget]
+        if kind.preferred:
+            items += [Item(number + k, self.preferred[i]) for k, i in enumerate(forget)]
+        everywhere = RETAIN[config.retain_objective].everywhere if len(retain) else False
+        kept = enumerate(retain, start=2 * number)
+        return items + [Item(k, self.retain[i], everywhere) for k, i in kept]
+
+    def _layout(self, config: UnlearnConfig, groups: int) -> _Layout:
+        """The layout of all batches of an arm, from the lengths of all of its examples."""
+        kind = FORGET[config.objective]
+        parts = [("forget", config.batch_size)] if kind.forget else []
+        parts += [("preferred", config.batch_size)] if kind.preferred else []
+        retains = self._retains(config)
+        parts += [("retain", config.retain_batch_size)] if retains else []
+        examples = sum(rows for _, rows in parts) // config.accumulate
+        tokens, places = sum(
+            rows * self._sizes[name].mean(axis=0) / config.accumulate for name, rows in parts
+        )
+        most = bucket(max(int(self._sizes[name][:, 0].max()) for name, _ in parts))
+        everywhere = retains and RETAIN[config.retain_objective].everywhere
+        if everywhere or tokens >= _FULL * examples * most:
+            return _Layout(examples, few_lengths(most, MULTIPLE), most, places / (examples * most))
+        # No more rows than share the examples evenly: 16 in 5 rows are as long as in 4.
+        each = math.ceil(examples / math.ceil(tokens / (_LONGEST_PER_ROW * most)))
+        rows = bucket(math.ceil(examples / each), groups)
+        return _Layout(rows, few_lengths(most, PACKED), None, places / tokens)
+
+    @functools.cached_property
+    def _sizes(self) -> dict[str, np.ndarray]:
+        """`[N, 2]` by kind of example: the tokens of each, and those of its response."""
+        parts = {"forget": self.forget, "preferred": self.preferred, "retain": self.retain}
+        return {
+            name: np.array([(x.size, len(x.response)) for x in part]).reshape(-1, 2)
+            for name, part in parts.items()
+        }
 
 
-def _padded(parts: Mapping[str, tuple[Sequence[TokenExample], np.ndarray]]) -> dict[str, Batch]:
-    """The chosen examples of each part, padded to a length that all of them share."""
-    rows = {name: [examples[i] for i in chosen] for name, (examples, chosen) in parts.items()}
-    most = max(padded_length(examples) for examples, _ in parts.values())
-    multiple = few_lengths(most, MULTIPLE)
-    longest = max(example.size for part in rows.values() for example in part)
-    length = min(bucket(longest, multiple), most)
-    return {name: pad_examples(part, length, len(part), 0) for name, part in rows.items()}
+def _pack(parts: Sequence[Sequence[Item]], layout: _Layout, groups: int) -> Packed:
+    """Parts of a batch in rows of one length and with one bound of places, leaves `[A, …]`."""
+    rows = [
+        [[items[i] for i in row] for row in spread([x.example.size for x in items], layout.rows)]
+        for items in parts
+    ]
+    longest = max(sum(item.example.size for item in row) for part in rows for row in part)
+    length = min(bucket(longest, layout.multiple), layout.most or longest + layout.multiple)
+    capacity = layout.rows // groups * length
+
+    def places(row: Sequence[Item]) -> int:
+        return length if row[0].everywhere else sum(len(item.example.response) for item in row)
+
+    needed = max(
+        sum(places(row) for row in part[first : first + layout.rows // groups] if row)
+        for part in rows
+        for first in range(0, layout.rows, layout.rows // groups)
+    )
+    share = max(math.ceil(_SHARES * max(needed / capacity, layout.share)), 1)
+    bound = min(-(-capacity * share // _SHARES), capacity)
+    packed = [pack(part, length, bound, groups) for part in rows]
+    return Packed(*(np.stack(leaves) for leaves in zip(*packed, strict=True)))  # type: ignore[arg-type]

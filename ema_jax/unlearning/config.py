@@ -26,7 +26,6 @@ _LOOP = (
     "retain_counts",
     "batch_size",
     "retain_batch_size",
-    "length_pool",
     "min_steps",
     "eval_every",
     "stop_at",
@@ -87,8 +86,6 @@ class UnlearnConfig:
         batch_size: forget examples a step.
         retain_batch_size: retain examples a step.
         accumulate: number of equal parts of a batch whose gradients are added up before a step.
-        length_pool: number of batches drawn together and sorted by length, so that a batch is
-            padded little; 1 draws each at random.
         max_steps: the limit.
         min_steps: no stopping before: the retain set needs time to repair what the first steps
             break.
@@ -97,9 +94,9 @@ class UnlearnConfig:
         max_invalid: share of dev responses past which a run is not finished: degenerate ones in
             the worst domain, or ones in the target that neither refuse nor answer. An arm without
             retain data stops there as collapsed.
-        remat: recompute blocks in the backward pass, for large models.
-        remat_policy: what `remat` recomputes: `full` (everything) or `dots` (all but products
-            with weights).
+        remat: what the backward pass computes again: `full` (whole blocks), `projections` (all but
+            the projections' results), `none`, or `auto`, by the device's memory
+            (`remat.choose_remat`).
     """
 
     trainable: Literal["lora", "full", "ablation"] = "lora"
@@ -127,14 +124,12 @@ class UnlearnConfig:
     batch_size: Rows = 16
     retain_batch_size: Rows = 32
     accumulate: PositiveInt = 1
-    length_pool: Annotated[int, Field(gt=0, le=1000)] = 1
     max_steps: PositiveInt = 200
     min_steps: NonNegativeInt = 0
     eval_every: PositiveInt = 10
     stop_at: Annotated[float, Field(ge=0, lt=1)] = 0.1
     max_invalid: Annotated[float, Field(ge=0, le=1)] = 0.2
-    remat: bool = False
-    remat_policy: Literal["full", "dots"] = "full"
+    remat: Literal["auto", "none", "projections", "full"] = "auto"
 
     @property
     def retains(self) -> bool:
@@ -152,12 +147,15 @@ class UnlearnConfig:
         unread = ("max_steps",) if self.schedule == "constant" else ()
         names = (*_TRACED, *_LOOP, *unread)
         default = UnlearnConfig()
-        return dataclasses.replace(self, **{name: getattr(default, name) for name in names})
+        fixed = {name: getattr(default, name) for name in names}
+        # The weight is traced, so that this says whether there is a retain side.
+        retain_objective = self.retain_objective if self.retains else "none"
+        return dataclasses.replace(self, retain_objective=retain_objective, **fixed)
 
     @property
     def recompute(self) -> bool | str:
         """The decoder's `remat` argument."""
-        return self.remat_policy if self.remat else False
+        return {"none": False, "full": True}.get(self.remat, "projections")
 
     @property
     def ablation(self) -> AblationArm | None:

@@ -5,7 +5,12 @@ from ema_jax.unlearning.config import UnlearnConfig
 
 
 def flops_per_token(
-    model: DecoderConfig, arm: UnlearnConfig, length: int, *, recompute: bool = False
+    model: DecoderConfig,
+    arm: UnlearnConfig,
+    length: int,
+    *,
+    scored: float = 1.0,
+    recompute: bool = False,
 ) -> float:
     """FLOPs of a forward and a backward pass, per token of a sequence of `length` tokens.
 
@@ -16,16 +21,19 @@ def flops_per_token(
     Args:
         model: the architecture.
         arm: what is trained.
-        length: padded tokens per sequence.
+        length: padded tokens per row.
+        scored: share of the tokens whose logits are computed: those before a response token.
         recompute: add the forward pass that rematerialisation repeats.
     """
-    trained, adapters = model.matrix_weights, 0
+    head = scored * model.hidden_size * model.vocab_size
+    weights = model.num_layers * model.block_weights + head
+    trained, adapters = weights, 0.0
     if arm.trainable == "lora":
         sizes = (model.projections[name] for name in arm.lora.targets)
         trained, adapters = 0, model.num_layers * arm.lora.rank * sum(map(sum, sizes))
     elif arm.layers:
         trained = (arm.layers[1] - arm.layers[0] + 1) * model.block_weights
     attention = 4 * length * model.num_heads * model.head_dim * model.num_layers
-    forward = 2 * (model.matrix_weights + adapters) + attention
-    backward = 2 * (model.matrix_weights + adapters) + 2 * (trained + adapters) + 2 * attention
+    forward = 2 * (weights + adapters) + attention
+    backward = 2 * (weights + adapters) + 2 * (trained + adapters) + 2 * attention
     return forward * (2 if recompute else 1) + backward

@@ -16,20 +16,20 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, UInt32
 
-from ema_jax.data.batching import Batch
 from ema_jax.models import lora
 from ema_jax.models.decoder import Decoder, LoRAParam
 from ema_jax.models.sharding import parameter_shardings
 from ema_jax.unlearning.batches import StepBatch
 from ema_jax.unlearning.config import UnlearnConfig
 from ema_jax.unlearning.objectives import (
-    ForgetBatch,
+    LossBatch,
     LossContext,
     Metrics,
-    RetainBatch,
+    part_places,
     total_loss,
 )
 from ema_jax.unlearning.optimizers import optimizer
+from ema_jax.unlearning.remat import choose_remat
 
 _STATIC = {"static": True}
 
@@ -85,8 +85,16 @@ def select_trainable(config: UnlearnConfig) -> Any:
     return chosen
 
 
-def prepare(base: Decoder, config: UnlearnConfig, seed: int, mesh: Mesh) -> TrainSetup:
-    """The setup of one run, sharing the base's arrays; adapters, where they train, are fresh."""
+def prepare(
+    base: Decoder, config: UnlearnConfig, seed: int, mesh: Mesh, tokens: int = 0
+) -> TrainSetup:
+    """The setup of one run, sharing the base's arrays; adapters, where they train, are fresh.
+
+    `tokens` of a forward pass decide what `unlearn.remat = "auto"` keeps (`choose_remat`).
+    """
+    itemsize = base.embed[...].dtype.itemsize
+    remat: Any = choose_remat(base.config, config, tokens, itemsize, mesh).name
+    config = dataclasses.replace(config, remat=remat)
     if config.trainable == "lora":
         model = lora.attach(base, config.lora, jax.random.key(seed))
     else:
@@ -132,9 +140,13 @@ def loss_and_gradient(
 ) -> tuple[nnx.State, Metrics]:
     """Gradient of the weighted sum of losses, and the metrics of the batch."""
     config = setup.config
+    parts, forgotten = batch.reference.shape
+    places = part_places(batch.rows.examples, forgotten)
+    # Means over tokens are over those of the whole batch, whatever part an example is in.
+    totals = jnp.maximum(jnp.sum(places, axis=(1, 2, 3)), 1) / parts
 
     def loss_of(
-        trainable: nnx.State, forget: ForgetBatch, retain: RetainBatch | None, key: jax.Array
+        trainable: nnx.State, examples: LossBatch, key: jax.Array
     ) -> tuple[Float[Array, ""], Metrics]:
         model = assemble(setup, trainable)
 
@@ -143,38 +155,23 @@ def loss_and_gradient(
 
         if config.trainable == "lora" and config.lora.dropout:
             model = lora.with_dropout(model, config.lora, key)
-        return total_loss(LossContext(model, base, config), forget, retain)
+        return total_loss(LossContext(model, base, config, examples))
 
     gradient = jax.grad(loss_of, has_aux=True)
-    forget, retain, key = batch.forget, batch.retain, dropout_key(batch.draw)
-    parts = config.accumulate
-    if parts == 1:
-        return gradient(trainable, forget, retain, key)
+    key = dropout_key(batch.draw)
+    examples = LossBatch(
+        batch.rows, batch.reference, batch.preferred_reference, jnp.tile(totals, (parts, 1))
+    )
 
-    # Means over tokens are over those of the whole batch, whatever part a row is in.
-    total, preferred_total = _average(forget.batch, parts), _average(forget.preferred, parts)
-    retain_total = _average(retain.batch if retain else None, parts)
-
-    def part(carry: nnx.State, rows: tuple) -> tuple[nnx.State, Metrics]:
-        forget, retain, key = rows
-        forget = forget._replace(total=total, preferred_total=preferred_total)
-        retain = retain._replace(total=retain_total) if retain else None
-        got, metrics = gradient(trainable, forget, retain, key)
+    def part(carry: nnx.State, own: tuple[LossBatch, jax.Array]) -> tuple[nnx.State, Metrics]:
+        got, metrics = gradient(trainable, *own)
         return jax.tree.map(lambda sum_, x: sum_ + x / parts, carry, got), metrics
 
-    def in_parts(x: Array) -> Array:  # each part has rows from all over the mesh
-        return jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0)
-
-    rows = (*jax.tree.map(in_parts, (forget, retain)), jax.random.split(key, parts))
-    summed, metrics = jax.lax.scan(part, jax.tree.map(jnp.zeros_like, trainable), rows)
+    if parts == 1:
+        return gradient(trainable, jax.tree.map(lambda x: x[0], examples), key)
+    zeros = jax.tree.map(jnp.zeros_like, trainable)
+    summed, metrics = jax.lax.scan(part, zeros, (examples, jax.random.split(key, parts)))
     return summed, jax.tree.map(jnp.mean, metrics)
-
-
-def _average(batch: Batch | None, parts: int) -> Array | None:
-    """Mean number of response tokens in a part."""
-    if batch is None:
-        return None
-    return jnp.maximum(jnp.sum(batch.response[:, 1:]) / parts, 1 / parts)
 
 
 def dropout_key(draw: UInt32[Array, "2"]) -> jax.Array:

@@ -20,7 +20,7 @@ from ema_jax.data.chat import TokenExample
 from ema_jax.errors import UserError
 from ema_jax.models.config import DecoderConfig
 from ema_jax.models.decoder import Decoder
-from ema_jax.models.sharding import host_array, make_mesh, validate
+from ema_jax.models.sharding import batch_multiple, host_array, make_mesh, validate
 from ema_jax.refusal.evaluation import Evaluation
 from ema_jax.refusal.verdicts import COMPLIED
 from ema_jax.runtime.devices import find_accelerator, peak_memory_gib
@@ -273,7 +273,8 @@ def unlearn(
     if config.objective == "dpo":
         numbers = reference_log_probs(base, preferred, config.batch_size, mesh)
         data = dataclasses.replace(data, preferred_reference=numbers)
-    setup = prepare(base, config, seed, mesh)
+    groups = batch_multiple(mesh)
+    setup = prepare(base, config, seed, mesh, data.pass_tokens(config, groups))
     state, step = init_state(setup), 0
     run = RunProgress(config, target, base, data, seed, mesh)
 
@@ -297,14 +298,14 @@ def unlearn(
         bar.update(step)
         meter = Meter(base, config, mesh)
         reader = MetricsReader(run, meter, bar, log)
-        batch = data.host_batch(config, seed, step)
+        batch = data.host_batch(config, seed, step, groups)
         while not run.stopped:
             if profile is not None:
                 profile.at(step, state)
             work = meter.start(batch)
             state, metrics = train_step(setup, state, batch.placed(mesh))
             step += 1
-            batch = data.host_batch(config, seed, step)  # while the device is at work
+            batch = data.host_batch(config, seed, step, groups)  # while the device is at work
             reader.push(step, metrics, work)
             if run.due(step):
                 measure(reader.latest())
@@ -343,15 +344,11 @@ class Meter:
 
     def start(self, batch: StepBatch) -> Work:
         """The work of a step on a batch in NumPy, about to be dispatched."""
-        forget, retain = batch.forget, batch.retain
-        parts = [forget.preferred, None if retain is None else retain.batch]
-        parts += [] if self._config.objective == "sft" else [forget.batch]
-        masks = [part.mask for part in parts if part is not None]
-        flops = sum(
-            mask.sum() * flops_per_token(self._base.config, self._config, mask.shape[1])
-            for mask in masks
-        )
-        return Work(sum(int(mask.sum()) for mask in masks), float(flops), time.monotonic())
+        tokens = int(np.count_nonzero(batch.rows.segments))
+        length = batch.rows.tokens.shape[-1]
+        scored = np.count_nonzero(batch.rows.examples >= 0) / tokens
+        each = flops_per_token(self._base.config, self._config, length, scored=scored)
+        return Work(tokens, tokens * each, time.monotonic())
 
     def stop(self, work: Work) -> dict[str, float]:
         """Speed of a step that is done; it began once the step before it was done."""

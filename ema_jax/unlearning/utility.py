@@ -44,7 +44,7 @@ def _totals(
         counted = (nll, divergence, jnp.ones_like(nll))
         return jnp.stack([jnp.sum(jnp.where(response, x, 0.0)) for x in counted])
 
-    hidden = [m(batch.tokens, batch.mask).hidden[:, :-1] for m in (model, base)]
+    hidden = [m(batch.tokens, batch.mask, right_padded=True).hidden[:, :-1] for m in (model, base)]
     arrays = (*hidden, batch.tokens[:, 1:], batch.response[:, 1:])
     sums = map_chunks(chunk, model.config.vocab_size, *arrays, longest=_CHUNK)
     return jnp.sum(sums, axis=0)

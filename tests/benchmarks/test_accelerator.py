@@ -59,10 +59,10 @@ def test_the_whole_rehearsal(tmp_path):
     found = check(done, rows, tmp_path)
     assert [row["right"] for row in found["parity"]] == [True]
     drawn = [row for row in found["train"] if row.get("lengths") == "drawn"]
-    assert 0.3 < drawn[0]["fill"] < 0.8
-    assert drawn[0]["real_tokens_per_s"] < drawn[0]["tokens_per_s"]
+    assert 0.3 < drawn[0]["fill"] <= 1
+    assert drawn[0]["real_tokens_per_s"] <= drawn[0]["tokens_per_s"]
     full = [row for row in found["train"] if "tflops" in row]
-    assert [row["remat"] for row in full] == ["full", "dots"]
+    assert [row["remat"] for row in full] == ["full", "projections"]
     steps = {(row.get("recompute"), row.get("lengths")) for row in found["theirs"]}
     assert {(False, "full"), (True, "full"), (False, "drawn")} <= steps
     assert sum(found["trace"][0]["shares"].values()) == pytest.approx(1, abs=0.01)

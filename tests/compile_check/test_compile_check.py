@@ -173,6 +173,16 @@ def test_collectives_as_a_tpu_program_writes_them():
     }
 
 
+def test_loops_count_their_collectives_each():
+    """Four loops of a train step gather the same weights, and may do so by the same channel."""
+    parts = TPU_TEXT.partition("ENTRY")
+    again = re.sub(r"%(body|fused|again)\b", r"%\1_2", parts[0])
+    loop = "  %second = (s32[], bf16[4,8]) while(%tuple), condition=%condition, body=%body_2\n"
+    entry = parts[1] + parts[2].replace("  %start", f"{loop}  %start")
+    gathers = [c for c in collectives.read(parts[0] + again + entry, 8) if c.kind == "all-gather"]
+    assert [(c.bytes, c.times) for c in gathers] == [(16 * 8 * 2, 32)] * 2
+
+
 def test_flops_are_those_that_xla_counts():
     """Of one layer: of a scan's body XLA counts one."""
     model = dataclasses.replace(
@@ -199,7 +209,7 @@ def test_flops_are_those_that_xla_counts():
 def test_a_step_costs_more_where_more_is_trained_or_computed_again():
     work = Workload.of(ema.read(small_config()), 16)
     full = dataclasses.replace(work, arm=dataclasses.replace(work.arm, trainable="full"))
-    again = dataclasses.replace(work, arm=dataclasses.replace(work.arm, remat=True))
+    again = dataclasses.replace(work, arm=dataclasses.replace(work.arm, remat="full"))
     more = dataclasses.replace(work, arm=dataclasses.replace(work.arm, batch_size=24))
     plain = roofline.train_flops(work)
     assert roofline.train_flops(again) == pytest.approx(1.5 * plain, rel=0.05)

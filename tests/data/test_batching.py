@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ema_jax.data.batching import bucket, map_batches, pad_examples, pad_prompts
+from ema_jax.data.batching import bucket, few_rows, map_batches, pad_examples, pad_prompts
 from ema_jax.data.chat import TokenExample
 from ema_jax.models.sharding import make_mesh
 
@@ -47,6 +47,14 @@ def test_batches_of_an_earlier_run_are_left_out():
 
     assert run(2) == run(0)[2:]
     assert run(4) == []
+
+
+def test_few_items_have_few_sizes_of_batches():
+    assert [few_rows(140, n) for n in (1000, 140, 71, 70, 36, 35, 9, 1)] == [
+        *(140, 140, 140, 70, 70, 35, 9, 1),
+    ]
+    assert {few_rows(64, n) for n in range(1, 200)} == {1, 2, 4, 8, 16, 32, 64}
+    assert few_rows(1, 5) == 1
 
 
 def test_padding():

@@ -13,14 +13,16 @@ from scipy.special import log_softmax
 from tiny_models import our_outputs, random_batch
 
 from ema_jax.data.batching import Batch
+from ema_jax.data.chat import TokenExample
+from ema_jax.data.packing import Item, pack, spread
 from ema_jax.models import checkpoint, lora
 from ema_jax.models.decoder import LoRAParam, Output
 from ema_jax.models.sharding import make_mesh
 from ema_jax.unlearning import objectives
 from ema_jax.unlearning import train_step as steps
-from ema_jax.unlearning.batches import StepBatch
+from ema_jax.unlearning.batches import Data
 from ema_jax.unlearning.config import UnlearnConfig
-from ema_jax.unlearning.objectives import FORGET, RETAIN, ForgetBatch, LossContext, RetainBatch
+from ema_jax.unlearning.objectives import FORGET, RETAIN, LossBatch, LossContext, part_places
 
 CONFIG = UnlearnConfig(
     lora=lora.LoRAConfig(rank=2, alpha=4.0),
@@ -34,13 +36,35 @@ NORMED = ("ga", "npo", "dpo")
 
 def batch(rows: int, length: int, start: int) -> Batch:
     tokens, mask = random_batch(rows, length, padding="right")
-    return Batch(tokens, mask, mask & (np.arange(length) >= start))
+    return Batch(np.where(mask, tokens, 0), mask, mask & (np.arange(length) >= start))
 
 
 FORGET_ROWS, PREFERRED, KEPT = batch(4, 12, 3), batch(4, 11, 2), batch(4, 10, 1)
 REFERENCE = np.array([-20.0, -31.0, -8.0, -15.0], np.float32)
 PREFERRED_REFERENCE = np.array([-25.0, -12.0, -18.0, -9.0], np.float32)
-FORGET_BATCH = ForgetBatch(FORGET_ROWS, REFERENCE, PREFERRED, PREFERRED_REFERENCE)
+
+
+def examples_of(rows: Batch) -> list[TokenExample]:
+    """The rows without padding."""
+    found = []
+    for tokens, mask, response in zip(*rows, strict=True):
+        prompt = tokens[mask & ~response].tolist()
+        found.append(TokenExample(tuple(prompt), tuple(tokens[response].tolist())))
+    return found
+
+
+def loss_batch(retain: str = "ce", dtype: Any = np.float32) -> LossBatch:
+    """The three parts in six rows of two examples each; for `kl_unmasked`, retain rows alone."""
+    parts = enumerate(map(examples_of, (FORGET_ROWS, PREFERRED, KEPT)))
+    items = [Item(4 * part + i, x) for part, part_rows in parts for i, x in enumerate(part_rows)]
+    chosen, length = spread([item.example.size for item in items], 6), 23
+    rows = [[items[i] for i in row] for row in chosen]
+    if RETAIN[retain].everywhere:
+        rows, length = [[item._replace(everywhere=True)] for item in items[8:]], 10
+    packed = jax.tree.map(jnp.asarray, pack(rows, length, len(rows) * length))
+    totals = part_places(packed.examples, 4).sum(axis=(1, 2)).astype(dtype)
+    references = (jnp.asarray(x, dtype) for x in (REFERENCE, PREFERRED_REFERENCE))
+    return LossBatch(packed, *references, jnp.maximum(totals, 1))
 
 
 @pytest.fixture(scope="module")
@@ -66,10 +90,15 @@ class Formula:
         self.weights = [xp.asarray(0.5 * rng.normal(size=size), dtype) for size in sizes]
         self._xp = xp
 
-    def __call__(self, tokens, mask, *, tap=None, remat=False) -> Output:
-        x = self._xp.cumsum(self.weights[0][tokens], axis=1)
-        taps = self._xp.stack([x, self._xp.sin(x), self._xp.cos(x)])
-        return Output(taps[-1], None if tap is None else tap(taps), None, None)
+    def __call__(self, tokens, mask, *, segments=None, tap=None, remat=False) -> Output:
+        seen = np.tri(tokens.shape[1]) > 0
+        if segments is not None:
+            own = segments[:, :, None]
+            seen = seen & ((own == segments[:, None]) | (own == 0))
+        x = self._xp.matmul(1.0 * seen, self.weights[0][tokens])
+        states = [x, self._xp.sin(x), self._xp.cos(x)]
+        taps = None if tap is None else self._xp.stack([tap(state) for state in states])
+        return Output(states[-1], taps, None, None)
 
     def logits(self, hidden):
         return hidden @ self.weights[1]
@@ -152,26 +181,36 @@ class Restated:
         return float(divergence[:, :-1][KEPT.response[:, 1:]].mean())
 
 
+def context(model, base, dtype=np.float32, **changes) -> LossContext:
+    config = dataclasses.replace(CONFIG, **changes)
+    return LossContext(model, lambda: base, config, loss_batch(config.retain_objective, dtype))
+
+
+def retain_loss(name: str, model, base, dtype=np.float32):
+    return RETAIN[name].loss(context(model, base, dtype, retain_objective=name))
+
+
+def every_loss(model, base, dtype=np.float32) -> dict:
+    """Objective and norm → loss."""
+    forget = {
+        (name, norm): FORGET[name].loss(
+            context(model, base, dtype, objective=name, forget_norm=norm)
+        )[0]
+        for name in FORGET
+        for norm in ("sum", "mean")
+    }
+    return forget | {(name, ""): retain_loss(name, model, base, dtype) for name in RETAIN}
+
+
 def formula_losses(dtype: type) -> tuple:
     """Every loss on models that are formulas, and their slopes along the model's weights."""
     base = Formula(1, dtype, jnp)
-    batch = FORGET_BATCH._replace(
-        reference=REFERENCE.astype(dtype), preferred_reference=PREFERRED_REFERENCE.astype(dtype)
-    )
 
     def losses(weights):
         model = Formula(0, dtype, jnp)
         model.weights = weights
 
-        def run(**changes):
-            return LossContext(model, lambda: base, dataclasses.replace(CONFIG, **changes))
-
-        forget = {
-            (name, norm): FORGET[name].loss(run(forget_norm=norm), batch)[0]
-            for name in FORGET
-            for norm in ("sum", "mean")
-        }
-        return forget | {(name, ""): f(run(), RetainBatch(KEPT)) for name, f in RETAIN.items()}
+        return every_loss(model, base, dtype)
 
     weights = Formula(0, dtype, jnp).weights
     return jax.jit(lambda w: jax.jvp(losses, [w], [[jnp.sin(x) for x in w]]))(weights)
@@ -208,18 +247,8 @@ def values(models):
     @jax.jit
     def losses(state, base_state):
         model, base = nnx.merge(graph, state), nnx.merge(base_graph, base_state)
-
-        def run(model, **changes):
-            return LossContext(model, lambda: base, dataclasses.replace(CONFIG, **changes))
-
-        forget = {
-            (name, norm): FORGET[name].loss(run(model, forget_norm=norm), FORGET_BATCH)[0]
-            for name in FORGET
-            for norm in ("sum", "mean")
-        }
-        retain = {name: loss(run(model), RetainBatch(KEPT)) for name, loss in RETAIN.items()}
-        same = {name: loss(run(base), RetainBatch(KEPT)) for name, loss in RETAIN.items()}
-        return forget, retain, same
+        same = {name: retain_loss(name, base, base) for name in RETAIN}
+        return every_loss(model, base), same
 
     return jax.tree.map(float, losses(state, base_state))
 
@@ -237,9 +266,9 @@ def test_forget_objectives_equal_their_formulas(models, values, name, norm):
 def test_retain_objectives_equal_their_formulas(models, values, name):
     expected = Restated(models, dataclasses.replace(CONFIG, retain_objective=name)).retain()
     assert expected > 0.01
-    assert values[1][name] == pytest.approx(expected, rel=2e-6, abs=1e-6)
+    assert values[0][name, ""] == pytest.approx(expected, rel=2e-6, abs=1e-6)
     if name != "ce":
-        assert values[2][name] == pytest.approx(0, abs=1e-9), "the base is its own"
+        assert values[1][name] == pytest.approx(0, abs=1e-9), "the base is its own"
 
 
 PAIRS = [("npo", "kl"), ("rmu", "l2")]
@@ -252,15 +281,12 @@ def test_gradients_through_the_adapters_equal_finite_differences(models):
 
     def losses(adapters):
         model = nnx.merge(graph, adapters, rest)
-        runs = [
-            LossContext(
-                model,
-                lambda: base,
-                dataclasses.replace(CONFIG, objective=a, retain_objective=b, beta=0.5),
+        parts = [
+            objectives.total_loss(
+                context(model, base, objective=a, retain_objective=b, beta=0.5, retain_weight=3.0)
             )
             for a, b in PAIRS
         ]
-        parts = [objectives.total_loss(run, FORGET_BATCH, RetainBatch(KEPT)) for run in runs]
         return jnp.stack([loss for loss, _ in parts])
 
     leaves, structure = jax.tree.flatten(adapters)
@@ -298,9 +324,13 @@ def test_the_formulas_gradients_in_closed_form():
 
 
 def gradient_of(base, config):
+    """Of all examples, packed as training packs them."""
+    config = dataclasses.replace(config, batch_size=4, retain_batch_size=4)
+    forget, preferred, kept = map(examples_of, (FORGET_ROWS, PREFERRED, KEPT))
+    data = Data(forget, REFERENCE, kept, preferred, PREFERRED_REFERENCE)
     setup = steps.prepare(base, config, 0, make_mesh())
-    batch = StepBatch(FORGET_BATCH, RetainBatch(KEPT), np.array([5, 0], np.uint32))
-    return jax.jit(steps.loss_and_gradient)(setup, steps.init_state(setup).trainable, batch)
+    trainable = steps.init_state(setup).trainable
+    return jax.jit(steps.loss_and_gradient)(setup, trainable, data.host_batch(config, 5, 0))
 
 
 @pytest.mark.parametrize(("forget", "retain"), [("npo", "ce"), ("sft", "kl")])

@@ -13,13 +13,13 @@ from tiny_models import load_torch, random_batch, torch_outputs
 from ema_jax.models import checkpoint
 from ema_jax.models.sharding import AXES
 from ema_jax.unlearning import log_probs as log_probs_lib
-from ema_jax.unlearning.log_probs import sequence_log_probs
-from ema_jax.unlearning.objectives import cross_entropy, npo_loss
+from ema_jax.unlearning.log_probs import cross_entropy, sequence_log_probs
+from ema_jax.unlearning.objectives import npo_loss
 
 
 @pytest.mark.parametrize(("variant", "chunk"), [("qwen2", 3), ("mistral", 5), ("qwen2", 128)])
 def test_token_log_probs_equal_torch_whatever_the_chunk(tiny, monkeypatch, variant, chunk):
-    monkeypatch.setattr(log_probs_lib, "_CHUNK", chunk)
+    monkeypatch.setattr(log_probs_lib, "_logits_at_once", lambda mesh, words: 4 * chunk * words)
     tokens, mask = random_batch(padding="right")
     ours = log_probs_lib.token_log_probs(checkpoint.load(tiny(variant)), tokens, mask)
     logits = torch.tensor(torch_outputs(load_torch(tiny(variant)), tokens, mask)[0])
@@ -31,7 +31,7 @@ def test_token_log_probs_equal_torch_whatever_the_chunk(tiny, monkeypatch, varia
 
 
 def test_no_chunk_has_more_logits_than_fit(monkeypatch):
-    monkeypatch.setattr(log_probs_lib, "_LOGITS", 1000)
+    monkeypatch.setattr(log_probs_lib, "_logits_at_once", lambda mesh, words: 1000)
     sizes = []
 
     def chunk(x):
@@ -54,16 +54,17 @@ def mesh_of(kind: str, devices: int = 1) -> AbstractMesh:
 
 def test_chunks_are_larger_where_memory_is():
     found = {
-        kind: log_probs_lib._logits_at_once(mesh_of(kind))
+        kind: log_probs_lib._logits_at_once(mesh_of(kind), 32_000)
         for kind in ("NVIDIA H100 80GB HBM3", "TPU v5p", "TPU v5 lite", "NVIDIA L4", "cpu")
     }
-    assert list(found.values()) == [1 << 28, 1 << 28, 1 << 25, 1 << 25, 1 << 25]
-    assert log_probs_lib._logits_at_once(jax.typeof(jnp.ones(1)).sharding.mesh) == 1 << 25
+    assert list(found.values()) == [1 << 28, 1 << 28, 1 << 25, 1 << 25, 1 << 22]
+    outside = jax.typeof(jnp.ones(1)).sharding.mesh
+    assert log_probs_lib._logits_at_once(outside, 152_064) == 64 * 152_064
 
 
 @pytest.mark.parametrize("logits", [1, 2000, 1 << 28])
 def test_a_loss_and_its_gradient_are_the_same_whatever_the_chunk(tiny, monkeypatch, logits):
-    monkeypatch.setattr(log_probs_lib, "_logits_at_once", lambda mesh: logits)
+    monkeypatch.setattr(log_probs_lib, "_logits_at_once", lambda mesh, words: logits)
     model = checkpoint.load(tiny("qwen2"))
     tokens, mask = random_batch(padding="right")
     hidden, targets = model(tokens, mask).hidden[:, :-1], jnp.asarray(tokens)[:, 1:]

@@ -232,12 +232,13 @@ def test_the_step_is_the_same_on_a_mesh(tiny, base, reference):
 
 def test_recomputing_blocks_changes_nothing(base, reference):
     losses = []
-    for remat in (False, True):
+    for remat in ("none", "projections", "full"):
         config = dataclasses.replace(SMALL, remat=remat)
         run(base, reference, config, log=losses.append)
     for key in losses[1].keys() - {"tokens_per_second"}:  # of the second step
         value = losses[1][key]
-        assert losses[SMALL.max_steps + 1][key] == pytest.approx(value, rel=1e-4), key
+        for other in (SMALL.max_steps + 1, 2 * SMALL.max_steps + 1):
+            assert losses[other][key] == pytest.approx(value, rel=1e-4), key
 
 
 # When it stops, with a step that does nothing.
@@ -249,7 +250,8 @@ def idle_step(monkeypatch):
     step = type("Step", (), {"loss": 1.0})()
 
     def do(setup, state, batch):
-        assert (batch.retain is not None) == (setup.traced_settings["retain_weight"] > 0)
+        kept = np.asarray(batch.rows.examples) >= 2 * batch.reference.shape[1]
+        assert kept.any() == (setup.traced_settings["retain_weight"] > 0)
         loss = jnp.float32(step.loss)
         return state, {"loss": loss, "forget_loss": loss}
 

@@ -1,0 +1,107 @@
+"""Packed rows: several examples one after another in a row, and lists of what a loss looks at.
+
+Examples differ much in length, and a row for each would be half padding. Packed, each has its own
+positions and sees itself alone, so its results are those that it has in a row by itself.
+"""
+
+import heapq
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from ema_jax.data.chat import TokenExample
+
+
+class Packed(NamedTuple):
+    """Rows for one forward pass, in groups of equal size that lie on devices of their own.
+
+    A place is where the next token is one of a response, `T · row + time` in its group: the losses
+    need the model's state there and nowhere else.
+    """
+
+    tokens: Int[Array, "B T"]
+    segments: Int[Array, "B T"]  # which of its row's examples a token is of, from 1; 0 at padding
+    places: Int[Array, "G N"]  # past the group's last token where there is none
+    targets: Int[Array, "G N"]  # the next token
+    examples: Int[Array, "G N"]  # number of the place's example; below zero where there is none
+
+    @property
+    def mask(self) -> Bool[Array, "B T"]:
+        """Real tokens."""
+        return self.segments > 0
+
+    def at_places(self, x: Float[Array, "B T D"]) -> Float[Array, "G N D"]:
+        """States at the places, within each device's rows; zeros where there is no place."""
+        flat = x.reshape(self.places.shape[0], -1, x.shape[-1])
+
+        def take(states: Float[Array, "S D"], places: Int[Array, "N"]) -> Float[Array, "N D"]:
+            return states.at[places].get(mode="fill", fill_value=0)
+
+        return jax.vmap(take)(flat, self.places)
+
+    def sums(self, values: Float[Array, "G N"], first: int, number: int) -> Float[Array, "E"]:
+        """Sums over the places of each of `number` examples, from number `first` on."""
+        numbers = jnp.arange(first, first + number)[:, None, None]
+        return jnp.sum(jnp.where(self.examples == numbers, values, 0.0), axis=(1, 2))
+
+
+class Item(NamedTuple):
+    """An example with its number in the batch."""
+
+    number: int
+    example: TokenExample
+    everywhere: bool = False  # every token of its row is a place, padding too
+
+
+def spread(lengths: Sequence[int], rows: int) -> list[list[int]]:
+    """Indices in `rows` rows of much the same length: longest first, each into the shortest row."""
+    chosen: list[list[int]] = [[] for _ in range(rows)]
+    heap = [(0, row) for row in range(rows)]
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        filled, row = heapq.heappop(heap)
+        chosen[row].append(i)
+        heapq.heappush(heap, (filled + lengths[i], row))
+    return chosen
+
+
+def pack(rows: Sequence[Sequence[Item]], length: int, places: int, groups: int = 1) -> Packed:
+    """Lays items out in NumPy.
+
+    Args:
+        rows: the items of each row, no longer than `length` together.
+        length: of the rows.
+        places: how many a group has room for.
+        groups: number of groups; it divides that of the rows.
+    """
+    tokens = np.zeros((len(rows), length), np.int32)
+    segments = np.zeros_like(tokens)
+    found: list[list[np.ndarray]] = [[] for _ in range(groups)]
+    for row, items in enumerate(rows):
+        group, within = divmod(row, len(rows) // groups)
+        start = 0
+        for segment, item in enumerate(items, start=1):
+            end = start + item.example.size
+            tokens[row, start:end] = item.example.prompt + item.example.response
+            segments[row, start:end] = segment
+            # The first token is predicted by none.
+            first = start + max(len(item.example.prompt), 1) - 1
+            times = np.arange(length) if item.everywhere else np.arange(first, end - 1)
+            targets = tokens[row, (times + 1) % length]
+            numbers = np.full(len(times), item.number)
+            found[group].append(np.stack([within * length + times, targets, numbers]))
+            start = end
+    listed = np.empty((3, groups, places), np.int32)
+    listed[:] = np.array([len(rows) // groups * length, 0, -1])[:, None, None]
+    for group, parts in enumerate(found):
+        part = np.concatenate(parts, axis=1) if parts else np.empty((3, 0), int)
+        listed[:, group, : part.shape[1]] = part
+    return Packed(*map(_host, (tokens, segments, *listed)))
+
+
+def _host(x: np.ndarray) -> Array:
+    """NumPy's array, which is the device's once placed."""
+    return x  # type: ignore[return-value]
