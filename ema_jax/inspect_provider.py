@@ -48,7 +48,7 @@ class EmaJaxModel(ModelAPI):
         model_name: str,
         base_url: str | None = None,
         api_key: str | None = None,
-        config: GenerateConfig = GenerateConfig(),
+        config: GenerateConfig | None = None,
         adapters: str | None = None,
         batch_size: int = 64,
         **unknown: Any,
@@ -63,7 +63,7 @@ class EmaJaxModel(ModelAPI):
             batch_size: rows decoded at once.
             unknown: refused.
         """
-        super().__init__(model_name, base_url, api_key, [], config)
+        super().__init__(model_name, base_url, api_key, [], config or GenerateConfig())
         if unknown:
             raise UserError(f"ema_jax: unknown model arguments: {', '.join(unknown)}")
         source = hub.find(model_name)

@@ -1,4 +1,4 @@
-"""Adapters of a study on the Hugging Face Hub: private, on request, never of deny-listed content."""
+"""Adapters of a study on the Hugging Face Hub: private, on request, never on deny-listed topics."""
 
 from pathlib import Path
 from typing import Any

@@ -1,6 +1,6 @@
 """Parses the flags of many commands, each in a process forked from this one.
 
-Reads `[[page, [module, argument, …]], …]` from stdin; prints a line for each that is not understood.
+Reads `[[page, [module, argument, …]], …]` from stdin; prints what is not understood.
 """
 
 import importlib

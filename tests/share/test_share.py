@@ -2,6 +2,8 @@
 
 import json
 
+import httpx
+import inspect_ai.log
 import numpy as np
 import pandas as pd
 import pytest
@@ -142,11 +144,8 @@ def test_a_public_repository_is_refused(study):
 
 
 def test_what_the_hub_refuses_is_one_line(study):
-    class Response:
-        headers: dict = {}
-        request = None
-
-    error = HfHubHTTPError("401 Unauthorized\nmore", response=Response())
+    response = httpx.Response(401, request=httpx.Request("POST", "https://hub.invalid"))
+    error = HfHubHTTPError("401 Unauthorized\nmore", response=response)
     with pytest.raises(UserError, match=r"me/adapters: 401 Unauthorized; HF_TOKEN"):
         hub.push(study(), "npo", 0, "me/adapters", api=Hub(error=error))
 
@@ -157,17 +156,15 @@ def test_no_such_adapters(study):
 
 
 def test_a_study_without_texts_gives_no_log(study):
-    pytest.importorskip("inspect_ai")
     folder = study(text=False)
     with pytest.raises(UserError, match="keep_text = True"):
         inspect_log.write(folder, "base", folder / "out.eval")
 
 
 def test_a_log_that_inspect_reads_back(study):
-    logs = pytest.importorskip("inspect_ai.log")
     folder = study()
     assert inspect_log.write(folder, "base", folder / "out.eval") == 2
-    log = logs.read_eval_log(str(folder / "out.eval"))
+    log = inspect_ai.log.read_eval_log(str(folder / "out.eval"))
     assert log.status == "success"
     assert log.results.scores[0].metrics["refusal_rate"].value == 1.0
     assert log.results.scores[0].metrics["invalid_share"].value == 0.5
