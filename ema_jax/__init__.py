@@ -34,8 +34,12 @@ _HOME = {
     "merge_lora": "ema_jax.models.lora:merge",
     "npo_loss": "ema_jax.unlearning.objectives",
     "paired_drop": "ema_jax.refusal.paired",
+    "plot_entanglement": "ema_jax.plots",
+    "plot_layers": "ema_jax.plots",
+    "plot_sweep": "ema_jax.plots",
     "reference_log_probs": "ema_jax.unlearning.reference",
     "refusal_rate": "ema_jax.refusal.scores",
+    "respond": "ema_jax.generation.sampler",
     "save_peft": "ema_jax.models.lora",
     "unlearn": "ema_jax.unlearning.trainer",
 }

@@ -17,6 +17,7 @@ MAY_IMPORT = {
     "refusal": {"generation", "models", "data", "runtime"},
     "unlearning": {"refusal", "generation", "models", "data", "runtime"},
     "report": {"runtime"},
+    "plots": {"report", "concepts"},
     "organism": {"unlearning", "refusal", "models", "data", "runtime"},
     "config": {"concepts", "refusal", "unlearning", "generation", "models", "data", "runtime"},
 }
@@ -24,6 +25,7 @@ EVERYTHING_BELOW = {*MAY_IMPORT}
 MAY_IMPORT["study"] = EVERYTHING_BELOW - {"organism"}
 MAY_IMPORT["sweep"] = MAY_IMPORT["compile_check"] = {*EVERYTHING_BELOW, "study"}
 COMMANDS = {"__main__", "main", "convert", "judge", "lm_eval", "init", "reproduce", "compare"}
+COMMANDS |= {"share", "inspect_provider"}
 MAY_IMPORT |= {command: {*MAY_IMPORT} for command in COMMANDS}
 
 

@@ -12,7 +12,7 @@ measures, nulls and ceilings are this project's.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -24,6 +24,9 @@ from ema_jax.concepts.vectors import Activations, matched_contrast
 from ema_jax.data.domains import BENIGN
 from ema_jax.errors import UserError
 from ema_jax.runtime.files import json_safe
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 _CLIP_SD = 3.0
 _FEWEST_PROMPTS = 4
@@ -121,6 +124,35 @@ class Entanglement:
         first = next(iter(self.measures.values()))
         return len(next(iter(first.observed.values()))) - 1
 
+    def __repr__(self) -> str:
+        others = ", ".join(d for d in self.domains if d != self.target)
+        return (
+            f"Entanglement({self.target} with {others}; layers 0 to {self.num_layers}; "
+            f"{', '.join(self.measures)})"
+        )
+
+    def to_frame(self) -> "DataFrame":
+        """One row a measure, domain and layer, with its null, ceiling and interval."""
+        from pandas import DataFrame  # slow to import, and no study needs it
+
+        return DataFrame(
+            [
+                {
+                    "measure": measure,
+                    "domain": domain,
+                    "layer": layer,
+                    "observed": x,
+                    "null95": found.null95[domain][layer],
+                    "ceiling": found.ceiling[domain][layer],
+                    "low": found.ci95[domain][layer, 0],
+                    "high": found.ci95[domain][layer, 1],
+                }
+                for measure, found in self.measures.items()
+                for domain, values in found.observed.items()
+                for layer, x in enumerate(values)
+            ]
+        )
+
     def to_json(self) -> dict[str, Any]:
         """As in `results.json`: figures of `cosine_centred` end in `_centred`; NaN is null."""
         out: dict[str, Any] = {
@@ -164,6 +196,9 @@ class Pairs(NamedTuple):
     measures: dict[str, PairFigures]
     outlier_share: Float[np.ndarray, "L1 D"]
     lexical: dict[str, PairFigures] | None
+
+    def __repr__(self) -> str:
+        return f"Pairs({', '.join(self.domains)}; {', '.join(self.measures)})"
 
     def towards(self, target: str) -> Entanglement:
         """The rows of one target."""

@@ -13,7 +13,7 @@ Layers as in `ema_jax.concepts.vectors.LAYER_CONVENTION`.
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,9 @@ from ema_jax.data.batching import ROWS, map_batches, pad_prompts
 from ema_jax.errors import UserError
 from ema_jax.models.decoder import Decoder
 from ema_jax.models.sharding import host_array
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["add", "remove"], meta_fields=[])
@@ -123,6 +126,24 @@ class Sweep(NamedTuple):
 
     clean: Float[np.ndarray, "N"]
     changed: Float[np.ndarray, "L1 C N"]  # NaN at layers that were left out
+
+    def __repr__(self) -> str:
+        layers, candidates, prompts = self.changed.shape
+        return f"Sweep({candidates} candidates at {layers} layers, {prompts} prompts)"
+
+    def to_frame(self, grid: Grid) -> "DataFrame":
+        """One row a direction, strength and layer: the mean change of refusal log-odds in nats."""
+        from pandas import DataFrame  # slow to import, and no study needs it
+
+        change = grid.unflatten(self.changed - self.clean).mean(axis=-1)
+        return DataFrame(
+            [
+                {"direction": direction, "strength": strength, "layer": layer, "change": x}
+                for layer, by_direction in enumerate(change)
+                for direction, by_strength in zip(grid.directions, by_direction, strict=True)
+                for strength, x in zip(grid.strengths, by_strength, strict=True)
+            ]
+        )
 
 
 def sweep(

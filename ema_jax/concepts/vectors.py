@@ -211,6 +211,10 @@ class Concepts:
     vectors: dict[str, np.ndarray]
     metadata: dict[str, str]
 
+    def __repr__(self) -> str:
+        layers = len(next(iter(self.vectors.values()))) - 1
+        return f"Concepts({', '.join(self.vectors)}; layers 0 to {layers})"
+
 
 _REQUIRED = ("pooling", "model_hash", "contrast")
 

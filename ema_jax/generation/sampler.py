@@ -49,6 +49,10 @@ class Response(NamedTuple):
     text: str
     finished: bool  # it ended by itself, before the cap
 
+    def __repr__(self) -> str:
+        end = "" if self.finished else ", cut at the cap"
+        return f"Response({self.text!r}, {len(self.tokens)} tokens{end})"
+
     @classmethod
     def of(cls, tokens: tuple[int, ...], chat: Chat) -> "Response":
         """From the tokens alone."""
@@ -319,6 +323,14 @@ def generate(
         queue = deque((i, rendered[i]) for i in indices)
         for i, tokens in _serve(model, layers, chat, queue, rows, max_new_tokens, sampling, mesh):
             yield i, Response.of(tokens, chat)
+
+
+def respond(
+    model: Decoder, chat: Chat, prompts: Sequence[str], *, max_new_tokens: int, **options: Any
+) -> list[Response]:
+    """The responses to the prompts, in their order; arguments as for `generate`."""
+    found = dict(generate(model, chat, prompts, max_new_tokens=max_new_tokens, **options))
+    return [found[i] for i in range(len(prompts))]
 
 
 def _rings(lengths: Mapping[int, int], cap: int) -> Iterator[list[int]]:

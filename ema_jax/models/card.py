@@ -37,6 +37,7 @@ def unlearned_card(
     seed: int,
     settings: Mapping[str, object],
     quantisation: str | None = None,
+    merged: bool = True,
 ) -> str:
     """Model card of a model that a study unlearned.
 
@@ -49,6 +50,7 @@ def unlearned_card(
         seed: of the run.
         settings: of the arm.
         quantisation: that the base was dequantised from, if it was.
+        merged: whether adapters are merged into the weights, or come alone.
     """
     rows = {
         "base model": base,
@@ -56,7 +58,7 @@ def unlearned_card(
         "base fingerprint": fingerprint,
         **_quantised(quantisation),
         "what was modified": f"refusals in the domain {target} were unlearned; "
-        + ("LoRA adapters, merged" if settings.get("trainable") == "lora" else "all parameters"),
+        + _trained(settings, merged),
         "study arm": arm,
         "seed": str(seed),
         "settings": f"`{json.dumps(settings, sort_keys=True, default=str)}`",
@@ -77,6 +79,12 @@ def converted_card(base: str, revision: str | None, quantisation: str | None = N
         "what was modified": "nothing but the format (and the dtype, where one was asked for)",
     }
     return _render(f"{base}: converted", _CONVERTED, rows, base if revision else None, ["ema_jax"])
+
+
+def _trained(settings: Mapping[str, object], merged: bool) -> str:
+    if settings.get("trainable") != "lora":
+        return "all parameters"
+    return "LoRA adapters, merged" if merged else "LoRA adapters in PEFT's format"
 
 
 def _quantised(quantisation: str | None) -> dict[str, str]:
