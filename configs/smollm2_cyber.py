@@ -18,20 +18,21 @@ def get_config():
     config.prompts.source = "file"
     config.prompts.path = "runs/smollm2/prompts"
     # Bias has fewest: about 60 are left of the public sets.
-    config.prompts.counts = {"harvest": 48, "retain": 12, "dev": 6, "eval": 20, "concept": 20}
+    config.prompts.counts = {"harvest": 48, "retain": 12, "dev": 4, "eval": 16, "concept": 24}
     # Whether a model refuses shows in its first words.
-    config.generation.max_new_tokens = 32
+    config.generation.max_new_tokens = 24
     config.generation.batch_size = 32
     config.harvest.min_examples = 8
-    config.harvest.response_cap = 32
+    config.harvest.response_cap = 24
     config.concepts.sweep_prompts = 0
+    config.concepts.permutations = 200
     # A rate at which the target's refusals fall over several evaluations, and not within one.
     config.unlearn.learning_rate = 3e-4
     config.unlearn.batch_size = 8
     config.unlearn.retain_batch_size = 8
     config.unlearn.max_steps = 16
     config.unlearn.eval_every = 2
-    retain = {"retain_weight": 4.0, "min_steps": 16, "max_steps": 24, "eval_every": 4}
+    retain = {"retain_weight": 4.0, "min_steps": 12, "max_steps": 16, "eval_every": 4}
     config.arms = {"npo": {}, "npo_retain": retain}
     config.seeds = (0, 1, 2)
     return config
