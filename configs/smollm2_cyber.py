@@ -18,7 +18,7 @@ def get_config():
     config.prompts.source = "file"
     config.prompts.path = "runs/smollm2/prompts"
     # Bias has fewest: about 60 are left of the public sets.
-    config.prompts.counts = {"harvest": 48, "retain": 12, "dev": 4, "eval": 16, "concept": 24}
+    config.prompts.counts = {"harvest": 48, "retain": 12, "dev": 4, "eval": 16, "concept": 20}
     # Whether a model refuses shows in its first words.
     config.generation.max_new_tokens = 24
     config.generation.batch_size = 32
@@ -27,10 +27,10 @@ def get_config():
     config.concepts.sweep_prompts = 0
     config.concepts.permutations = 200
     # A rate at which the target's refusals fall over several evaluations, and not within one.
-    config.unlearn.learning_rate = 3e-4
-    config.unlearn.batch_size = 8
+    config.unlearn.learning_rate = 4e-4
+    config.unlearn.batch_size = 4
     config.unlearn.retain_batch_size = 8
-    config.unlearn.max_steps = 16
+    config.unlearn.max_steps = 12
     config.unlearn.eval_every = 2
     retain = {"retain_weight": 4.0, "min_steps": 12, "max_steps": 16, "eval_every": 4}
     config.arms = {"npo": {}, "npo_retain": retain}
