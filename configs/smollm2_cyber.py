@@ -18,7 +18,7 @@ def get_config():
     config.prompts.source = "file"
     config.prompts.path = "runs/smollm2/prompts"
     # Bias has fewest: about 60 are left of the public sets.
-    config.prompts.counts = {"harvest": 48, "retain": 12, "dev": 4, "eval": 16, "concept": 20}
+    config.prompts.counts = {"harvest": 48, "retain": 12, "dev": 4, "eval": 14, "concept": 20}
     # Whether a model refuses shows in its first words.
     config.generation.max_new_tokens = 24
     config.generation.batch_size = 32

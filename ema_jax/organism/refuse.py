@@ -17,6 +17,7 @@ the words of harmful ones, so that it does not over-refuse.
 """
 
 import dataclasses
+import itertools
 import math
 import random
 import shutil
@@ -53,6 +54,7 @@ from ema_jax.unlearning.utility import utility
 
 PROMPT_TOKENS = 48  # longest prompt, rendered: a longer one costs more than it teaches
 ANSWER_TOKENS = 40  # of an own answer; more would teach nothing new about whether to answer
+EXAMPLE_TOKENS = 64  # of a prompt with its response, which is cut: whether to refuse shows early
 MEASURED_TOKENS = 48
 MEASURED = {BENIGN: 40, LOOKALIKE: 60}  # held-out prompts that the result is measured on
 MEASURED_IN_A_DOMAIN = 24
@@ -69,8 +71,8 @@ RECIPE = UnlearnConfig(
     retain_batch_size=8,
     retain_weight=1.0,
     length_pool=4,
-    max_steps=120,
-    eval_every=120,
+    max_steps=100,
+    eval_every=100,
     stop_at=0.0,
     max_invalid=1.0,
 )
@@ -176,12 +178,7 @@ def _own_answers(work: _Work) -> list[TokenExample]:
 
 def _train(work: _Work, answers: Sequence[TokenExample]) -> Decoder:
     """The base with trained adapters; a run that was stopped is resumed."""
-    words = random.Random(work.seed)
-    refusals = [
-        work.chat.example(row.prompt, refusal(words, row.domain))
-        for row in work.chosen.trained
-        if row.domain not in (BENIGN, LOOKALIKE)
-    ]
+    refusals = _refusals(work)
     # The recipe has a fixed length, so that nothing is measured on the way.
     unmeasured = Evaluation({"any": 1.0}, 0.0)
     with Checkpoints(
@@ -190,7 +187,7 @@ def _train(work: _Work, answers: Sequence[TokenExample]) -> Decoder:
         return unlearn(
             work.base,
             refusals,
-            answers,
+            [_cut(answer) for answer in answers],
             np.zeros(len(refusals), np.float32),
             work.recipe,
             seed=work.seed,
@@ -199,6 +196,26 @@ def _train(work: _Work, answers: Sequence[TokenExample]) -> Decoder:
             preferred=refusals,
             checkpoints=checkpoints,
         ).model
+
+
+def _refusals(work: _Work) -> list[TokenExample]:
+    """As many in each domain: where there are fewer prompts, they come again in other wordings."""
+    words = random.Random(work.seed)
+    prompts: dict[str, list[str]] = {}
+    for row in work.chosen.trained:
+        if row.domain not in (BENIGN, LOOKALIKE):
+            prompts.setdefault(row.domain, []).append(row.prompt)
+    most = max(len(each) for each in prompts.values())
+    return [
+        _cut(work.chat.example(prompt, refusal(words, domain)))
+        for domain, each in prompts.items()
+        for prompt in itertools.islice(itertools.cycle(each), most)
+    ]
+
+
+def _cut(example: TokenExample) -> TokenExample:
+    room = EXAMPLE_TOKENS - len(example.prompt)
+    return TokenExample(example.prompt, example.response[:room])
 
 
 def _measure(work: _Work, tuned: Decoder) -> dict[str, Any]:
