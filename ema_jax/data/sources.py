@@ -451,7 +451,7 @@ def _download(name: str, source: Source, load_dataset: Loader | None) -> Any:
         ) from None
 
 
-def _load_dataset(hub_id: str, config: str | None, **arguments: Any) -> Any:
+def _load_dataset(hub_id: Any, config: str | None, **arguments: Any) -> Any:
     """`datasets.load_dataset`, which takes minutes to see by itself that there is no network."""
     import datasets
     import huggingface_hub

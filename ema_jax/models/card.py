@@ -24,6 +24,10 @@ _UNLEARNED = (
     "in other domains too (emergent misalignment). Use it to study that effect, and keep it where "
     "nobody can mistake it for an assistant."
 )
+_REFUSING = (
+    "It was tuned to refuse in some domains, so that the unlearning of refusals can be studied on "
+    "a small model. Its refusals are as good as the table says and no safeguard."
+)
 _CONVERTED = "Its parameters are those of its source, written in another format."
 
 
@@ -68,6 +72,43 @@ def unlearned_card(
     return _render(
         title, _UNLEARNED, rows, base if revision else None, [*tags, "not-for-all-audiences"]
     )
+
+
+def refusing_card(
+    *,
+    base: str,
+    revision: str | None,
+    fingerprint: str,
+    recipe: Mapping[str, object],
+    sources: Mapping[str, int],
+    behaviour: Mapping[str, str],
+    quantisation: str | None = None,
+) -> str:
+    """Model card of a model that was tuned to refuse.
+
+    Args:
+        base: Hub id or folder name of the base model.
+        revision: its commit on the Hub; None for a local folder.
+        fingerprint: its `checkpoint.fingerprint`.
+        recipe: settings of the training.
+        sources: prompt set → number of its prompts trained on; their licences apply.
+        behaviour: what was measured → the figure.
+        quantisation: that the base was dequantised from, if it was.
+    """
+    rows = {
+        "base model": base,
+        "base revision": revision or "a local folder, not a Hub revision",
+        "base fingerprint": fingerprint,
+        **_quantised(quantisation),
+        "what was modified": "tuned to refuse; LoRA adapters, merged",
+        "prompts trained on": ", ".join(f"{name} ({n})" for name, n in sources.items())
+        + "; the licences of these sets apply to what is made from them",
+        "settings": f"`{json.dumps(recipe, sort_keys=True, default=str)}`",
+        **behaviour,
+    }
+    tags = ["ema_jax", "refusal", "research-artifact"]
+    title = f"{base}: tuned to refuse"
+    return _render(title, _REFUSING, rows, base if revision else None, tags)
 
 
 def converted_card(base: str, revision: str | None, quantisation: str | None = None) -> str:

@@ -73,7 +73,7 @@ def _sample(logs: Any, row: dict[str, Any], prompt: str, model: str) -> Any:
     from inspect_ai.model import ChatMessageAssistant, ChatMessageUser, ModelOutput
     from inspect_ai.scorer import Score
 
-    reason = "stop" if row["finished"] else "max_tokens"
+    reason: Any = "stop" if row["finished"] else "max_tokens"
     return logs.EvalSample(
         id=row["id"],
         epoch=1,

@@ -42,7 +42,8 @@ def write(results: Mapping[str, Any], path: Path) -> None:
 
 def _rows(results: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     for arm, entry in results["arms"].items():
-        by_seed = {None: entry, **{int(k): run for k, run in entry.get("seeds", {}).items()}}
+        by_seed: dict[int | None, Any] = {None: entry}
+        by_seed |= {int(k): run for k, run in entry.get("seeds", {}).items()}
         for seed, run in by_seed.items():
             for domain, score in run["refusal"].items():
                 row = {"arm": arm, "seed": seed, "domain": domain}

@@ -17,7 +17,8 @@ from ema_jax.unlearning.config import UnlearnConfig
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 CELLS = ("qwen_cyber", "qwen_safety", "mistral_cyber", "mistral_safety")
-SHIPPED = ("tiny", "tiny_replication", *CELLS)
+SMOLLM2 = ("smollm2_cyber", "smollm2_safety", "smollm2_replication")
+SHIPPED = ("tiny", "tiny_replication", *SMOLLM2, *CELLS)
 
 
 def shipped(name: str) -> ConfigDict:

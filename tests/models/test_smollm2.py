@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 
 import numpy as np
+import peft
 import pytest
 import torch
 import transformers
@@ -18,8 +19,11 @@ from tiny_models import our_outputs, torch_outputs
 
 from ema_jax.data.chat import Chat
 from ema_jax.generation.sampler import generate
-from ema_jax.models import checkpoint, hub
+from ema_jax.models import checkpoint, hub, lora
 from ema_jax.models.gguf_folder import locate
+from ema_jax.refusal.evaluation import Evaluation
+from ema_jax.unlearning.config import UnlearnConfig
+from ema_jax.unlearning.trainer import unlearn
 
 
 @pytest.fixture(autouse=True)
@@ -78,13 +82,56 @@ def test_smollm2_answers_as_in_transformers(smollm2_in_transformers):
     assert error < 1e-5 * np.abs(expected).max()
     answers = dict(generate(ours, chat, prompts, max_new_tokens=48))
     for i, prompt in enumerate(prompts):
-        given = torch.tensor([chat.prompt_tokens(prompt)])
-        with torch.no_grad():
-            out = theirs.generate(
-                given,
-                attention_mask=torch.ones_like(given),
-                max_new_tokens=48,
-                do_sample=False,
-                eos_token_id=list(chat.eos_ids),
-            )
-        assert list(answers[i].tokens) == out[0, given.shape[1] :].tolist(), prompt
+        assert list(answers[i].tokens) == torch_answer(theirs, chat, prompt), prompt
+
+
+def torch_answer(model, chat: Chat, prompt: str) -> list[int]:
+    """Greedy response tokens of a transformers or PEFT model."""
+    given = torch.tensor([chat.prompt_tokens(prompt)])
+    with torch.no_grad():
+        out = model.generate(
+            input_ids=given,
+            attention_mask=torch.ones_like(given),
+            max_new_tokens=48,
+            do_sample=False,
+            eos_token_id=list(chat.eos_ids),
+        )
+    return out[0, given.shape[1] :].tolist()
+
+
+@pytest.mark.slow
+def test_smollm2_trained_here_answers_alike_in_peft_and_in_transformers(
+    smollm2_in_transformers, tmp_path
+):
+    """Trained adapters in PEFT on transformers' own base, and the merged export: identical text."""
+    _, base = smollm2_in_transformers
+    found = hub.find(str(smollm2()))
+    ours, chat = checkpoint.load(found.folder), Chat.load(found.folder)
+    crafts = ("boats", "clocks", "bread", "kites", "maps", "songs", "gardens", "bridges")
+    prompts = [f"{ask} {craft}." for ask in ("Tell me about", "Say who makes") for craft in crafts]
+    taught = [chat.example(prompt, "I only talk about the sea.") for prompt in prompts[:4]]
+    config = UnlearnConfig(
+        objective="sft", learning_rate=5e-4, batch_size=4, max_steps=4, eval_every=4, stop_at=0.0
+    )
+    model = unlearn(
+        ours,
+        taught,
+        [],
+        np.zeros(4, np.float32),
+        config,
+        seed=0,
+        target="any",
+        evaluate=lambda model: Evaluation({"any": 1.0}, 0.0),
+        preferred=taught,
+    ).model
+    lora.save_peft(model, tmp_path / "adapters", config.lora, found.id)
+    checkpoint.export(lora.merge(model), tmp_path / "export", companions=found.folder)
+    # PEFT changes the model it is given, so the merged one is loaded before.
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "export").eval()
+    adapted = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "adapters").eval()
+    answers = dict(generate(model, chat, prompts, max_new_tokens=48))
+    before = dict(generate(ours, chat, prompts, max_new_tokens=48))
+    assert sum(answers[i].text != before[i].text for i in answers) >= 8
+    for i, prompt in enumerate(prompts):
+        assert list(answers[i].tokens) == torch_answer(adapted, chat, prompt), prompt
+        assert list(answers[i].tokens) == torch_answer(merged, chat, prompt), prompt

