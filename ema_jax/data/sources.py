@@ -160,7 +160,7 @@ SOURCES: dict[str, Source] = {
     ),
     "do_not_answer": Source(
         hub_id="LibrAI/do-not-answer",
-        file="*do_not_answer*.csv",
+        file="do_not_answer_en.csv",
         config=None,
         split="train",
         prompt="question",
@@ -240,7 +240,7 @@ SOURCES: dict[str, Source] = {
         split="benign", file="benign-behaviors.csv", used={BENIGN: labels.JBB_ALL}, **_JBB
     ),
     "harmbench": Source(
-        file="harmbench_behaviors_text_*.csv",
+        file="harmbench_behaviors_text_all.csv",
         prompt="Behavior",
         category="SemanticCategory",
         used=labels.HARMBENCH_USED,
@@ -250,7 +250,7 @@ SOURCES: dict[str, Source] = {
         licence="MIT",
     ),
     "ailuminate_demo": Source(
-        file="airr_official_*_en_us_prompt_set_release.csv",
+        file="airr_official_1.0_demo_en_us_prompt_set_release.csv",
         prompt="prompt_text",
         category="hazard",
         used=labels.AILUMINATE_USED,

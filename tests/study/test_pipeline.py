@@ -170,6 +170,6 @@ def test_each_stage_reads_from_those_before_it(tmp_path):
     assert inputs("evaluate.npo.seed_1") == own
     evaluated = [name for name in done if name.startswith("evaluate")]
     assert len(evaluated) == 4
-    assert inputs("analyse") == ["baseline", "forecast", *evaluated]
+    assert inputs("analyse") == ["prompts", "baseline", "forecast", *evaluated]
     for i, name in enumerate(done):
         assert set(inputs(name.replace("/", "."))) <= set(done[:i]), name
