@@ -62,7 +62,7 @@ LONG_TEXT = {
 }
 ENDS = {
     **dict.fromkeys(SLOW, "takes more than 1 s of computing"),
-    **dict.fromkeys(LARGE, "takes more than 512 MiB of memory"),
+    **dict.fromkeys(LARGE, "takes more than (512 MiB of memory|1 s of computing)"),
     **dict.fromkeys(LONG_TEXT, "adds more than 1,048,576 characters|more than 1 s"),
 }
 

@@ -1,6 +1,6 @@
 """A small study that is killed, asked to stop, or runs out of disk: identical results in the end.
 
-pytest -m slow tests/robustness -s
+pytest -m slow -n 0 tests/robustness
 
 prints what was counted. The numbers of signals are EMA_JAX_KILLS and EMA_JAX_STOPS.
 """
@@ -109,7 +109,7 @@ def runs(tmp_path_factory) -> Runs:
     [(signal.SIGKILL, KILLS), (signal.SIGTERM, STOPS)],
     ids=["SIGKILL", "SIGTERM"],
 )
-def test_signals_at_random_moments(runs, number, wanted):
+def test_signals_at_random_moments(runs, capsys, number, wanted):
     rng = random.Random(int(number))
     sent, studies, codes = 0, 1, Counter[int]()
     name = f"{number.name}_{studies}"
@@ -117,7 +117,7 @@ def test_signals_at_random_moments(runs, number, wanted):
         process = runs.start(name)
         try:
             # Some find it at its start; most while it works.
-            process.wait(rng.uniform(0.1, 0.7) * runs.seconds)
+            process.communicate(timeout=rng.uniform(0.1, 0.7) * runs.seconds)
         except subprocess.TimeoutExpired:
             process.send_signal(number)
             sent += 1
@@ -134,12 +134,13 @@ def test_signals_at_random_moments(runs, number, wanted):
             assert said.splitlines()[-1].startswith("stopped: "), said
             assert "Traceback" not in said
     runs.finish(name)
-    print(f"\n{number.name}: {sent} sent to {studies} studies, exit codes {dict(codes)}")
+    with capsys.disabled():
+        print(f"\n{number.name}: {sent} sent to {studies} studies, exit codes {dict(codes)}")
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="a small disk is mounted, which takes root")
 @pytest.mark.parametrize("share", SHARES)
-def test_a_full_disk(runs, share):
+def test_a_full_disk(runs, capsys, share):
     name = f"disk_{share}"
     folder = runs.folder / name
     folder.mkdir()
@@ -157,4 +158,5 @@ def test_a_full_disk(runs, share):
         runs.finish(name)
     finally:
         subprocess.run(["umount", folder], check=True)
-    print(f"\ndisk of {size} bytes of {whole}: {said.splitlines()[-1]}")
+    with capsys.disabled():
+        print(f"\ndisk of {size} bytes of {whole}: {said.splitlines()[-1]}")
