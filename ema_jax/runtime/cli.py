@@ -160,7 +160,8 @@ def _parse_flags(argv: Sequence[str], *, positional: bool) -> list[str]:
 def _without_fields(argv: Sequence[str]) -> list[str]:
     """The arguments without those of the form `--FLAG.FIELD`, which are kept for `fields_of`."""
     _fields.clear()
-    rest, left = [], list(argv)
+    rest: list[str] = []
+    left = list(argv)
     while left:
         argument = left.pop(0)
         if argument == "--":

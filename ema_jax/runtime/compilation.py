@@ -30,11 +30,11 @@ def _started(event: str, value: float, **about: Any) -> None:
         _waiting[threading.get_ident(), name] = timer
 
 
-def _ended(event: str, seconds: float, **about: Any) -> None:
+def _ended(event: str, duration_secs: float, **about: Any) -> None:
     if event == _EVENT:
         name = str(about.get("fun_name", "a program"))
         timer = _waiting.pop((threading.get_ident(), name), None)
         if timer is not None:
             timer.cancel()
-        if seconds >= _SECONDS:
-            logging.info("  compiled %s in %.0f s", name, seconds)
+        if duration_secs >= _SECONDS:
+            logging.info("  compiled %s in %.0f s", name, duration_secs)
