@@ -13,12 +13,10 @@ import importlib.util
 import inspect
 import re
 import runpy
-import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import pydantic
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
@@ -32,6 +30,7 @@ from ema_jax.generation.sampler import GREEDY, Sampling
 from ema_jax.models import lora
 from ema_jax.refusal.judges import JUDGES
 from ema_jax.runtime.paths import local_path
+from ema_jax.runtime.typed_fields import build
 from ema_jax.unlearning.config import UnlearnConfig
 from ema_jax.unlearning.dose import DoseConfig
 from ema_jax.unlearning.objectives import FORGET, RETAIN
@@ -249,7 +248,7 @@ class StudyConfig:
     def _arms(self) -> dict[str, UnlearnConfig]:
         shared = dataclasses.asdict(self.unlearn)
         return {
-            name: _build(UnlearnConfig, _merge(shared, own), f"arms.{name}")
+            name: build(UnlearnConfig, _merge(shared, own), f"arms.{name}")
             for name, own in self.arms.items()
         }
 
@@ -298,7 +297,7 @@ def read(config: Mapping[str, Any] | ConfigDict) -> StudyConfig:
         UserError: a field that does not exist, has the wrong type, or makes no sense.
     """
     plain = config.to_dict() if isinstance(config, ConfigDict) else dict(config)
-    study = _build(StudyConfig, _with_paths(plain, ""), "")
+    study = build(StudyConfig, _with_paths(plain, ""), "")
     _validate(study)
     for name in study.cells:
         cell(study, name)
@@ -335,7 +334,7 @@ def replaced(study: StudyConfig, changes: Mapping[str, Any], where: str) -> Stud
     shared = dataclasses.asdict(dataclasses.replace(study, cells={}, grid={}))
     plain = _merge(shared, changes)
     try:
-        result = _build(StudyConfig, plain, "")
+        result = build(StudyConfig, plain, "")
         _validate(result)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
@@ -348,62 +347,6 @@ def _merge(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
         both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
         merged[key] = _merge(merged[key], value) if both else value
     return merged
-
-
-def _build(kind: Any, values: Mapping[str, Any], path: str) -> Any:
-    """A dataclass from nested mappings, each value checked against its field's annotation."""
-    hints = typing.get_type_hints(kind, include_extras=True)
-    built = {}
-    for name, value in values.items():
-        where = f"{path}.{name}" if path else name
-        if name not in hints:
-            fix = did_you_mean(str(name), hints) or f"; there are: {', '.join(hints)}"
-            raise UserError(f"config: unknown field {where!r}{fix}")
-        hint = hints[name]
-        if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
-            built[name] = _build(hint, value, where)
-            continue
-        try:
-            built[name] = _adapter(hint).validate_python(
-                tuple(value) if isinstance(value, list) else value
-            )
-        except pydantic.ValidationError as error:
-            raise UserError(f"config: {_message(where, error.errors()[0])}") from None
-    return kind(**built)
-
-
-@functools.cache
-def _adapter(hint: Any) -> pydantic.TypeAdapter:
-    strict = pydantic.ConfigDict(strict=True, allow_inf_nan=False)
-    return pydantic.TypeAdapter(hint, config=None if dataclasses.is_dataclass(hint) else strict)
-
-
-_TYPES = {"string": "str", "dict": "set of fields"}
-_BOUNDS = {
-    "greater_than": "not above {gt}",
-    "greater_than_equal": "below {ge}",
-    "less_than": "not below {lt}",
-    "less_than_equal": "above {le}",
-    "finite_number": "not a finite number",
-}
-
-
-def _message(where: str, error: Any) -> str:
-    """The line for one of pydantic's errors: field, value, and what it should be."""
-    kind, value, context = error["type"], error["input"], error.get("ctx", {})
-    where = ".".join([where, *(key for key in error["loc"] if isinstance(key, str))])
-    if kind.endswith("_type"):
-        name = kind.removesuffix("_type")
-        wanted = context.get("class_name") or _TYPES.get(name, name)
-        return f"{where} = {value!r} is not a {wanted}"
-    where = re.sub(r"^(arms\.\w+)\.", r"\1: ", where)
-    if kind == "literal_error":
-        choices = context["expected"].replace("'", "").replace(" or ", ", ")
-        meant = did_you_mean(str(value), choices.split(", "))
-        return f"{where} {value!r} is none of {choices}{meant}"
-    limits = {name: f"{limit:.12g}" for name, limit in context.items()}
-    bound = re.sub(r"\b0$", "zero", _BOUNDS[kind].format(**limits))
-    return f"{where} = {value} is {bound}"
 
 
 def _validate(study: StudyConfig) -> None:

@@ -26,14 +26,13 @@ class AskedToStopError(RunStoppedError):
 
 def closest(word: str, known: Iterable[str]) -> str | None:
     """The one of the known names that was probably meant: in other case, cut short, or mistyped."""
-    names = list(known)
-    lower = {name.lower(): name for name in reversed(names)}
     typed = word.strip().lower()
-    starts = [name for name in names if name.lower().startswith(typed) and len(typed) > 1]
-    close = difflib.get_close_matches(typed, lower, n=1, cutoff=0.5)
-    if typed in lower or close:
-        return lower[typed] if typed in lower else lower[close[0]]
-    return starts[0] if len(starts) == 1 else None
+    lower = {name.lower(): name for name in known}
+    starts = [name for name in lower if name.startswith(typed) and len(typed) > 1]
+    swapped = [name for name in lower if sorted(name) == sorted(typed)]
+    close = difflib.get_close_matches(typed, lower, n=1)  # of the whole word: 0.6 alike or more
+    found = [typed] if typed in lower else [*swapped, *close, *(starts if len(starts) == 1 else ())]
+    return lower[found[0]] if found else None
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -56,7 +56,7 @@ def main(argv: Sequence[str]) -> None:
     given = [*argv[1:], *([flags.FLAGS.output] if flags.FLAGS.output else [])]
     if len(given) != 1:
         raise UserError("init: name one folder, as in ema-jax init DIR")
-    path = write(local_path(given[0], "init"), flags.FLAGS["from"].value)
+    path = write(local_path(given[0], "init"), str(flags.FLAGS["from"].value))
     print(f"{path}: edit it, then ema-jax dry-run --config={path} --workdir={path.parent / 'run'}")
 
 

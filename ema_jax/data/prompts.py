@@ -171,8 +171,8 @@ def validate(config: PromptConfig, domains: Sequence[str], target: str) -> None:
     if repeated:
         raise UserError(f"domains: {repeated[0]!r} is given twice; name each domain once")
     if target not in domains:
-        meant = f"({', '.join(domains)}){did_you_mean(target, domains)}"
-        raise UserError(f"target: {target!r} is not one of the domains {meant}")
+        named = f"({', '.join(domains)}){did_you_mean(target, domains)}"
+        raise UserError(f"target: {target!r} is not one of the domains {named}")
     for domain in domains:
         if not re.fullmatch(r"[\w.-]+", domain):
             raise UserError(

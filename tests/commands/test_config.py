@@ -2,17 +2,16 @@
 
 import re
 import runpy
-import sys
 from pathlib import Path
 
 import pytest
-from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from ema_jax import config as ema
 from ema_jax.config import StudyConfig
 from ema_jax.errors import UserError
 from ema_jax.refusal.judges import JUDGES, TEXT_JUDGES
+from ema_jax.study import config_file
 from ema_jax.unlearning.config import UnlearnConfig
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -60,14 +59,10 @@ def test_defaults_survive_the_round_trip():
     assert ema.read(ema.default().copy_and_resolve_references()) == StudyConfig()
 
 
-def test_overrides_on_the_command_line(monkeypatch):
+def test_overrides_on_the_command_line():
     def parsed(*overrides: str) -> StudyConfig:
-        arguments = ["main", f"--config={CONFIGS / 'tiny.py'}", *overrides]
-        monkeypatch.setattr(sys, "argv", arguments)  # where ml_collections looks for overrides
-        values = flags.FlagValues()
-        config_flags.DEFINE_config_file("config", flag_values=values)
-        values(arguments)
-        return ema.read(values.config)
+        fields = [text.removeprefix("--config.").split("=", 1) for text in overrides]
+        return config_file.load(str(CONFIGS / "tiny.py"), [(name, text) for name, text in fields])
 
     study = parsed(
         "--config.seeds=(3, 4)",
@@ -87,7 +82,7 @@ def test_overrides_on_the_command_line(monkeypatch):
     assert (study.model.revision, study.model.system_prompt) == ("main", "Be brief.")
     assert study.keep_text
     assert study.prompts.counts["eval"] == 5
-    with pytest.raises(AttributeError, match="learning_rat"):
+    with pytest.raises(UserError, match="learning_rat"):
         parsed("--config.unlearn.learning_rat=1")
 
 
