@@ -148,9 +148,9 @@ def trajectory(
         for run in runs:
             points = [(p["step"], value(p)) for p in run["points"] if value(p) is not None]
             if points:
-                steps, rates = zip(*points, strict=True)
+                steps = [step for step, _ in points]
+                rates = [100 * rate for _, rate in points]
                 colour, marker = look.get(run["arm"], (INK, "o"))
-                rates = [100 * rate for rate in rates]
                 axes.plot(steps, rates, color=colour, linewidth=1, alpha=0.8)
                 measured = axes.plot(steps, rates, marker, color=colour, markersize=2.4)
                 where = f"{title}, {run['arm']}, seed {run['seed']}, step"
@@ -171,6 +171,8 @@ def trajectory(
 
 def entanglement(results: Mapping[str, Any], centred: bool) -> "Figure | None":
     """Cosine with the target's concept by layer, with its null and its ceiling."""
+    from matplotlib.ticker import MaxNLocator
+
     table, suffix = results["entanglement"], "_centred" if centred else ""
     cosine = table.get("cosine" + suffix)
     domains = [
@@ -194,7 +196,7 @@ def entanglement(results: Mapping[str, Any], centred: bool) -> "Figure | None":
     low, high = grid[0].get_ylim()
     for axes in grid:
         axes.set_ylim(max(-1.05, low), min(1.05, high))
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(7, integer=True))
     figure.supxlabel("layer (0 = embeddings)", fontsize=9.5)
     figure.supylabel("centred cosine" if centred else "cosine", fontsize=9.5)
     figure.legend(*grid[0].get_legend_handles_labels(), loc="outside upper left", ncols=4)
