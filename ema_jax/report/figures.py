@@ -149,8 +149,8 @@ def trajectory(
             points = [(p["step"], value(p)) for p in run["points"] if value(p) is not None]
             if points:
                 steps = [step for step, _ in points]
-                colour, marker = look.get(run["arm"], (INK, "o"))
                 rates = [100 * rate for _, rate in points]
+                colour, marker = look.get(run["arm"], (INK, "o"))
                 axes.plot(steps, rates, color=colour, linewidth=1, alpha=0.8)
                 measured = axes.plot(steps, rates, marker, color=colour, markersize=2.4)
                 where = f"{title}, {run['arm']}, seed {run['seed']}, step"
@@ -196,7 +196,7 @@ def entanglement(results: Mapping[str, Any], centred: bool) -> "Figure | None":
     low, high = grid[0].get_ylim()
     for axes in grid:
         axes.set_ylim(max(-1.05, low), min(1.05, high))
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(7, integer=True))
     figure.supxlabel("layer (0 = embeddings)", fontsize=9.5)
     figure.supylabel("centred cosine" if centred else "cosine", fontsize=9.5)
     figure.legend(*grid[0].get_legend_handles_labels(), loc="outside upper left", ncols=4)
