@@ -48,8 +48,8 @@ def check(
         UserError: the mesh does not use the whole slice, the sizes of the model are not known, or
             the trainer would refuse an arm on this mesh (`check_arm`).
     """
-    mesh = topology.mesh(config.mesh)
-    work = programs.resolved(Workload.of(config, prompt_tokens), mesh)
+    shapes, mesh = Workload.of(config, prompt_tokens), topology.mesh(config.mesh)
+    work = programs.resolved(shapes, mesh)
     for name in config.arms:  # as the study does before it loads anything
         check_arm(work.model, config.arm(name), mesh.shape, f"arms.{name}")
     compiled = {name: _figures(p, topology) for name, p in programs.lowered(work, mesh, names)}

@@ -109,8 +109,8 @@ class Workload:
 def resolved(work: Workload, mesh: Mesh) -> Workload:
     """The workload with what its train step keeps under `unlearn.remat = "auto"`."""
     tokens = work.train_rows * work.train_tokens // work.arm.accumulate
-    remat: Any = choose_remat(work.model, work.arm, tokens, work.dtype.itemsize, mesh).name
-    return dataclasses.replace(work, arm=dataclasses.replace(work.arm, remat=remat))
+    choice = choose_remat(work.model, work.arm, tokens, work.dtype.itemsize, mesh)
+    return dataclasses.replace(work, arm=dataclasses.replace(work.arm, remat=choice.name))
 
 
 def lowered(work: Workload, mesh: Mesh, names: tuple[str, ...]) -> Iterator[tuple[str, Any]]:

@@ -57,6 +57,13 @@ def bucket(length: int, multiple: int = 16) -> int:
     return -(-length // multiple) * multiple
 
 
+def prompt_multiple(mesh: Mesh) -> int:
+    """Multiple that prompts are padded to: a program takes a second on a CPU and a minute on
+    accelerators, which have operations to spare.
+    """
+    return 16 if mesh.devices.flat[0].platform == "cpu" else 64
+
+
 def few_rows(batch_size: int, items: int) -> int:
     """Rows of a batch for so many items: `batch_size` halved while all of them still fit.
 
@@ -83,7 +90,7 @@ def map_batches(
     batch_size: int,
     mesh: Mesh | None = None,
     length: Callable[[T], int] = len,  # type: ignore[assignment]
-    multiple: int = 16,
+    multiple: int | None = None,
     axis: int | None = 0,
     start: int = 0,
 ) -> Iterator[tuple[list[int], Any]]:
@@ -97,7 +104,8 @@ def map_batches(
             are fewer, `few_rows`.
         mesh: devices of the model.
         length: tokens of an item.
-        multiple: batches are padded to multiples of this; smaller ones pad less, compile more.
+        multiple: batches are padded to multiples of this; smaller ones pad less, compile more. By
+            default `prompt_multiple`.
         axis: of the returned arrays along which the rows lie; None if they hold no rows.
         start: batches to leave out because an earlier run has done them.
 
@@ -107,6 +115,7 @@ def map_batches(
     mesh = make_mesh() if mesh is None else mesh
     rows = batch_rows(few_rows(batch_size or ROWS, len(items)), mesh)
     lengths = [length(item) for item in items]
+    multiple = multiple or prompt_multiple(mesh)
     flying: tuple[list[int], Any] | None = None
     for indices in itertools.islice(length_batches(lengths, rows), start, None):
         batch = pad([items[i] for i in indices], bucket(lengths[indices[0]], multiple), rows)

@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from ema_jax.data.batching import bucket, pad_prompts
+from ema_jax.data.batching import bucket, pad_prompts, prompt_multiple
 from ema_jax.data.chat import Chat
 from ema_jax.errors import UserError
 from ema_jax.models import lora
@@ -317,7 +317,7 @@ def generate(
         return
     layers = _layers(*nnx.split(model))
     for indices in _rings({i: len(ids) for i, ids in rendered.items()}, max_new_tokens):
-        slots = bucket(len(rendered[indices[0]])) + max_new_tokens
+        slots = bucket(len(rendered[indices[0]]), prompt_multiple(mesh)) + max_new_tokens
         most = batch_size or rows_that_fit(model.config, slots, model.embed[...].dtype, mesh)
         rows = batch_rows(min(most, len(indices)), mesh)
         queue = deque((i, rendered[i]) for i in indices)
@@ -364,7 +364,8 @@ def _serve(
     fixed = {"sampling": dataclasses.replace(sampling, seed=0), "mesh": mesh}
     refill = rows if len(queue) <= rows else batch_rows(-(-rows // _REFILL), mesh)
     tail = batch_rows(rows // _TAIL, mesh)
-    length = bucket(len(queue[0][1])) + cap
+    multiple, cpu = prompt_multiple(mesh), mesh.devices.flat[0].platform == "cpu"
+    length = bucket(len(queue[0][1]), multiple) + cap
     penalised = sampling.repetition_penalty != 1
     slots = _empty(model.config, rows, length, cap, model.embed[...].dtype, penalised, mesh=mesh)
     prompt_of = np.full(rows, -1)  # index of each row's prompt; below zero: none
@@ -375,7 +376,9 @@ def _serve(
             into, free = free[: len(taken)], free[len(taken) :]
             prompt_of[into] = [i for i, _ in taken]
             prompts = [ids for _, ids in taken]
-            tokens, mask = pad_prompts(prompts, bucket(len(prompts[0])), refill, chat.pad_id)
+            tokens, mask = pad_prompts(
+                prompts, bucket(len(prompts[0]), multiple), refill, chat.pad_id
+            )
             # Past the last row, so that padding of the batch is dropped.
             targets = np.full(refill, len(prompt_of), np.int32)
             targets[: len(into)] = into
@@ -383,7 +386,8 @@ def _serve(
             placed = place_batch((tokens, mask), mesh)
             draws = np.asarray(_draws(sampling.seed, places))
             slots = _fill(graph, state, slots, *placed, draws, targets, eos_ids, **fixed)
-        narrower = not queue and _MIN_TAIL <= tail < len(prompt_of)
+        # An accelerator's step takes as long for fewer rows, and would be compiled again.
+        narrower = cpu and not queue and _MIN_TAIL <= tail < len(prompt_of)
         few = len(prompt_of) - min(refill, len(queue)) if queue else tail if narrower else 0
         slots = _advance(outer_graph, outer, layers, slots, np.int32(few), eos_ids, **fixed)
         live, ends, output = map(host_array, (slots.live, slots.length, slots.output))

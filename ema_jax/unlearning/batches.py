@@ -21,7 +21,7 @@ from ema_jax.unlearning.config import UnlearnConfig
 from ema_jax.unlearning.objectives import FORGET, RETAIN
 
 # Batches are padded to multiples of this or of a quarter of the longest example: few programs.
-_LENGTHS, MULTIPLE, PACKED = 4, 64, 16
+_LENGTHS, MULTIPLE, PACKED = 4, 64, 32
 # Rows as long as two of the longest examples are filled to nine tenths and more; where a row for
 # each example is as full as this, it has less attention to pay.
 _LONGEST_PER_ROW, _FULL = 2, 0.8

@@ -109,7 +109,8 @@ def map_chunks(
     rows, length = arrays[0].shape[:2]
     mesh = jax.typeof(arrays[0]).sharding.mesh
     logits = _logits_at_once(mesh, vocabulary) * max(mesh.size, 1)
-    size = min(longest or length, length, max(logits // (rows * vocabulary), 1))
+    most = min(longest or length, length, max(logits // (rows * vocabulary), 1))
+    size = -(-length // -(-length // most))  # of as many chunks, of much the same length
     padding = -length % size
     padded = [jnp.pad(x, ((0, 0), (0, padding), *((0, 0),) * (x.ndim - 2))) for x in arrays]
 

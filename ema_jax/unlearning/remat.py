@@ -6,7 +6,7 @@ norms and gates included, which costs three times the memory and gains nothing: 
 longer than computing it again.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from jax.sharding import Mesh
 
@@ -21,7 +21,7 @@ _LOGITS_GIB = 2  # of the loss, forwards and backwards
 class Remat(NamedTuple):
     """The choice of an arm, and the line that says why."""
 
-    name: str  # none, projections or full
+    name: Literal["none", "projections", "full"]
     why: str
 
 
@@ -42,7 +42,8 @@ def choose_remat(
     limit = memory_gib(mesh.devices.flat[0])
     own = tokens / (mesh.shape["data"] * mesh.shape["fsdp"])
     needs = {kind: _gib(model, arm, kind, own, itemsize, mesh) for kind in ("projections", "full")}
-    name = "projections" if needs["projections"] <= _ROOM * limit else "full"
+    room = needs["projections"] <= _ROOM * limit
+    name: Literal["projections", "full"] = "projections" if room else "full"
     why = (
         f"remat: {name}, by an estimate: keeping the projections needs "
         f"{needs['projections']:.1f} GiB, recomputing blocks {needs['full']:.1f}, "

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from absl import logging
 from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, UInt32
@@ -93,8 +94,9 @@ def prepare(
     `tokens` of a forward pass decide what `unlearn.remat = "auto"` keeps (`choose_remat`).
     """
     itemsize = base.embed[...].dtype.itemsize
-    remat: Any = choose_remat(base.config, config, tokens, itemsize, mesh).name
-    config = dataclasses.replace(config, remat=remat)
+    choice = choose_remat(base.config, config, tokens, itemsize, mesh)
+    logging.info(choice.why)
+    config = dataclasses.replace(config, remat=choice.name)
     if config.trainable == "lora":
         model = lora.attach(base, config.lora, jax.random.key(seed))
     else:
