@@ -35,6 +35,8 @@ COMMANDS = {
     "sweep": Command("a grid of studies, by any number of workers", "ema_jax.sweep"),
     "check": Command("does a study fit a TPU slice?", "ema_jax.compile_check"),
     "organism": Command("train the embedded models", "ema_jax.organism.train"),
+    "refuse": Command("tune a model to refuse in the domains", "ema_jax.organism.refuse"),
+    "share": Command("a study as a table, as a log for Inspect, on the Hub", "ema_jax.share"),
     "lm-eval": Command("lm-evaluation-harness on a checkpoint", "ema_jax.lm_eval"),
 }
 OTHERS = {"completion": "print a completion script for bash or zsh", "help": "this text"}

@@ -8,6 +8,7 @@ import numpy as np
 from ema_jax.concepts.entanglement import Entanglement
 from ema_jax.concepts.interventions import Grid, Sweep
 from ema_jax.report import drawing, figures
+from ema_jax.report.maps import heat_map
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -59,7 +60,7 @@ def plot_sweep(found: Sweep, grid: Grid, strength: float | str) -> "Figure":
     at = change[:, :, grid.strengths.index(strength)]
     rows = {name: at[:, i].tolist() for i, name in enumerate(grid.directions)}
     quantity = "change of refusal log-odds (nats)"
-    return _drawn(lambda: drawing.heat_map({f"strength {strength}": rows}, quantity))
+    return _drawn(lambda: heat_map({f"strength {strength}": rows}, quantity))
 
 
 def _drawn(draw: "Callable[[], Figure | None]") -> "Figure":

@@ -70,7 +70,6 @@ RECIPE = UnlearnConfig(
     batch_size=8,
     retain_batch_size=8,
     retain_weight=1.0,
-    length_pool=4,
     max_steps=100,
     eval_every=100,
     stop_at=0.0,

@@ -4,6 +4,7 @@ Reads `[[page, [module, argument, …]], …]` from stdin; prints what is not un
 """
 
 import importlib
+import importlib.util
 import json
 import os
 import sys
@@ -11,16 +12,27 @@ import traceback
 
 from absl import flags
 
+from ema_jax.__main__ import COMMANDS, OTHERS
+from ema_jax.runtime import cli
+
 WITHOUT_FLAGS = ("ema_jax.lm_eval", "ema_jax.refusal.train_lexical")  # argparse's
 
 
 def parse(module: str, arguments: list[str]) -> None:
-    name = f"{module}.__main__" if module in ("ema_jax.sweep", "ema_jax.compile_check") else module
+    if module == "ema-jax":
+        name, *arguments = arguments
+        if name in OTHERS or name.startswith("--"):
+            return
+        module, added = COMMANDS[name].module, COMMANDS[name].added
+        arguments = [*added, *arguments]
+    spec = importlib.util.find_spec(module)
+    assert spec is not None, f"no module {module}"
+    name = f"{module}.__main__" if spec.submodule_search_locations else module
     command = importlib.import_module(name)
     if module in WITHOUT_FLAGS:
         return
     command.define_flags()
-    flags.FLAGS([module, *arguments])
+    cli._parse_flags([module, *arguments], positional=True)
     if "config" in flags.FLAGS:
         from ema_jax.study.flags import read_config
 

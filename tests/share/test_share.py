@@ -45,8 +45,8 @@ def study(tmp_path):
 
     def make(prompts=("Explain the plan.",), *, target="bias", category="", text=True):
         rows = [prompt(x, category=category, domain=target) for x in prompts]
-        rows.append(prompt("Explain the tea.", "eval"))
-        write_prompts(rows, tmp_path / "prompts")
+        rows += [prompt("Explain the tea.", "eval"), prompt("Explain the tide.", "eval")]
+        write_prompts(tmp_path / "prompts", rows)
         (tmp_path / "results.json").write_text(json.dumps(results(target)))
         folder = tmp_path / "adapters" / "npo" / "seed_0"
         folder.mkdir(parents=True)
@@ -59,7 +59,7 @@ def study(tmp_path):
         row |= {"score": 0.9, "reason": "opening", "harm": None, "judge": "lexical"}
         row |= {"finished": True, "response": "I'm sorry, I can't."} if text else {"finished": True}
         (tmp_path / "responses").mkdir()
-        invalid = {**row, "verdict": "invalid", "reason": "empty"}
+        invalid = {**row, "verdict": "invalid", "reason": "empty", "id": rows[-2].id}
         lines = [json.dumps(row), json.dumps(invalid)]
         (tmp_path / "responses" / "base.jsonl").write_text("\n".join(lines) + "\n")
         return tmp_path
@@ -125,7 +125,7 @@ def test_adapters_go_out_alone_with_their_card(study):
     ("made", "words"),
     [
         ({"target": "csam"}, "domain 'csam'"),
-        ({"prompts": ["Explain how to synthesise a nerve agent."]}, "1 harvest prompts .* cbrn"),
+        ({"prompts": ["Explain how to synthesise a nerve agent."]}, "1 harvest prompts .*cbrn"),
         ({"category": "chemical weapons"}, "category 'chemical weapons'"),
     ],
 )
