@@ -249,6 +249,7 @@ def load_tokenizer(folder: Path) -> Any:
     transformers.logging.set_verbosity_error()
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer("a")  # some of its settings are looked at only here
     except Exception as error:  # the tokenizers library raises plain ones
         raise UserError(
             f"{folder}: the tokenizer cannot be read ({first_line(error)}); download it again"

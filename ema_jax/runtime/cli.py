@@ -17,6 +17,7 @@ from ema_jax.errors import RunStoppedError, UserError
 from ema_jax.runtime import signals
 from ema_jax.runtime.files import FULL_DISK
 
+_LONGEST_LINE = 1000
 _PACKAGE = str(Path(__file__).parents[1]) + os.sep
 # Its threads log with a traceback what this project reports in one line.
 _ORBAX = f"{os.sep}orbax{os.sep}"
@@ -179,5 +180,7 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
 def exit_with(kind: str, message: object, code: int) -> NoReturn:
     """Ends the process with one line on stderr, `kind: message`."""
     line = " ".join(str(message).split())
+    if len(line) > _LONGEST_LINE:  # it quotes a value of a file, whatever its size
+        line = f"{line[:_LONGEST_LINE]}…"
     print(f"{kind}: {line}", file=sys.stderr)
     sys.exit(code)

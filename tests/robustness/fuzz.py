@@ -197,7 +197,7 @@ def targets() -> list[Target]:
             "stage": "x",
             "settings": {"a": [1, 2.5, None]},
             "inputs": {"prompts": "0" * 64},
-            "outputs": {"out": "0" * 64},
+            "outputs": {"out": sha256_text("x")},
             "stamps": {"out": [1, 2]},
             "hash": "0" * 64,
             "wall_seconds": 1.5,
@@ -362,7 +362,7 @@ def fuzz(target: Target, seconds: float, seed: int) -> None:
                     target.load(path)
                 target.accepted += 1
             except UserError as error:
-                if "\n" in str(error) or len(str(error)) > 2000:
+                if "\n" in str(error):
                     _note(target, data, f"UserError of several lines: {str(error)[:300]!r}")
             except BaseException as error:
                 if isinstance(error, KeyboardInterrupt):
