@@ -15,7 +15,7 @@ from absl import app, flags, logging
 
 from ema_jax.errors import RunStoppedError, UserError
 from ema_jax.runtime import signals
-from ema_jax.runtime.files import FULL_DISK
+from ema_jax.runtime.files import full_disk
 
 _LONGEST_LINE = 1000
 _PACKAGE = str(Path(__file__).parents[1]) + os.sep
@@ -71,8 +71,8 @@ def run(
         exit_with("stopped", f"asked to stop ({by}); {kept}", RunStoppedError.exit_code)
     except OSError as error:
         place = error.filename or "the disk"
-        if error.errno in FULL_DISK:
-            exit_with("stopped", f"{place}: {error.strerror}; {kept}, once there is room", 3)
+        if (code := full_disk(error)) is not None:
+            exit_with("stopped", f"{place}: {os.strerror(code)}; {kept}, once there is room", 3)
         if error.errno in _ENVIRONMENT:
             exit_with("error", f"{place}: {error.strerror}", UserError.exit_code)
         raise

@@ -236,7 +236,11 @@ def targets() -> list[Target]:
         sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
         from gguf_files import write_gguf
 
-        return write_gguf(folder / "x.gguf", source)
+        shutil.copytree(source, folder / "m", dirs_exist_ok=True)
+        config = json.loads((folder / "m" / "config.json").read_text())
+        config.setdefault("rope_parameters", {"rope_theta": config.get("rope_theta", 1e4)})
+        (folder / "m" / "config.json").write_text(json.dumps(config))
+        return write_gguf(folder / "x.gguf", folder / "m")
 
     answer = {"hash": "a", "verdict": "refused", "score": 1.0, "reason": "x", "harm": "harmful"}
     unit = {"status": "done", "message": "", "seconds": 1.0}
