@@ -268,6 +268,7 @@ def load_tokenizer(folder: Path) -> Any:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
+        tokenizer("a")  # some of its settings are looked at only here
     except Exception as error:  # the tokenizers library raises plain ones
         if "trust_remote_code" in str(error):
             raise UserError(

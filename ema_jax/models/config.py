@@ -133,7 +133,7 @@ class DecoderConfig:
         model_type = config.get("model_type")
         if not isinstance(model_type, str) or model_type not in FAMILIES:
             raise UserError(
-                f"{where}: model_type {model_type!r} is not supported; "
+                f"{where}: model_type {model_type!r:.80} is not supported; "
                 f"use a checkpoint of one of: {', '.join(FAMILIES)}"
             )
         family = FAMILIES[model_type]
@@ -205,7 +205,7 @@ def _refuse_unsupported(config: Mapping[str, Any], family: Family, where: str) -
     named = config.get("architectures")
     if named and family.architecture not in (named if isinstance(named, list) else [named]):
         raise UserError(
-            f"{where}: architectures is {named!r}, and a causal language model is needed "
+            f"{where}: architectures is {named!r:.80}, and a causal language model is needed "
             f"({family.architecture})"
         )
     quantised = config.get("quantization_config") or config.get("compression_config")
@@ -216,7 +216,7 @@ def _refuse_unsupported(config: Mapping[str, Any], family: Family, where: str) -
             "use the unquantised checkpoint"
         )
     if (config.get("hidden_act") or "silu") not in ("silu", "swish"):
-        raise UserError(f"{where}: hidden_act {config['hidden_act']!r} is not supported (silu)")
+        raise UserError(f"{where}: hidden_act {config['hidden_act']!r:.80} is not supported (silu)")
     for flag in ("mlp_bias", "attention_bias"):
         if config.get(flag):
             raise UserError(f"{where}: {flag} = true is not supported")
@@ -230,7 +230,7 @@ def _size(values: Mapping[str, Any], key: str, where: str) -> int:
     if value is None:
         raise UserError(f"{where}: {key} is missing")
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise UserError(f"{where}: {key} is {value!r}, expected a positive whole number")
+        raise UserError(f"{where}: {key} is {value!r:.80}, expected a positive whole number")
     if value > _LARGEST.get(key, _LARGEST_SIZE):
         raise UserError(f"{where}: {key} is {value}, larger than any model's")
     return value
@@ -238,7 +238,7 @@ def _size(values: Mapping[str, Any], key: str, where: str) -> int:
 
 def _number(value: Any, key: str, where: str) -> float:
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
-        raise UserError(f"{where}: {key} is {value!r}, expected a positive number")
+        raise UserError(f"{where}: {key} is {value!r:.80}, expected a positive number")
     return float(value)
 
 
@@ -246,7 +246,7 @@ def _read_rope(values: Mapping[str, Any], max_positions: int, where: str) -> dic
     """Reads transformers 4's `rope_theta` and `rope_scaling`, or 5's `rope_parameters`."""
     found = values.get("rope_scaling") or values.get("rope_parameters") or {}
     if not isinstance(found, Mapping):
-        raise UserError(f"{where}: rope_scaling is {found!r}, expected an object")
+        raise UserError(f"{where}: rope_scaling is {found!r:.80}, expected an object")
     if any(isinstance(v, Mapping) for v in found.values()):
         raise UserError(f"{where}: rotary parameters that differ by layer are not supported")
     rope = dict(found)
@@ -254,13 +254,13 @@ def _read_rope(values: Mapping[str, Any], max_positions: int, where: str) -> dic
     kind = rope.get("rope_type") or old_kind or "default"
     if not isinstance(kind, str) or kind not in _ROPE_KINDS:
         raise UserError(
-            f"{where}: rope scaling {kind!r} is not supported ({', '.join(_ROPE_KINDS)})"
+            f"{where}: rope scaling {kind!r:.80} is not supported ({', '.join(_ROPE_KINDS)})"
         )
     rope["rope_type"] = kind
     rope["rope_theta"] = rope.get("rope_theta") or values.get("rope_theta") or _DEFAULT_THETA
     for key in ("rope_theta", *_ROPE_KINDS[kind]):
         if key not in rope:
-            raise UserError(f"{where}: rope scaling {kind!r} needs {key}")
+            raise UserError(f"{where}: rope scaling {kind!r:.80} needs {key}")
         _number(rope[key], key, where)
     rotated = rope.get("partial_rotary_factor") or values.get("partial_rotary_factor") or 1.0
     if rotated != 1.0:
@@ -300,7 +300,7 @@ def _read_windows(values: Mapping[str, Any], layers: int, where: str) -> tuple[i
     if kinds is None:
         first = values.get("max_window_layers", 28)
         if not isinstance(first, int) or first < 0:
-            raise UserError(f"{where}: max_window_layers is {first!r}, expected a whole number")
+            raise UserError(f"{where}: max_window_layers is {first!r:.80}, expected a whole number")
         kinds = ["full_attention"] * min(first, layers)
         kinds += ["sliding_attention"] * (layers - len(kinds))
     known = ("full_attention", "sliding_attention")

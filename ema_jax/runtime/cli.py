@@ -18,8 +18,9 @@ from absl import app, flags, logging
 
 from ema_jax.errors import RunStoppedError, UserError
 from ema_jax.runtime import signals
-from ema_jax.runtime.files import FULL_DISK
+from ema_jax.runtime.files import full_disk
 
+_LONGEST_LINE = 1000
 _PACKAGE = str(Path(__file__).parents[1]) + os.sep
 # Its threads log with a traceback what this project reports in one line.
 _ORBAX = f"{os.sep}orbax{os.sep}"
@@ -85,8 +86,8 @@ def exit_codes(kept: str) -> Iterator[None]:
         exit_with("stopped", f"asked to stop ({by}); {kept}", RunStoppedError.exit_code)
     except OSError as error:
         place = error.filename or "the disk"
-        if error.errno in FULL_DISK:
-            exit_with("stopped", f"{place}: {error.strerror}; {kept}, once there is room", 3)
+        if (code := full_disk(error)) is not None:
+            exit_with("stopped", f"{place}: {os.strerror(code)}; {kept}, once there is room", 3)
         if error.errno in _ENVIRONMENT:
             exit_with("error", f"{place}: {error.strerror}", UserError.exit_code)
         raise
@@ -274,5 +275,7 @@ def _help() -> str:
 def exit_with(kind: str, message: object, code: int) -> NoReturn:
     """Ends the process with one line on stderr, `kind: message`."""
     line = " ".join(str(message).split())
+    if len(line) > _LONGEST_LINE:  # it quotes a value of a file, whatever its size
+        line = f"{line[:_LONGEST_LINE]}…"
     print(f"{kind}: {line}", file=sys.stderr)
     sys.exit(code)

@@ -35,6 +35,8 @@ FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Codes of the system for writes that find no room: disk, quota, or largest size of a file."""
 
 _FULL_DISK_TEXTS = {os.strerror(code): code for code in FULL_DISK}
+# NumPy's, which writes arrays without the system's code: "5 requested and 3 written".
+_FULL_DISK_TEXTS[" requested and "] = errno.ENOSPC
 
 MAX_DEPTH = 100
 """Deepest nesting of arrays and objects in a JSON file; this project's are far from it."""
@@ -120,7 +122,7 @@ def _try_to_write(path: Path, folder: Path, what: str) -> None:
 def full_disk(error: BaseException) -> int | None:
     """The code of `FULL_DISK` that an error or its cause has, or tells of; None without one.
 
-    Libraries that write in their own threads (Orbax, TensorStore, safetensors) keep the text alone.
+    Libraries that write by themselves (NumPy, TensorStore, safetensors) keep a text alone.
     """
     if isinstance(error, OSError) and error.errno in FULL_DISK:
         return error.errno

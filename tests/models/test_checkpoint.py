@@ -266,7 +266,7 @@ BROKEN = {
         "not a rea",
     ),
     "missing tensor": (_weights(lambda w: w.pop(Q_PROJ)), f"1 tensors are missing, first {Q_PROJ}"),
-    "missing head": (_weights(lambda w: w.pop("lm_head.weight")), "first lm_head.weight"),
+    "missing head": (_weights(lambda w: w.pop("lm_head.weight")), "lm_head.weight is missing"),
     "wrong shape": (
         _weights(lambda w: w.update({Q_PROJ: w[Q_PROJ].T.copy()})),
         rf"{Q_PROJ} has shape \(32, 96\), config.json makes it \(96, 32\)",

@@ -17,7 +17,7 @@ DAMAGE = {
     "a folder": lambda path: (path.unlink(), path.mkdir()),
 }
 # Parts of the names of Orbax's files; one of each kind.
-FILES = ("_METADATA", "manifest.ocdbt", "d/", "_sharding", "checkpoint_metadata")
+FILES = ("_METADATA", "manifest.ocdbt", "d/", "_sharding", "orbax.checkpoint")
 
 
 @pytest.fixture(scope="module")

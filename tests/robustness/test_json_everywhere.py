@@ -199,7 +199,7 @@ PARQUET = {
     "lists": lambda: table(category=[["a"]]),
     "NaN": lambda: table(id=[float("nan")]),
     "dates": lambda: table(id=pyarrow.array([10**18], pyarrow.timestamp("ns"))),
-    "dates beyond Python's": lambda: table(id=pyarrow.array([2**60], pyarrow.timestamp("s"))),
+    "dates beyond Python's": lambda: table(id=pyarrow.array([2**62], pyarrow.timestamp("us"))),
     "durations beyond Python's": lambda: table(id=pyarrow.array([2**62], pyarrow.duration("s"))),
     "objects": lambda: table(group=[{"a": 1}]),
 }

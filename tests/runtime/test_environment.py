@@ -5,6 +5,7 @@ import os
 
 import pytest
 
+from ema_jax.errors import UserError
 from ema_jax.runtime import cli
 
 XLA_BRIDGE, CONFIG = "/x/jax/_src/xla_bridge.py", "/x/jax/_src/config.py"
@@ -101,6 +102,12 @@ def test_a_full_disk_says_what_is_kept(ended, code):
     exit_code, said = ended(OSError(number, os.strerror(number)))
     assert exit_code == 3
     assert said == f"stopped: the disk: {os.strerror(number)}; all is kept, once there is room\n"
+
+
+def test_a_line_is_not_endless(ended):
+    code, said = ended(UserError("x" * 10**6))
+    assert code == 2
+    assert len(said) < 1100
 
 
 def test_a_missing_file_is_a_bug(ended):
