@@ -162,12 +162,12 @@ def write_sweep_report(workdir: Path, rows: Sequence[Mapping[str, Any]]) -> None
         rows: flat, one per point of the grid and arm.
     """
     points = dict.fromkeys(str(row["point"]) for row in rows if "point" in row)
-    reports = {point: f"points/{point}/report/index.html" for point in points}
-    links = {
-        point: f"../{quote(path)}"
-        for point, path in reports.items()
-        if (Path(workdir) / path).exists()
-    }
+    links = {}
+    for point in points:
+        # A point has its figures; its page only if somebody asked for it.
+        for name in ("results.json", "report/index.html"):
+            if (Path(workdir) / "points" / point / name).exists():
+                links[point] = f"../{quote(f'points/{point}/{name}')}"
     caption = (
         "Means over seeds, in brackets Student's 95 % interval over them where there are two or "
         "more; refusal rates in per cent, drops and rises in points."

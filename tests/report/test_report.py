@@ -30,6 +30,7 @@ from ema_jax.report import (
     tables,
     write_replication_report,
     write_report,
+    write_sweep_report,
 )
 from ema_jax.report.headline import headline, plain_arms
 from ema_jax.study import origin
@@ -453,6 +454,21 @@ def test_replication_report(tmp_path):
     assert (tmp_path / "figures" / "replication.png").exists()
     assert any("[70.0, 90.0]" in cell for row in page.cells for cell in row)
     assert "< 0.001" in page.text
+
+
+def test_points_of_a_sweep_link_to_what_they_have(tmp_path):
+    rows = [
+        {"point": f"p {i}", "arm": "npo", "target_rate": 0.1, **spread}
+        for i, spread in enumerate(({"target_rate_lo": 0.05, "target_rate_hi": 0.15}, {}, {}))
+    ]
+    for name in ("p 0/results.json", "p 1/results.json", "p 1/report/index.html"):
+        (tmp_path / "points" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "points" / name).write_text("x")
+    write_sweep_report(tmp_path, rows)
+    page = Page((tmp_path / "report" / "index.html").read_text(encoding="utf-8"))
+    links = [a["href"] for tag, a in page.tags if tag == "a" and "points/" in a["href"]]
+    assert links == ["../points/p%200/results.json", "../points/p%201/report/index.html"]
+    assert ["p 0", "npo", "10.0\u202f% [5.0, 15.0]"] in page.cells
 
 
 def test_replication_report_tolerates_an_unfinished_replication(tmp_path):
