@@ -31,10 +31,12 @@ _CONFIGS = (
     ("config", "ModelConfig", "model"),
     ("data.prompts", "PromptConfig", "prompts"),
     ("config", "GenerationConfig", "generation"),
+    ("config", "BaselineConfig", "baseline"),
     ("config", "HarvestConfig", "harvest"),
     ("config", "ConceptConfig", "concepts"),
     ("unlearning.config", "UnlearnConfig", "unlearn"),
     ("models.lora", "LoRAConfig", "unlearn.lora"),
+    ("unlearning.dose", "DoseConfig", "dose"),
     ("config", "SensitivityConfig", "sensitivity"),
     ("config", "CheckpointConfig", "checkpoints"),
 )
