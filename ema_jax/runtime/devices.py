@@ -54,7 +54,7 @@ def find_accelerator(kind: str) -> Accelerator | None:
 
 def memory_gib(device: jax.Device) -> float:
     """Memory that a device's programs may take, in GiB; of a CPU all of the machine's."""
-    # Of a device of another process the own one tells, so that all of them find the same; a topology
+    # For a device of another process the own one stands, so that all find the same; a topology
     # without devices has none here.
     own = jax.local_devices()[0]
     if device.device_kind == own.device_kind:
