@@ -163,7 +163,7 @@ def theirs(
             kept = log_probs([retain[k] for k in others[i : i + size]])[0]
             loss = loss - kept.sum() / total
             loss.backward()
-            found += float(loss)
+            found += float(loss.detach())
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         rule.step()
         rule.zero_grad()
@@ -278,8 +278,8 @@ def main() -> None:
     if arguments.program:
         work = Work(arguments.rows, arguments.length, arguments.lengths)
         step = PROGRAMS[arguments.program](arguments.model, work)
-        # Drawn lengths have a few programs, compiled in the first steps.
-        warm = 1 if arguments.lengths == "full" else 3
+        # Drawn lengths have a few programs, most of them compiled in the first epoch.
+        warm = 1 if arguments.lengths == "full" else 8
         print(json.dumps(timed(step, arguments.steps, warm)))
         return
     with tempfile.TemporaryDirectory() as scratch:

@@ -54,8 +54,11 @@ def find_accelerator(kind: str) -> Accelerator | None:
 
 def memory_gib(device: jax.Device) -> float:
     """Memory that a device's programs may take, in GiB; of a CPU all of the machine's."""
-    if device in jax.local_devices():  # not one of a topology without devices
-        limit = (device.memory_stats() or {}).get("bytes_limit")
+    # For a device of another process the own one stands, so that all find the same; a topology
+    # without devices has none here.
+    own = jax.local_devices()[0]
+    if device.device_kind == own.device_kind:
+        limit = (own.memory_stats() or {}).get("bytes_limit")
         if limit:
             return limit / GIB
     accelerator = find_accelerator(device.device_kind)
