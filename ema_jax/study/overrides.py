@@ -8,7 +8,7 @@ from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, Literal
 
 from ema_jax.config import StudyConfig
-from ema_jax.errors import UserError, closest
+from ema_jax.errors import UserError, closest, did_you_mean
 from ema_jax.unlearning.config import UnlearnConfig
 
 _TRUTH = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}
@@ -74,11 +74,8 @@ def _inner(
     if path in ("arms", "cells"):  # a mistyped name would be another one, with nothing said
         known = inside or _defaults(path, path)
         if name not in known and not last:
-            meant = closest(name, known)
-            fix = (
-                f"did you mean {meant!r}?" if meant else f"there are: {', '.join(known) or 'none'}"
-            )
-            raise UserError(f"--config.{field}: no {path[:-1]} {name!r}; {fix}")
+            fix = did_you_mean(name, known) or f"; there are: {', '.join(known) or 'none'}"
+            raise UserError(f"--config.{field}: no {path[:-1]} {name!r}{fix}")
         if not last:
             return UnlearnConfig if path == "arms" else StudyConfig
     if _is_mapping(hint):

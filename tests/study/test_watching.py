@@ -57,7 +57,7 @@ def test_the_time_left_is_in_proportion_to_the_work(tmp_path, lines):
     ratio = work(config, "evaluate", "npo").h100_seconds(1) / work(config, "baseline").h100_seconds(
         1
     )
-    assert 1 < ratio < 1.1  # the same responses, and a capture
+    assert 1 < ratio < 1.2  # the same responses, and a capture
     assert (
         lines[-1]
         == f"stage 2 of 3: evaluate, arm npo, seed 0, about {2000 * ratio / 60:.0f} min left"
