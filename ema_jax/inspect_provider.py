@@ -101,7 +101,7 @@ class EmaJaxModel(ModelAPI):
         if self._serving is None or self._serving.done():
             self._serving = asyncio.create_task(self._serve())
         response = await request.answer
-        reason = "stop" if response.finished else "max_tokens"
+        reason: Any = "stop" if response.finished else "max_tokens"
         output = ModelOutput.from_content(self.model_name, response.text, stop_reason=reason)
         output.usage = ModelUsage(output_tokens=len(response.tokens))
         return output
