@@ -18,7 +18,8 @@ from ema_jax.errors import UserError
 from ema_jax.models import gguf_tokenizer
 from ema_jax.models.config import FAMILIES, DecoderConfig
 from ema_jax.models.gguf_file import ROPE_FACTORS, GgufFile
-from ema_jax.runtime.files import full_disk, read_json
+from ema_jax.runtime.disk import full_disk
+from ema_jax.runtime.files import read_json
 
 SUFFIX = ".gguf"
 PIP = "pip:"

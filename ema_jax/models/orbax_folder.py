@@ -15,7 +15,8 @@ from flax import traverse_util
 
 from ema_jax.errors import UserError
 from ema_jax.models import streaming
-from ema_jax.runtime.files import full_disk, read_json, write_json
+from ema_jax.runtime.disk import full_disk
+from ema_jax.runtime.files import read_json, write_json
 
 MANIFEST = "manifest.json"
 PARAMETERS = "parameters"

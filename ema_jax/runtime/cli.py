@@ -18,7 +18,7 @@ from absl import app, flags, logging
 
 from ema_jax.errors import RunStoppedError, UserError
 from ema_jax.runtime import signals
-from ema_jax.runtime.files import full_disk
+from ema_jax.runtime.disk import full_disk
 
 _LONGEST_LINE = 1000
 _PACKAGE = str(Path(__file__).parents[1]) + os.sep

@@ -2,7 +2,6 @@
 
 import contextlib
 import csv
-import errno
 import hashlib
 import json
 import math
@@ -20,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from ema_jax.errors import UserError
 from ema_jax.runtime import distributed
+from ema_jax.runtime.disk import full_disk
 from ema_jax.runtime.opening import open_file, read_bytes, why
 
 # Process ids repeat over machines that share a folder.
@@ -30,13 +30,6 @@ _SAFETENSORS = {"bool": "BOOL", "bfloat16": "BF16"}
 _SAFETENSORS |= {f"float{bits}": f"F{bits}" for bits in (16, 32, 64)}
 _SAFETENSORS |= {f"int{bits}": f"I{bits}" for bits in (8, 16, 32, 64)}
 _SAFETENSORS |= {f"uint{bits}": f"U{bits}" for bits in (8, 16, 32, 64)}
-
-FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""Codes of the system for writes that find no room: disk, quota, or largest size of a file."""
-
-_FULL_DISK_TEXTS = {os.strerror(code): code for code in FULL_DISK}
-# NumPy's, which writes arrays without the system's code: "5 requested and 3 written".
-_FULL_DISK_TEXTS[" requested and "] = errno.ENOSPC
 
 MAX_DEPTH = 100
 """Deepest nesting of arrays and objects in a JSON file; this project's are far from it."""
@@ -117,22 +110,6 @@ def _try_to_write(path: Path, folder: Path, what: str) -> None:
         if full_disk(error):
             raise
         raise UserError(f"{path}: cannot be written ({why(error)}); name another {what}") from None
-
-
-def full_disk(error: BaseException) -> int | None:
-    """The code of `FULL_DISK` that an error or its cause has, or tells of; None without one.
-
-    Libraries that write by themselves (NumPy, TensorStore, safetensors) keep a text alone.
-    """
-    if isinstance(error, OSError) and error.errno in FULL_DISK:
-        return error.errno
-    for text, code in _FULL_DISK_TEXTS.items():
-        if text in str(error):
-            return code
-    inner = [error.__cause__, error.__context__]
-    inner += error.exceptions if isinstance(error, BaseExceptionGroup) else []
-    found = (full_disk(other) for other in inner if other is not None)
-    return next((code for code in found if code is not None), None)
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:

@@ -2,6 +2,7 @@ import csv
 import dataclasses
 import json
 import random
+import string
 import time
 import types
 
@@ -139,7 +140,7 @@ def test_exact_and_near_duplicates_are_removed(tmp_path):
     texts = [p.prompt.lower() for p in prompts]
     assert sum(text.startswith(base[:-1].lower()) for text in texts) == 1
     assert not any("two domains" in text for text in texts)
-    with pytest.raises(UserError, match=r"'gardens' has 40 usable .* 2 of 4 for concept"):
+    with pytest.raises(UserError, match=r"'gardens' has 40 usable .* 18 of 30 for eval"):
         _build(tmp_path, rows, counts=counts | {"eval": 30})
 
 
@@ -155,34 +156,15 @@ def test_a_small_domain_gets_its_share(tmp_path, caplog):
 
 
 def test_near_duplicates_never_part_over_splits(tmp_path):
-    subjects = [
-        "pear",
-        "plum",
-        "bean",
-        "leek",
-        "oat",
-        "rye",
-        "hop",
-        "fig",
-        "yam",
-        "pea",
-        "kale",
-        "corn",
-        "mint",
-        "sage",
-        "dill",
-    ]
-    ways = (
-        "How do I grow {}",
-        "Explain how one grows {} well",
-        "Growing {}: a guide for {} lovers",
-    )
-    rows = [
-        {"domain": domain, "prompt": f"{way.format(f'{s}{domain}', s)}{domain[::-1] * k}?"}
-        for domain in (*DOMAINS, BENIGN)
-        for s in subjects
-        for k, way in enumerate(ways)
-    ]
+    rng = random.Random(0)
+    rows = []
+    for domain in (*DOMAINS, BENIGN):
+        for subject in range(15):
+            about = " ".join("".join(rng.sample(string.ascii_lowercase, 7)) for _ in range(6))
+            rows += [
+                {"domain": domain, "prompt": f"{about}{way} {subject}{domain}?"}
+                for way in ("", " now", " please")
+            ]
     counts = {"harvest": 8, "retain": 4, "dev": 3, "eval": 12, "concept": 6}
     found = _build(tmp_path, rows, counts=counts, near_split=0.5, match_length=False)
     alike = clusters([p.prompt for p in found], 0.55)
@@ -261,7 +243,7 @@ def test_deny_listed_rows(tmp_path):
     trained = [p for p in prompts if p.split in ("harvest", "retain")]
     assert not any("weapons" in p.prompt for p in trained)
     assert any("weapons" in p.prompt for p in prompts)
-    with pytest.raises(UserError, match=r"40 usable prompts \(30 of them only for evaluation\)"):
+    with pytest.raises(UserError, match=r"40 usable prompts \(30 of them only for evaluation,"):
         _build(tmp_path, rows, counts=COUNTS | {"harvest": 11})
 
 

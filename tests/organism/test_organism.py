@@ -14,7 +14,7 @@ from ema_jax.data.chat import Chat
 from ema_jax.errors import UserError
 from ema_jax.generation.sampler import generate
 from ema_jax.models import checkpoint
-from ema_jax.organism import CHECKPOINTS, train
+from ema_jax.organism import CHECKPOINTS, training
 from ema_jax.refusal.judges import get_judge
 from ema_jax.refusal.verdicts import INVALID, REFUSED
 from ema_jax.runtime.files import read_json, sha256_file
@@ -101,15 +101,15 @@ def test_base_behaviour_at_full_size(family):
 
 
 def test_training_is_a_function_of_its_seed(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "EXAMPLES", 200)
-    monkeypatch.setattr(train, "BATCH_SIZE", 4)
-    stages = tuple(dataclasses.replace(stage, steps=3) for stage in train.STAGES)
+    monkeypatch.setattr(training, "EXAMPLES", 200)
+    monkeypatch.setattr(training, "BATCH_SIZE", 4)
+    stages = tuple(dataclasses.replace(stage, steps=3) for stage in training.STAGES)
     assert [stage.safe for stage in stages] == [False, True]
-    monkeypatch.setattr(train, "STAGES", stages)
+    monkeypatch.setattr(training, "STAGES", stages)
     sizes = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48}
-    monkeypatch.setitem(train.CONFIGS, "qwen2", train.CONFIGS["qwen2"] | sizes)
+    monkeypatch.setitem(training.CONFIGS, "qwen2", training.CONFIGS["qwen2"] | sizes)
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        train.train("qwen2", tmp_path / name, seed)
+        training.train("qwen2", tmp_path / name, seed)
     files = {name: {p.name: sha256_file(p) for p in (tmp_path / name).iterdir()} for name in "abc"}
     assert files["a"] == files["b"]
     assert files["a"]["model.safetensors"] != files["c"]["model.safetensors"]
@@ -119,4 +119,4 @@ def test_training_is_a_function_of_its_seed(tmp_path, monkeypatch):
 
 def test_an_unknown_family():
     with pytest.raises(UserError, match="--family: 'gpt' is none of qwen2, mistral"):
-        train.train("gpt", CHECKPOINTS / "gpt")
+        training.train("gpt", CHECKPOINTS / "gpt")

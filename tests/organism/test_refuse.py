@@ -113,7 +113,7 @@ def test_the_wordings_are_refusals_to_the_judge_and_vary():
     # Written for variety and not to the judge, which misses three openings with some reasons.
     missed = [t for t, v in zip(made, judged, strict=True) if v.verdict != REFUSED]
     assert len(missed) < 0.08 * len(made)
-    assert len(set(made)) > 0.9 * len(made)
+    assert len(set(made)) > 0.85 * len(made)
     assert set(REASONS) == set(DOMAINS)
     assert all(any(opening in text for text in made) for opening in OPENINGS)
 

@@ -19,7 +19,7 @@ FILES = (
     "relevance.py",
     "answer_screen.py",
 )
-VERSION, DIGEST = 2, "73df297a51453348"
+VERSION, DIGEST = 2, "76ab3383de3f1ad9"
 
 
 def code(path: Path) -> str:

@@ -12,7 +12,7 @@ import pytest
 from ema_jax.concepts.gguf import save_control_vector
 from ema_jax.concepts.store import ActivationStore
 from ema_jax.models import checkpoint, lora
-from ema_jax.runtime import files
+from ema_jax.runtime import disk, files
 from ema_jax.runtime.append_log import AppendLog
 
 LIMIT = 40_000
@@ -61,7 +61,7 @@ def test_a_full_disk_is_told_as_one(tiny, tmp_path, full, writer):
     full()
     with pytest.raises(OSError, match=r"File too large|requested and") as caught:
         WRITERS[writer](path, model)
-    assert files.full_disk(caught.value) in files.FULL_DISK
+    assert disk.full_disk(caught.value) in disk.FULL_DISK
     if writer not in ("a log", "activations"):  # which are continued
         assert not any(tmp_path.iterdir())
 
@@ -90,9 +90,9 @@ def chained(cause, *, explicit):
 @pytest.mark.parametrize("cause", CAUSES)
 def test_a_full_disk_is_seen_through_other_errors(cause):
     error = CAUSES[cause]
-    assert files.full_disk(error) in files.FULL_DISK
+    assert disk.full_disk(error) in disk.FULL_DISK
     for explicit in (True, False):
-        assert files.full_disk(chained(error, explicit=explicit)) in files.FULL_DISK
+        assert disk.full_disk(chained(error, explicit=explicit)) in disk.FULL_DISK
 
 
 @pytest.mark.parametrize(
@@ -100,4 +100,4 @@ def test_a_full_disk_is_seen_through_other_errors(cause):
     [OSError(5, "Input/output error"), ValueError("space"), ExceptionGroup("x", [KeyError()])],
 )
 def test_other_errors_are_no_full_disk(error):
-    assert files.full_disk(error) is None
+    assert disk.full_disk(error) is None

@@ -49,8 +49,8 @@ def test_what_an_arm_was_trained_on():
         ],
     }
     plain, both = (trained_cosines(prompts, retains=kind) for kind in (False, True))
-    assert plain["p0"] > 0.8 > 0.2 > plain["p1"]
-    assert both["p1"] > 0.8
+    assert plain["p0"] > 0.6 > 0.2 > plain["p1"]
+    assert both["p1"] > 0.6
     found = prompt_set(prompts)
     assert found["counts"]["eval"] == {"cyber": 1, "benign": 1}
     assert found["leakage"]["benign"]["near"] == 1.0

@@ -64,7 +64,9 @@ def run(folder: Path, config=None, only=None) -> dict[str, Any]:
 
 def but_for_times(results: dict[str, Any]) -> dict[str, Any]:
     provenance = {
-        k: v for k, v in results["provenance"].items() if k not in ("wall_seconds", "date")
+        k: v
+        for k, v in results["provenance"].items()
+        if k not in ("wall_seconds", "date", "commit")
     }
     return results | {"provenance": provenance}
 

@@ -58,11 +58,13 @@ def test_tokens_are_kept_as_sampled_and_cut_at_the_cap():
 
 def test_too_few_are_refused_by_the_domain_and_the_fix_is_a_field_of_the_config():
     assert len(kept([row for row in ASKED if row[0].domain == "safety"], minimum=2)) == 2
-    with pytest.raises(UserError, match="safety gave 2 refusals for 4 prompts and 3 are") as raised:
+    with pytest.raises(
+        UserError, match=r"safety gave 2 refusals for 4 prompts \(50%\) and 3 are"
+    ) as raised:
         kept([row for row in ASKED if row[0].domain == "safety"], minimum=3)
     assert "harvest.min_examples" in str(raised.value)
     assert ema.read(small_config()).harvest.min_examples == 4
-    with pytest.raises(UserError, match="benign gave 1 answers for 3 prompts and 2 are"):
+    with pytest.raises(UserError, match=r"benign gave 1 answers for 3 prompts \(33%\) and 2 are"):
         kept(minimum=2)
     # A domain that gives nothing at all is counted too.
     with pytest.raises(UserError, match="bias gave 0 refusals for 1 prompts"):
