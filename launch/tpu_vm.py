@@ -39,7 +39,8 @@ SECONDS_BETWEEN_COPIES = 300
 _GONE = ("SUSPENDING", "SUSPENDED", "FAILED", "DELETING")
 # A lock is its process's own; what is being written has another name until it is whole.
 _UNFINISHED = r"(^|.*/)\.(lock/|.*\.(tmp|old)(/|$)).*"
-_BUCKET = r"gs://[a-z0-9][-\w.]{1,61}[a-z0-9](/[\w./=+-]*)?"
+# Names of buckets have 3 to 63 characters.
+_BUCKET = r"gs://[a-z0-9][-a-z0-9_.]{1,61}[a-z0-9](/[\w./=+-]*)?"
 _NFS = r"[\w.-]+:/[\w./-]+"
 # Cores a host of the first kind, chips a host of the other; up to eight chips may be one host.
 _CORES_A_HOST, _CHIPS_A_HOST, _ONE_HOST = 8, 4, 8
@@ -269,6 +270,11 @@ def _with_workdir(known: Slice, command: list[str]) -> tuple[list[str], str | No
             bucket = given.rstrip("/")
             known.keeps_in(bucket)
             return [*command[:i], f"{name}={_local(bucket)}", *command[i + 1 :]], bucket
+        if given.startswith("gs:"):
+            fail(
+                f"run: --workdir={given}: no name of a bucket and a folder; write it like "
+                "gs://my-bucket/runs/x (a bucket's name has 3 to 63 characters)"
+            )
         if not known.settings.get("nfs") or not Path(given).is_relative_to(SHARE):
             fail(
                 f"run: --workdir={given}: would vanish with the slice; name gs://BUCKET/FOLDER, or "

@@ -1,5 +1,6 @@
 """The Orbax half of a Flax checkpoint folder: `parameters/` and `manifest.json`."""
 
+import asyncio
 import contextlib
 import gc
 import logging
@@ -46,7 +47,7 @@ def write(folder: Path, parameters: Mapping[str, Any], manifest: Mapping[str, An
     context.array.saving.storage_options.chunk_byte_size = _CHUNK_BYTES
     place = (folder / PARAMETERS).resolve()
     try:
-        with context, _quietly():
+        with context, quietly():
             ocp.save(place, parameters)
     except Exception as error:  # TensorStore's have no code of the system's
         if (code := full_disk(error)) is None:
@@ -81,10 +82,10 @@ def check(folder: Path, shapes: Mapping[tuple, tuple[int, ...]]) -> None:
     read_manifest(folder)
     path = folder / PARAMETERS
     try:
-        with _quietly():
+        with quietly():
             tree = ocp.metadata(path.resolve()).metadata
-        if not isinstance(tree, dict):  # Orbax logs the reason and returns None
-            raise ValueError("its metadata cannot be read")
+            if not isinstance(tree, dict):  # Orbax logs the reason and returns None
+                raise ValueError("its metadata cannot be read")
         stored = traverse_util.flatten_dict(tree)
         there = {name: tuple(leaf.shape) for name, leaf in stored.items()}
     except _DAMAGED as error:
@@ -114,7 +115,7 @@ def read(folder: Path, targets: Mapping[tuple, jax.ShapeDtypeStruct]) -> dict[tu
         for names in _groups(targets, itemsize):
             wanted = {n: targets[n] if n in names else ocp.PLACEHOLDER for n in targets}
             try:
-                with _quietly():
+                with quietly():
                     tree = ocp.load(path.resolve(), traverse_util.unflatten_dict(wanted))
             except _DAMAGED as error:
                 raise _damaged(path, error) from None
@@ -152,14 +153,21 @@ def _finite(arrays: list[jax.Array]) -> list[jax.Array]:
 
 
 @contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    """Without asyncio's tracebacks of Orbax's other tasks, once one of them has failed."""
+def quietly() -> Iterator[None]:
+    """Without asyncio's tracebacks of Orbax's other tasks, once one of them has failed.
+
+    A task that nobody waited for is reported to its event loop when it is freed: in this block, or
+    as late as the last one who holds the error lets it go (a log record does, with its traceback).
+    """
     logger = logging.getLogger("asyncio")
     before, logger.disabled = logger.disabled, True
     try:
         yield
     except BaseException:
-        gc.collect()  # a task that nobody waited for is reported when it goes
+        for found in gc.get_objects():
+            # `type`, as `isinstance` would wake lazy objects of others.
+            if issubclass(type(found), asyncio.AbstractEventLoop) and found.is_closed():
+                found.set_exception_handler(lambda loop, context: None)
         raise
     finally:
         logger.disabled = before

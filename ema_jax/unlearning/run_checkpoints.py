@@ -16,6 +16,7 @@ import jax
 from absl import logging
 
 from ema_jax.errors import AskedToStopError, RunStoppedError
+from ema_jax.models.orbax_folder import quietly
 from ema_jax.runtime import distributed, signals
 
 # What Orbax and TensorStore raise where a folder cannot be written, is full, or is damaged.
@@ -146,7 +147,8 @@ class Checkpoints:
     @contextlib.contextmanager
     def _failing(self, what: str) -> Iterator[None]:
         try:
-            yield
+            with quietly():
+                yield
         except _FAILURES as error:
             line = str(error).strip().partition("\n")[0][:200] or type(error).__name__
             raise RunStoppedError(

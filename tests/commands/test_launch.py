@@ -15,7 +15,7 @@ import yaml
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "launch"
-RUN = ["--", "python", "-m", "ema_jax.main", "--config=configs/tiny.py", "--workdir=gs://b/run"]
+RUN = ["--", "python", "-m", "ema_jax.main", "--config=configs/tiny.py", "--workdir=gs://bkt/run"]
 UP = ["--zone=us-west4-a", "--accelerator=v5litepod-8", "--runtime=v2-alpha-tpuv5-lite"]
 POD = [UP[0], "--accelerator=v5litepod-16", UP[2]]
 
@@ -106,14 +106,14 @@ def test_a_slice_is_created_waited_for_installed_run_and_deleted(cloud):
     start, follow = cloud.calls[-3:-1]
     assert "--worker=all" in start
     assert "--worker=0" in follow
-    assert "ema_jax.main --config=configs/tiny.py --workdir=../results/b/run" in start[-1]
+    assert "ema_jax.main --config=configs/tiny.py --workdir=../results/bkt/run" in start[-1]
     # From the bucket before the command, back to it while it runs and after it.
     copies = re.findall(r"rsync \S+ \S+ (\S+) (\S+)", start[-1].replace("'\"'\"'", ""))
-    there, back = ("gs://b/run", "../results/b/run"), ("../results/b/run", "gs://b/run")
+    there, back = ("gs://bkt/run", "../results/bkt/run"), ("../results/bkt/run", "gs://bkt/run")
     assert [tuple(x.strip(";)") for x in copy) for copy in copies] == [there, back, back]
     # A slice whose results cannot be copied stays.
     cloud.rules(describe=[(0, "ACTIVE")], rsync=[(1, "denied")])
-    assert refused(tpu(cloud, "delete", "--name=ema"), "copying the results to gs://b/run")
+    assert refused(tpu(cloud, "delete", "--name=ema"), "copying the results to gs://bkt/run")
     assert "delete" not in cloud.verbs()
     cloud.rules(describe=[(0, "ACTIVE")])
     assert tpu(cloud, "delete", "--name=ema").returncode == 0
@@ -148,14 +148,16 @@ def test_results_that_are_given_up_or_gone_are_not_copied(cloud):
     [
         (UP, "runs/x", "would vanish with the slice"),
         (UP, "/mnt/ema/x", "would vanish with the slice"),
-        (UP, "s3://b/x", "would vanish with the slice"),
-        (UP, "gs:/b/x", "would vanish with the slice"),
-        (UP, "gs://b/x; rm -rf ~", "would vanish with the slice"),
-        (POD, "gs://b/x", "4 hosts need one folder"),
+        (UP, "s3://bkt/x", "would vanish with the slice"),
+        (UP, "gs:/bkt/x", "no name of a bucket"),
+        (UP, "gs://bkt/x; rm -rf ~", "no name of a bucket"),
+        (UP, "gs://b/x", "no name of a bucket"),
+        (UP, "gs://Bkt/x", "no name of a bucket"),
+        (POD, "gs://bkt/x", "4 hosts need one folder"),
         ([*POD, "--nfs=10.0.0.2:/share"], "runs/x", "would vanish with the slice"),
         ([*POD, "--nfs=10.0.0.2:/share"], "/mnt/ema/x", None),
-        ([UP[0], "--accelerator=v4-8", UP[2]], "gs://b/x", None),
-        ([UP[0], "--accelerator=v4-16", UP[2]], "gs://b/x", "2 hosts need one folder"),
+        ([UP[0], "--accelerator=v4-8", UP[2]], "gs://bkt/x", None),
+        ([UP[0], "--accelerator=v4-16", UP[2]], "gs://bkt/x", "2 hosts need one folder"),
     ],
 )
 def test_a_workdir_outlives_the_slice(cloud, created, workdir, said):
@@ -180,8 +182,8 @@ def test_the_line_that_keeps_results_runs_in_a_shell(cloud):
         sys.path.remove(str(LAUNCH))
     home, store = cloud.folder / "home", cloud.folder / "store"
     (home / "ema_jax").mkdir(parents=True)
-    (store / "b/run").mkdir(parents=True)
-    (store / "b/run/first").write_text("1")
+    (store / "bkt/run").mkdir(parents=True)
+    (store / "bkt/run/first").write_text("1")
     fake = cloud.bin / "gcloud"
     fake.write_text(
         "#!/bin/bash\n"
@@ -191,7 +193,7 @@ def test_the_line_that_keeps_results_runs_in_a_shell(cloud):
     )
 
     def run(command: str) -> tuple[str, str]:
-        line = tpu_vm._kept_in("gs://b/run", f"({command}) >../run.log 2>&1; code=$?; ")
+        line = tpu_vm._kept_in("gs://bkt/run", f"({command}) >../run.log 2>&1; code=$?; ")
         subprocess.run(
             ["sh", "-c", f"{line}echo $code >../run.exit"],
             cwd=home / "ema_jax",
@@ -201,9 +203,9 @@ def test_the_line_that_keeps_results_runs_in_a_shell(cloud):
         )
         return (home / "run.exit").read_text().strip(), (home / "run.log").read_text()
 
-    code, _ = run("cat ../results/b/run/first >../results/b/run/second; exit 3")
-    assert (code, (store / "b/run/second").read_text()) == ("3", "1")
-    (store / "b").rename(store / "away")  # a bucket that is not there
+    code, _ = run("cat ../results/bkt/run/first >../results/bkt/run/second; exit 3")
+    assert (code, (store / "bkt/run/second").read_text()) == ("3", "1")
+    (store / "bkt").rename(store / "away")  # a bucket that is not there
     (home / "run.log").unlink()
     code, log = run("echo started")
     assert code == "2"

@@ -1,5 +1,6 @@
 """Damaged Flax folders: one line, and nothing of Orbax's own threads beside it."""
 
+import asyncio
 import gc
 import itertools
 import shutil
@@ -7,7 +8,7 @@ import shutil
 import pytest
 
 from ema_jax.errors import UserError
-from ema_jax.models import checkpoint
+from ema_jax.models import checkpoint, orbax_folder
 
 DAMAGE = {
     "removed": lambda path: path.unlink(),
@@ -51,3 +52,23 @@ def test_one_line_and_nothing_beside_it(flax, tmp_path, caplog, capfd, name, dam
     gc.collect()
     assert not [record for record in caplog.records if record.name == "asyncio"]
     assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_task_that_is_freed_later_is_not_reported_either(caplog):
+    async def fail():
+        raise ValueError("one")
+
+    def both_fail():
+        with orbax_folder.quietly():
+            loop.run_until_complete(asyncio.sleep(0))
+            loop.close()
+            raise ValueError("another")
+
+    loop = asyncio.new_event_loop()
+    held = [loop.create_task(fail())]  # as a log record holds an error, and that its frames
+    with pytest.raises(ValueError, match="another"):
+        both_fail()
+    assert held[0].done()
+    held.clear()
+    gc.collect()
+    assert not caplog.records

@@ -251,7 +251,8 @@ class Endpoint:
             return self._read(body, question_id)
         if isinstance(failure, PassingError):
             raise failure
-        if isinstance(failure, TimeoutError):
+        # httpx gives up a silent server at the same moment as the connection is cut.
+        if isinstance(failure, TimeoutError | httpx.TimeoutException):
             raise PassingError("an answer that takes too long")
         while cause := failure.__cause__ or failure.__context__:
             failure = cause
