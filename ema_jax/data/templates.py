@@ -77,7 +77,7 @@ def render(
 
 
 class _Process:
-    """The process that renders: started when it is first needed, and anew where it has ended."""
+    """The process that renders: started when it is first needed, and again where it has ended."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

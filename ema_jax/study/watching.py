@@ -34,7 +34,7 @@ class Watch:
         self._total, self._measured = len(stages), (0.0, 0.0)  # as estimated, as they were
 
     def begin(self, stage: str, run: Run | None) -> None:
-        """Says which stage starts, and how long the rest will take if that can be told."""
+        """Says which stage starts, and how long the rest will take if that can be estimated."""
         place = f"stage {self._total - len(self._left) + 1} of {self._total}"
         estimated, real = self._measured
         left = f", about {duration(sum(self._left) * real / estimated)} left" if estimated else ""

@@ -23,7 +23,7 @@ SEED = 0
 """Seed of all trials, whatever the study's."""
 
 _FACTOR = 3.0  # between the rates of two trials while one side is unknown
-_CLOSE = 1.3  # rates nearer than this are not told apart
+_CLOSE = 1.3  # rates nearer than this count as one
 _EVALUATIONS = 8  # of a trial
 _BEFORE_STOP = 4  # evaluations of a run, at least, before the step at which its trial stopped
 

@@ -1,4 +1,4 @@
-"""Whatever may stand in a file's place is told in one line, and nothing waits for it."""
+"""Whatever may stand in a file's place is named in one line, and nothing waits for it."""
 
 import os
 import socket

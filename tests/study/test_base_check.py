@@ -1,4 +1,4 @@
-"""A base that cannot carry a study is told by its baseline, in the field's words."""
+"""A base that cannot carry a study ends at its baseline, in the field's words."""
 
 import re
 

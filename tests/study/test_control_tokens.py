@@ -1,4 +1,4 @@
-"""Control tokens in a prompt's text are told with the prompt's id."""
+"""Control tokens in a prompt's text are named with the prompt's id."""
 
 from types import SimpleNamespace
 

@@ -111,7 +111,7 @@ def test_every_field_of_the_config_belongs_to_a_stage(tmp_path):
     """A field that no stage's settings hold could change without a word."""
     named = {key for change in CHANGES for key in change} - {"fingerprint"} | {"keep_text"}
     # Devices change no figure beyond rounding; runs, cells and grids are the stages' names; limits
-    # of the baseline only end a study; a tracker is told, and tells nothing.
+    # of the baseline only end a study; a tracker only receives figures.
     free = {"mesh", "heartbeat_seconds", "checkpoints", "profile", "seeds", "cells", "grid"}
     free |= {"baseline", "tracker"}
     assert named | free == {field.name for field in dataclasses.fields(ema.StudyConfig)}
