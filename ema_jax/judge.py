@@ -179,5 +179,5 @@ if __name__ == "__main__":
     cli.run(
         main,
         kept="no output is written, but the endpoint judge's answers are kept (--cache); the same "
-        "command goes on from them",
+        "command resumes from them",
     )

@@ -355,7 +355,12 @@ def test_help_names_every_field_and_stage_without_jax():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    for text in ("--config=…", "--workdir=…", "--config.unlearn.beta=0.1", "harvest, dose, unlearn"):
+    for text in (
+        "--config=…",
+        "--workdir=…",
+        "--config.unlearn.beta=0.1",
+        "harvest, dose, unlearn",
+    ):
         assert text in done.stdout
 
 
