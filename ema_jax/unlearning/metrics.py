@@ -28,8 +28,8 @@ class MetricsWriter:
         workdir: the study's folder.
         arm: the run's arm.
         seed: the run's seed.
-        tracker: `wandb` or `trackio`, which get every row too; None for neither. Where and for which
-            user they send it is set as their own pages say (`WANDB_MODE`, `WANDB_PROJECT`, …).
+        tracker: `wandb` or `trackio`, which get every row too; None for neither. Where they send
+            it, and for which user, is set as their own pages say (`WANDB_MODE`, …).
     """
 
     def __init__(self, workdir: Path, arm: str, seed: int, tracker: str | None = None):
