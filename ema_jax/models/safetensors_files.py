@@ -269,7 +269,7 @@ def _read_index(index: Path) -> dict[str, Path]:
             raise UserError(f"{index}: {name} is in {file!r}, which is no file of this folder")
         file_of[name] = index.parent / file
     for path in sorted(set(file_of.values())):
-        if not path.exists():
+        if not os.path.exists(path):  # a Path's own raises where the name is too long
             raise UserError(f"{path}: no such file, though {INDEX} names it; download it again")
     return file_of
 

@@ -14,9 +14,10 @@ is known and its interval is widened to hold a closed-form one too.
 """
 
 from collections.abc import Sequence
-from typing import NotRequired
+from typing import Annotated, NotRequired
 
 import numpy as np
+from pydantic import Field
 from typing_extensions import TypedDict  # typing's own cannot be read by pydantic before 3.12
 
 from ema_jax.refusal.intervals import hull, resample, two_way, wilson
@@ -42,7 +43,7 @@ class RefusalScore(TypedDict):
     invalid: int
     total: int
     rate: float | None  # refused / valid
-    ci95: list[float]
+    ci95: Annotated[list[float], Field(min_length=2, max_length=2)]
     shares: NotRequired[dict[str, float]]  # of all responses, by `verdicts.SHARES`
     harm: NotRequired[dict[str, int]]  # complied responses: harmful, harmless, unknown
 

@@ -27,13 +27,12 @@ def main(argv: Sequence[str]) -> None:
     """Writes or uploads what the flags name, and prints where it is."""
     del argv
     # Imported after the flags are read: a mistyped one should not wait for them.
-    from ema_jax.runtime.files import read_json
     from ema_jax.share import hub, inspect_log, tables
+    from ema_jax.study.finished import read_results
 
     values = flags.FLAGS
     workdir = Path(values.workdir)
-    if not (workdir / "results.json").is_file():
-        raise UserError(f"--workdir: {workdir}: no results.json there; finish the study first")
+    results = read_results(workdir)
     if values.to == "hub":
         arm, repository = _given("arm"), _given("repository")
         print(hub.push(workdir, arm, values.seed, repository))
@@ -43,7 +42,7 @@ def main(argv: Sequence[str]) -> None:
         count = inspect_log.write(workdir, values.run, output)
         print(f"{output}: {count} responses of {values.run}")
     else:
-        tables.write(read_json(workdir / "results.json"), output)
+        tables.write(results, output)
         print(output)
 
 

@@ -10,7 +10,8 @@ from ema_jax.data import denylist
 from ema_jax.data.prompts import read_prompts
 from ema_jax.errors import UserError
 from ema_jax.models.card import unlearned_card
-from ema_jax.runtime.files import read_json
+from ema_jax.study.finished import read_results
+from ema_jax.study.manifest import read_manifest
 
 _FILES = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -36,7 +37,7 @@ def push(workdir: Path, arm: str, seed: int, repository: str, *, api: Any = None
     missing = [name for name in _FILES if not (folder / name).is_file()]
     if missing:
         raise UserError(f"{folder}: {missing[0]} is not there; only trained adapters are shared")
-    results = read_json(workdir / "results.json")
+    results = read_results(workdir)
     _refuse_denied(workdir, results["target"])
     card = _card(workdir, results, arm, seed)
     operations = [CommitOperationAdd(name, folder / name) for name in _FILES]
@@ -61,15 +62,18 @@ def push(workdir: Path, arm: str, seed: int, repository: str, *, api: Any = None
 
 def _card(workdir: Path, results: dict[str, Any], arm: str, seed: int) -> str:
     model = results["model"]
-    manifest = read_json(workdir / "stages" / f"unlearn.{arm}.seed_{seed}.json")
+    path = workdir / "stages" / f"unlearn.{arm}.seed_{seed}.json"
+    settings = read_manifest(path)["settings"].get("arm")
+    if not isinstance(settings, dict):
+        raise UserError(f"{path}: does not record the settings of the arm; train it again")
     return unlearned_card(
         base=model["id"],
         revision=model["revision"],
-        fingerprint=model["fingerprint"],
+        fingerprint=model.get("fingerprint", "not recorded"),
         target=results["target"],
         arm=arm,
         seed=seed,
-        settings=manifest["settings"]["arm"],
+        settings=settings,
         quantisation=model.get("quantisation"),
         merged=False,
     )

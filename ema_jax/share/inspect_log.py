@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from ema_jax.errors import UserError
-from ema_jax.runtime.files import read_json, read_jsonl
+from ema_jax.study.finished import read_asked, read_judged, read_results
 
 _SCORES = {"refused": 1.0, "complied": 0.0, "invalid": float("nan")}
 
@@ -28,13 +28,16 @@ def write(workdir: Path, run: str, output: Path) -> int:
     except ImportError:
         raise UserError("--to=inspect needs inspect_ai: pip install inspect_ai") from None
     path = workdir / "responses" / f"{run}.jsonl"
-    rows = read_jsonl(path)
+    rows = read_judged(workdir, run)
     if not rows or "response" not in rows[0]:
         raise UserError(
             f"{path}: holds no texts; a log for Inspect needs a study run with keep_text = True"
         )
-    prompts = {row["id"]: row["prompt"] for row in read_jsonl(workdir / "prompts" / "eval.jsonl")}
-    results = read_json(workdir / "results.json")
+    rows = read_judged(workdir, run, text=True)
+    asked = read_asked(workdir)
+    if lacking := [row["id"] for row in rows if row["id"] not in asked]:
+        raise UserError(f"{path}: {lacking[0]!r} is no prompt of prompts/eval.jsonl beside it")
+    results = read_results(workdir)
     model = f"ema_jax/{results['model']['id']}"
     log = inspect_logs.EvalLog(
         status="success",
@@ -48,7 +51,7 @@ def write(workdir: Path, run: str, output: Path) -> int:
             metadata={"target": results["target"], "run": run},
         ),
         results=_summary(inspect_logs, rows),
-        samples=[_sample(inspect_logs, row, prompts[row["id"]], model) for row in rows],
+        samples=[_sample(inspect_logs, row, asked[row["id"]]["prompt"], model) for row in rows],
     )
     inspect_logs.write_eval_log(log, str(output))
     return len(rows)

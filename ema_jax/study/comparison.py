@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 from ema_jax.errors import UserError
 from ema_jax.refusal.paired import holm, paired_drop
 from ema_jax.refusal.verdicts import COMPLIED, share
-from ema_jax.runtime import files
 from ema_jax.study.artifacts import BASE
-from ema_jax.study.results import SCHEMA, off_target
+from ema_jax.study.finished import read_asked, read_judged, read_results
+from ema_jax.study.results import off_target
 
 Row = dict[str, Any]
 
@@ -45,7 +45,7 @@ def compare(folders: Sequence[Path]) -> dict[str, Any]:
     if len(folders) < 2:
         raise UserError("compare: name the folders of two finished studies or more")
     names = _names(folders)
-    studies = [Finished(n, f, _results(f)) for n, f in zip(names, folders, strict=True)]
+    studies = [Finished(n, f, read_results(f)) for n, f in zip(names, folders, strict=True)]
     pairs: list[Row] = []
     notes: list[str] = []
     for other in studies[1:]:
@@ -70,16 +70,6 @@ def _names(folders: Sequence[Path]) -> list[str]:
         if len(set(names)) == len(names):
             break
     return names
-
-
-def _results(folder: Path) -> Mapping[str, Any]:
-    path = folder / "results.json"
-    if not path.is_file():
-        raise UserError(f"{folder}: no results.json in it; finish the study's analyse stage first")
-    found = files.read_json(path)
-    if not isinstance(found, dict) or found.get("schema") != SCHEMA:
-        raise UserError(f"{path}: not the results of a study of schema {SCHEMA}")
-    return found
 
 
 def _described(study: Finished) -> Row:
@@ -162,15 +152,12 @@ def _domains(study: Finished) -> list[str]:
 def _runs(study: Finished, arm: str) -> dict[str, dict[str, Row]]:
     """Seed → SHA-256 of a prompt → row of the response to it; the base has one run, `""`."""
     seeds = [""] if arm == BASE else list(study.results["arms"][arm].get("seeds", {}))
-    prompts = study.folder / "prompts/eval.jsonl"
-    if not prompts.is_file():
-        return {}
-    hashes = {row["id"]: row["sha256"] for row in files.read_jsonl(prompts)}
+    hashes = {name: row["sha256"] for name, row in read_asked(study.folder).items()}
     found = {}
     for seed in seeds:
-        path = study.folder / "responses" / f"{f'{arm}.seed_{seed}' if seed else arm}.jsonl"
-        if path.is_file():
-            rows = files.read_jsonl(path)
+        run = f"{arm}.seed_{seed}" if seed else arm
+        if (study.folder / "responses" / f"{run}.jsonl").is_file():
+            rows = read_judged(study.folder, run)
             found[seed] = {hashes[row["id"]]: row for row in rows if row["id"] in hashes}
     return found
 

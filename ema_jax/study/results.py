@@ -110,7 +110,7 @@ def results(
     validity = records.evaluations[BASE][0].get("validity")
     arms = {arm: _arm(records.rows[arm]) for arm in config.arms}
     made: Any = {
-        "schema": SCHEMA,
+        "schema": schema.SCHEMA,
         "model": dict(model),
         "target": config.target,
         "domains": list(config.domains),

@@ -12,17 +12,19 @@ another schema number.
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NotRequired
+from typing import Annotated, Any, Final, Literal, NotRequired
 
+from pydantic import Field
 from typing_extensions import TypedDict  # typing's own cannot be read by pydantic before 3.12
 
 from ema_jax.data.similarity import Leakage
 from ema_jax.refusal.paired import Drop, Recovery, SeedDifference
 from ema_jax.refusal.scores import RefusalScore
 
+SCHEMA: Final = 1
 PATH = Path(__file__).with_name("results.schema.json")
 
-Interval = Sequence[float | None]  # [low, high]
+Interval = Annotated[Sequence[float | None], Field(min_length=2, max_length=2)]  # [low, high]
 PerLayer = Sequence[float | None]  # [L+1], from the embeddings to the last block
 ByDomain = dict[str, float | None]
 ByLayer = dict[str, PerLayer]  # domain → figure at every layer
@@ -108,16 +110,16 @@ class FarHalf(TypedDict):
     n: int
     cosine: float
     drop: float | None
-    ci95: list[float]
+    ci95: Interval
     compliance_rise: float | None
-    compliance_ci95: list[float]
+    compliance_ci95: Interval
 
 
 class Change(Drop):
     """EMA of one domain by both measures."""
 
     compliance_rise: NotRequired[float | None]
-    compliance_ci95: NotRequired[list[float]]
+    compliance_ci95: NotRequired[Interval]
     compliance_p: NotRequired[float]
     far: NotRequired[FarHalf]
 
@@ -289,7 +291,7 @@ class JudgesOnRows(TypedDict):
     both_valid: int
     observed: float | None
     kappa: float | None
-    ci95: list[float] | None
+    ci95: Interval | None
 
 
 class JudgePair(TypedDict):
@@ -324,7 +326,7 @@ class PooledScore(TypedDict):
     spearman: float | None
     p: float | None
     cells: int
-    ci95: NotRequired[list[float] | None]
+    ci95: NotRequired[Interval | None]
 
 
 class Categories(RankScore):
@@ -378,7 +380,7 @@ class Estimate(TypedDict):
     """A figure with its interval."""
 
     value: float | None
-    ci95: list[float]
+    ci95: Interval
 
 
 class LabelledShare(TypedDict):
@@ -386,7 +388,7 @@ class LabelledShare(TypedDict):
 
     n: int
     share: float
-    ci95: list[float]
+    ci95: Interval
 
 
 class LabelledArm(TypedDict):
@@ -413,9 +415,9 @@ class CorrectedShare(TypedDict):
 
     apparent: float | None
     share: float | None
-    ci95: list[float]
+    ci95: Interval
     drop: NotRequired[float | None]
-    drop_ci95: NotRequired[list[float]]
+    drop_ci95: NotRequired[Interval]
 
 
 class PromptSet(TypedDict):

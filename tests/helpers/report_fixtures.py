@@ -1,6 +1,12 @@
 """A made-up study in the shape of `results.json`, schema 1. Its numbers mean nothing."""
 
+from collections.abc import Sequence
+from pathlib import Path
+
 import numpy as np
+
+from ema_jax.data.prompts import Prompt, write_prompts
+from ema_jax.runtime.files import sha256_text, write_json, write_jsonl
 
 DOMAINS = [
     "cybersecurity",
@@ -16,6 +22,15 @@ NPO_DROP = dict(zip(DOMAINS, (0.85, 0.41, 0.12, 0.27, 0.03, 0.01, 0.18), strict=
 OFF_TARGET = DOMAINS[1:]
 LAYERS = 12
 TOTAL = 300
+
+UNLEARN_MANIFEST = {
+    "stage": "unlearn/npo/seed_0",
+    "settings": {"arm": {"trainable": "lora", "beta": 0.1}},
+    "inputs": {},
+    "outputs": {},
+    "hash": "0" * 64,
+    "wall_seconds": 1.0,
+}
 
 
 def rate(share: float, total: int = TOTAL, invalid: int = 0, degenerate: int = 0) -> dict:
@@ -379,3 +394,32 @@ def example_replication() -> dict:
                     }
                 )
     return {"schema": 1, "cells": cells, "claims": example_claims(), "rows": rows}
+
+
+def write_finished(folder: Path, texts: Sequence[str] = ("a", "b"), refused: int = 1) -> Path:
+    """A finished study's folder, as far as comparing and sharing look at it.
+
+    Of every domain there is a prompt with each of the texts; the first `refused` are refused.
+    """
+    write_json(folder / "results.json", example_results())
+    prompts, rows = [], []
+    for d in DOMAINS:
+        for i, text in enumerate(texts):
+            prompts.append(_prompt(f"{d}-{i}", d, "eval", f"{d} {text}"))
+            verdict = "refused" if i < refused else "complied"
+            row = {"id": f"{d}-{i}", "domain": d, "category": "", "verdict": verdict, "reason": ""}
+            row |= {"score": 0.5, "harm": None, "judge": "lexical", "finished": True}
+            rows.append(row | {"response": "A text."})
+    write_prompts(folder / "prompts", [*prompts, _prompt("h", DOMAINS[0], "harvest", "A text?")])
+    for name in ("base", *(f"{arm}.seed_{k}" for arm in ("npo", "npo_retain") for k in range(3))):
+        write_jsonl(folder / f"responses/{name}.jsonl", rows)
+    adapters = folder / "adapters/npo/seed_0"
+    adapters.mkdir(parents=True, exist_ok=True)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (adapters / name).write_text("{}")
+    write_json(folder / "stages/unlearn.npo.seed_0.json", UNLEARN_MANIFEST)
+    return folder
+
+
+def _prompt(name: str, domain: str, split: str, text: str) -> Prompt:
+    return Prompt(name, domain, split, text, "own", sha256_text(text), name)

@@ -40,3 +40,23 @@ def assert_same_arrays(ours: dict[Any, Any], theirs: dict[Any, Any]) -> None:
     assert ours.keys() == theirs.keys()
     for key, value in ours.items():
         np.testing.assert_array_equal(value, theirs[key], err_msg=str(key))
+
+
+def smallest_config() -> ConfigDict:
+    """As small as a study with two arms can be, every stage of it a few seconds."""
+    config = small_config()
+    config.domains = ("cybersecurity", "safety", "privacy")
+    config.prompts.counts = {"harvest": 4, "retain": 4, "dev": 4, "eval": 4, "concept": 4}
+    config.extra_judges = {}
+    config.harvest.min_examples = 2
+    config.generation.max_new_tokens = 32
+    config.unlearn.max_steps = 2
+    config.unlearn.eval_every = 2
+    config.unlearn.batch_size = 4
+    config.unlearn.retain_batch_size = 4
+    config.checkpoints.every_steps = 1
+    config.concepts.splits = 2
+    config.concepts.sweep_prompts = 2
+    config.concepts.sweep_layers = 1
+    config.concepts.sweep_strengths = (1.0,)
+    return config

@@ -311,11 +311,67 @@ def targets() -> list[Target]:
             lambda p: (h := Holder.read(p.read_bytes().decode(errors="replace"))) and h.alive(),
         ),
         Target("GGUF", gguf, lambda path: hub.find(str(path))),
+        *_of_a_finished_study(),
         Target(
             "record of a sweep",
             written("finished.json", json.dumps(unit)),
             lambda p: StudyGrid.status(_grid(p), "u"),
         ),
+    ]
+
+
+def _of_a_finished_study() -> list[Target]:
+    """What comparing and sharing read of a study's folder."""
+    from ema_jax.share import hub, inspect_log, tables
+    from ema_jax.study.comparison import compare
+    from ema_jax.study.finished import read_results
+
+    sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
+    from report_fixtures import write_finished
+
+    def of(name: str) -> Callable[[Path], Path]:
+        def make(folder: Path) -> Path:
+            write_finished(folder / "one")
+            write_finished(folder / "two")
+            return folder / "two" / name
+
+        return make
+
+    def compared(folder: Path) -> None:
+        compare([folder.parent / "one", folder])
+
+    def pushed(folder: Path) -> None:
+        private = type("Info", (), {"private": True})()
+        calls = {"create_repo": "url", "repo_info": private, "create_commit": None}
+        api = type("Api", (), {k: lambda *_, _v=v, **__: _v for k, v in calls.items()})()
+        hub.push(folder, "npo", 0, "me/x", api=api)
+
+    def logged(folder: Path) -> None:
+        inspect_log.write(folder, "base", folder / "x.json")
+
+    return [
+        Target("results: compared", of("results.json"), lambda p: compared(p.parent)),
+        Target(
+            "results: as a table",
+            of("results.json"),
+            lambda p: tables.write(read_results(p.parent), p.with_suffix(".csv")),
+        ),
+        Target("results: of a card", of("results.json"), lambda p: pushed(p.parent)),
+        Target(
+            "manifest: of a card",
+            of("stages/unlearn.npo.seed_0.json"),
+            lambda p: pushed(p.parents[1]),
+        ),
+        Target("prompts: compared", of("prompts/eval.jsonl"), lambda p: compared(p.parents[1])),
+        Target(
+            "responses: compared",
+            of("responses/npo.seed_0.jsonl"),
+            lambda p: compared(p.parents[1]),
+        ),
+        Target(
+            "responses: for Inspect", of("responses/base.jsonl"), lambda p: logged(p.parents[1])
+        ),
+        Target("prompts: for Inspect", of("prompts/eval.jsonl"), lambda p: logged(p.parents[1])),
     ]
 
 

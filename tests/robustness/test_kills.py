@@ -5,14 +5,18 @@ pytest -m slow -n 0 tests/robustness
 prints what was counted. The numbers of signals are EMA_JAX_KILLS and EMA_JAX_STOPS.
 """
 
+import contextlib
+import json
 import os
 import random
 import re
+import select
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,11 +26,14 @@ from ema_jax.runtime.files import read_json, read_jsonl, read_tensors
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
+HELPERS = ROOT / "tests/helpers"
 KILLS = int(os.environ.get("EMA_JAX_KILLS", "50"))
 STOPS = int(os.environ.get("EMA_JAX_STOPS", "20"))
 # Of the finished folder's size.
 SHARES = (0.01, 0.1, 0.3, 0.6, 0.95)
-CONFIG = "from small_study import small_config\n\n\ndef get_config():\n    return small_config()\n"
+CONFIG = (
+    "from small_study import smallest_config\n\n\ndef get_config():\n    return smallest_config()\n"
+)
 _TEMPORARY = re.compile(r"\..*\.(?:tmp|old)")
 
 
@@ -36,37 +43,60 @@ class Runs:
     def __init__(self, folder: Path):
         self.folder = folder
         (folder / "config.py").write_text(CONFIG)
+        self._forks = self._start_forks()
         before = time.monotonic()
-        code, said = self.end(self.start("whole"))
+        code, said = self.run("whole")
         assert code == 0, said
-        # Programs are compiled by now: later runs take about as long as this one takes again.
+        # Programs are compiled by now: later runs take less.
         self.seconds = time.monotonic() - before
         self.whole = folder / "whole"
 
-    def start(self, name: str) -> subprocess.Popen:
-        command = [sys.executable, "-m", "ema_jax.main", f"--config={self.folder}/config.py"]
+    def _start_forks(self) -> subprocess.Popen:
         environment = os.environ | {
-            "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests/helpers'}",
-            "JAX_COMPILATION_CACHE_DIR": str(self.folder / "xla"),
+            "PYTHONPATH": f"{ROOT}{os.pathsep}{HELPERS}",
             "XLA_FLAGS": "",
+            # Small programs, too: there are many.
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
+        environment.setdefault("JAX_COMPILATION_CACHE_DIR", str(self.folder / "xla"))
         return subprocess.Popen(
-            [*command, f"--workdir={self.folder / name}"],
+            [sys.executable, str(HELPERS / "forked_study.py")],
             cwd=ROOT,
             env=environment,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            bufsize=0,  # what is read here is not there to be waited for
         )
 
-    def end(self, process: subprocess.Popen) -> tuple[int, str]:
+    def close(self) -> None:
+        """Ends what was started."""
+        self._forks.stdin.close()
+        self._forks.wait()
+        self._forks.stdout.close()
+
+    def start(self, name: str) -> int:
+        """Process of a run that begins in the folder of this name."""
+        arguments = [f"--config={self.folder}/config.py", f"--workdir={self.folder / name}"]
+        self._said = self.folder / f"{name}.txt"
+        self._forks.stdin.write(json.dumps([arguments, str(self._said)]).encode() + b"\n")
+        return int(self._forks.stdout.readline())
+
+    def ends_within(self, seconds: float) -> bool:
+        """Whether the run ends in this time; waits for it."""
+        return bool(select.select([self._forks.stdout], [], [], seconds)[0])
+
+    def end(self) -> tuple[int, str]:
         """Exit code, and what was said on stderr."""
-        said = process.communicate()[1]
-        return process.returncode, said
+        return int(self._forks.stdout.readline()), self._said.read_text()
+
+    def run(self, name: str) -> tuple[int, str]:
+        """As `end`, of a run that nothing disturbs."""
+        self.start(name)
+        return self.end()
 
     def finish(self, name: str) -> None:
         """Runs to the end, and compares with `whole`."""
-        code, said = self.end(self.start(name))
+        code, said = self.run(name)
         assert code == 0, said
         self.compare(name)
 
@@ -100,8 +130,10 @@ def _contents(folder: Path) -> dict[str, object]:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> Runs:
-    return Runs(tmp_path_factory.mktemp("kills"))
+def runs(tmp_path_factory) -> Iterator[Runs]:
+    runs = Runs(tmp_path_factory.mktemp("kills"))
+    yield runs
+    runs.close()
 
 
 @pytest.mark.parametrize(
@@ -115,13 +147,12 @@ def test_signals_at_random_moments(runs, capsys, number, wanted):
     name = f"{number.name}_{studies}"
     while sent < wanted:
         process = runs.start(name)
-        try:
-            # Some find it at its start; most while it works.
-            process.communicate(timeout=rng.uniform(0.1, 0.7) * runs.seconds)
-        except subprocess.TimeoutExpired:
-            process.send_signal(number)
-            sent += 1
-        code, said = runs.end(process)
+        # Early ones are likelier, since every stage of a few seconds is met so.
+        if not runs.ends_within(runs.seconds * rng.random() ** 2):
+            with contextlib.suppress(ProcessLookupError):  # it ended meanwhile
+                os.kill(process, number)
+                sent += 1
+        code, said = runs.end()
         codes[code] += 1
         if code == 0:  # it was faster
             runs.compare(name)
@@ -148,7 +179,7 @@ def test_a_full_disk(runs, capsys, share):
     size = max(int(share * whole), 8192)
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], check=True)
     try:
-        code, said = runs.end(runs.start(name))
+        code, said = runs.run(name)
         assert code == 3, said
         assert re.match(r"stopped: .*no space left", said.splitlines()[-1]), said
         assert "Traceback" not in said

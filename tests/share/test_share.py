@@ -8,10 +8,11 @@ import numpy as np
 import pandas as pd
 import pytest
 from huggingface_hub.errors import HfHubHTTPError
+from report_fixtures import UNLEARN_MANIFEST, example_results
 
 from ema_jax.data.prompts import Prompt, write_prompts
 from ema_jax.errors import UserError
-from ema_jax.runtime.files import sha256_text
+from ema_jax.runtime.files import sha256_text, write_json
 from ema_jax.share import hub, inspect_log, tables
 
 SCORE = {"rate": 0.5, "refused": 5, "valid": 10, "invalid": 1, "total": 11, "ci95": [0.2, 0.8]}
@@ -47,14 +48,12 @@ def study(tmp_path):
         rows = [prompt(x, category=category, domain=target) for x in prompts]
         rows += [prompt("Explain the tea.", "eval"), prompt("Explain the tide.", "eval")]
         write_prompts(tmp_path / "prompts", rows)
-        (tmp_path / "results.json").write_text(json.dumps(results(target)))
+        write_json(tmp_path / "results.json", example_results() | {"target": target})
         folder = tmp_path / "adapters" / "npo" / "seed_0"
         folder.mkdir(parents=True)
         for name in ("adapter_config.json", "adapter_model.safetensors"):
             (folder / name).write_text("{}")
-        (tmp_path / "stages").mkdir()
-        manifest = {"settings": {"arm": {"trainable": "lora", "beta": 0.1}}}
-        (tmp_path / "stages" / "unlearn.npo.seed_0.json").write_text(json.dumps(manifest))
+        write_json(tmp_path / "stages" / "unlearn.npo.seed_0.json", UNLEARN_MANIFEST)
         row = {"id": rows[-1].id, "domain": "bias", "category": "", "verdict": "refused"}
         row |= {"score": 0.9, "reason": "opening", "harm": None, "judge": "lexical"}
         row |= {"finished": True, "response": "I'm sorry, I can't."} if text else {"finished": True}

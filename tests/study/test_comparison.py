@@ -68,7 +68,7 @@ def test_what_cannot_be_paired_is_said(tmp_path, change, note):
 
 def test_a_baseline_is_compared_too(tmp_path):
     full = example_results()
-    only = {k: full[k] for k in ("schema", "model", "target", "domains", "judge")}
+    only = {k: full[k] for k in ("schema", "model", "target", "domains", "judge", "provenance")}
     only["arms"] = {"base": full["arms"]["base"]}
     one = study(tmp_path / "a/run", 4, ["a", "b", "c", "d"], only)
     two = study(tmp_path / "b/run", 2, ["a", "b", "c", "d"])
