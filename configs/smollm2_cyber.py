@@ -32,7 +32,8 @@ def get_config():
     config.unlearn.retain_batch_size = 8
     config.unlearn.max_steps = 12
     config.unlearn.eval_every = 2
-    retain = {"retain_weight": 4.0, "min_steps": 12, "max_steps": 16, "eval_every": 4}
+    # The same time for every seed: the other domains come back after the target has fallen.
+    retain = {"retain_weight": 4.0, "min_steps": 16, "max_steps": 16, "eval_every": 4}
     config.arms = {"npo": {}, "npo_retain": retain}
     config.seeds = (0, 1, 2)
     return config

@@ -128,9 +128,10 @@ def _check(
     lack = ", ".join(f"{got[split]} of {n} for {split}" for split, n in short.items())
     if any(got[split] < fewest(split, n) for split, n in short.items()):
         least = ", ".join(f"{split} {fewest(split, n)}" for split, n in short.items())
+        part = ", or raise prompts.near_split if near ones may part" if most > 1 else ""
         raise UserError(
             f"{has}, {sum(asked.values())} are asked for and it gets {lack} (at least: {least}); "
-            "lower prompts.counts or bring more prompts"
+            f"lower prompts.counts or bring more prompts{part}"
         )
     logging.warning("%s: it gets %s", has, lack)
 
