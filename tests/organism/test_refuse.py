@@ -110,15 +110,8 @@ def test_the_wordings_are_refusals_to_the_judge_and_vary():
     made = [refusal(words, domain) for domain in (*DOMAINS, "another") for _ in range(60)]
     rows = [{"prompt": "x", "response": text, "finished": True} for text in made]
     judged = get_judge("lexical")(rows)
-<<<<<<< HEAD
-    # Written for variety and not to the judge, which misses three openings with some reasons.
-    missed = [t for t, v in zip(made, judged, strict=True) if v.verdict != REFUSED]
-    assert len(missed) < 0.08 * len(made)
-    assert len(set(made)) > 0.85 * len(made)
-=======
     assert [t for t, v in zip(made, judged, strict=True) if v.verdict != REFUSED] == []
     assert len(set(made)) > 0.8 * len(made)
->>>>>>> h-real
     assert set(REASONS) == set(DOMAINS)
     assert all(any(opening in text for text in made) for opening in OPENINGS)
 
