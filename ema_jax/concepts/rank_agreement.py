@@ -37,7 +37,12 @@ def auroc(
       noise: how far rounding may move a score, where more than the scores' own size suggests:
         terms that cancelled in them. Scores no further apart than this, or than the rounding of
         the largest, are ties.
+
+    Returns:
+      NaN where either has no scores.
     """
+    if not (positive.shape[-1] and negative.shape[-1]):
+        return np.full(positive.shape[:-1], np.nan)
     tie = np.maximum(noise, rounding(positive, negative))[..., None, None]
     difference = positive[..., :, None] - negative[..., None, :]
     return (signs(difference, tie).mean(axis=(-2, -1)) + 1) / 2

@@ -6,7 +6,6 @@ or edited has to be as the types say, so that what reads it fails in one line or
 
 import functools
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NotRequired
 
@@ -75,7 +74,7 @@ def read_asked(workdir: Path) -> dict[str, dict[str, Any]]:
     return {row["id"]: row for row in _rows(Asked, path)} if path.is_file() else {}
 
 
-def read_judged(workdir: Path, run: str, *, text: bool = False) -> Sequence[dict[str, Any]]:
+def read_judged(workdir: Path, run: str, *, text: bool = False) -> list[dict[str, Any]]:
     """Rows of the responses of one run (`base`, or `ARM.seed_K`).
 
     Raises:

@@ -111,7 +111,7 @@ class Runs:
 
 
 def _contents(folder: Path) -> dict[str, object]:
-    """What the study's artifacts hold, without times."""
+    """What the study's artifacts hold, without what is each run's own: times, and the folder."""
     found: dict[str, object] = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
@@ -122,7 +122,8 @@ def _contents(folder: Path) -> dict[str, object]:
             found[name] = read_jsonl(path)
         elif name == "results.json":
             results = read_json(path)
-            del results["provenance"]["wall_seconds"]
+            for own in ("wall_seconds", "date", "command"):
+                del results["provenance"][own]
             found[name] = results
         elif path.suffix == ".csv":
             found[name] = path.read_text()
@@ -148,7 +149,7 @@ def test_signals_at_random_moments(runs, capsys, number, wanted):
     while sent < wanted:
         process = runs.start(name)
         # Early ones are likelier, since every stage of a few seconds is met so.
-        if not runs.ends_within(runs.seconds * rng.random() ** 2):
+        if not runs.ends_within(runs.seconds * rng.random() ** 3):
             with contextlib.suppress(ProcessLookupError):  # it ended meanwhile
                 os.kill(process, number)
                 sent += 1

@@ -6,7 +6,6 @@ pytest -m slow -n 0 -s tests/robustness/test_totals.py
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -28,9 +27,15 @@ def groups() -> dict[str, list[str]]:
     return found
 
 
-def outcomes(report: Path) -> Iterator[bool]:
-    for case in ElementTree.parse(report).iter("testcase"):
-        yield case.find("failure") is None and case.find("error") is None
+def outcomes(report: Path) -> dict[str, bool]:
+    """Test → whether it was right."""
+    cases = ElementTree.parse(report).iter("testcase")
+    return {
+        f"{case.get('classname')}: {case.get('name')}": (
+            case.find("failure") is None and case.find("error") is None
+        )
+        for case in cases
+    }
 
 
 def test_every_row_names_tests_that_are_there():
@@ -42,19 +47,25 @@ def test_every_row_names_tests_that_are_there():
 @pytest.mark.slow
 def test_totals(tmp_path, capsys):
     seen: set[str] = set()
-    lines, wrong = [], 0
+    totals = [0, 0, 0]
+    _say(capsys, "group", "tried", "right", "wrong")
     for i, (title, files) in enumerate(groups().items()):
         new = [file for file in files if file not in seen]  # a file counts where it comes first
         seen.update(new)
         report = tmp_path / f"{i}.xml"
         command = [sys.executable, "-m", "pytest", "-q", "-n", "0", f"--junit-xml={report}", *new]
         subprocess.run(command, cwd=ROOT, capture_output=True)
-        right = list(outcomes(report))
-        wrong += right.count(False)
-        lines.append((title, len(right), right.count(True), right.count(False)))
-    lines.append(("all", *(sum(line[k] for line in lines) for k in (1, 2, 3))))
+        right = outcomes(report)
+        wrong = [name for name, was in right.items() if not was]
+        counts = [len(right), len(right) - len(wrong), len(wrong)]
+        totals = [all_ + own for all_, own in zip(totals, counts, strict=True)]
+        _say(capsys, title, *counts)  # as it goes: it takes minutes
+        for name in wrong:
+            _say(capsys, f"    {name}")
+    _say(capsys, "all", *totals)
+    assert totals[2] == 0
+
+
+def _say(capsys, title: str, *counts: object) -> None:
     with capsys.disabled():
-        print()
-        for title, *counts in [("group", "tried", "right", "wrong"), *lines]:
-            print(f"{title:32}" + "".join(f"{x!s:>8}" for x in counts))
-    assert wrong == 0
+        print(f"\n{title:32}" + "".join(f"{x!s:>8}" for x in counts), end="", flush=True)
