@@ -37,7 +37,7 @@ class Watch:
         """Says which stage starts, and how long the rest will take if that can be estimated."""
         place = f"stage {self._total - len(self._left) + 1} of {self._total}"
         estimated, real = self._measured
-        left = f", about {duration(sum(self._left) * real / estimated)} left" if estimated else ""
+        left = f", at most {duration(sum(self._left) * real / estimated)} left" if estimated else ""
         logging.info("%s: %s%s", place, title(stage, run), left)
 
     def end(self, stage: str, run: Run | None, seconds: float | None) -> None:

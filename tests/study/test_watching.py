@@ -38,7 +38,7 @@ def test_a_line_as_a_stage_starts_and_one_with_what_it_found(tmp_path, lines):
     watch.end("unlearn", run, 30.0)
     assert lines[0] == "stage 2 of 3: baseline"
     assert lines[1] == "  refused: bias 67%, privacy no valid response (2 min)"
-    assert lines[2].startswith("stage 3 of 3: unlearn, arm npo, seed 0, about ")
+    assert lines[2].startswith("stage 3 of 3: unlearn, arm npo, seed 0, at most ")
     assert lines[2].endswith(" left")
     assert (
         lines[3] == "  24 steps, stopped: target, cybersecurity 2% refused on the dev split (30 s)"
@@ -60,7 +60,7 @@ def test_the_time_left_is_in_proportion_to_the_work(tmp_path, lines):
     assert 1 < ratio < 1.2  # the same responses, and a capture
     assert (
         lines[-1]
-        == f"stage 2 of 3: evaluate, arm npo, seed 0, about {2000 * ratio / 60:.0f} min left"
+        == f"stage 2 of 3: evaluate, arm npo, seed 0, at most {2000 * ratio / 60:.0f} min left"
     )
 
 
