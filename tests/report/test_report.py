@@ -40,6 +40,8 @@ FIGURES = {
     *("shares", "refusal", "ema", "trajectory", "entanglement", "entanglement_centred"),
     *("entanglement_map", "erasure", "forecast", "angle", "patching", "sweep"),
 }
+# Parts with the slowest figures, which many a test does not touch: `study` has them.
+MAPS = ("entanglement", "angle_degrees", "patching", "sweep")
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 
 
@@ -323,7 +325,7 @@ def test_a_damaged_target_is_called_so_everywhere():
 
 
 def test_results_from_before_the_shares_still_render(tmp_path):
-    results = as_before(example_results())
+    results = as_before({k: v for k, v in example_results().items() if k not in MAPS})
     results["arms"]["npo"]["refusal"]["bias"] |= {"invalid": 90, "total": 990}
     points = example_trajectories()
     for run in points:
@@ -405,7 +407,7 @@ def test_a_missing_part_leaves_out_its_section_only(tmp_path, missing):
 
 
 def test_null_numbers_are_dashes_and_draw_nothing(tmp_path):
-    results = example_results()
+    results = {k: v for k, v in example_results().items() if k not in MAPS}
     empty = {"refused": 0, "valid": 0, "invalid": 300, "total": 300, "rate": None, "ci95": None}
     results["arms"]["npo"]["refusal"]["bias"] = dict(empty)
     for seed in results["arms"]["npo"]["seeds"].values():
@@ -432,7 +434,7 @@ def test_a_baseline_alone_is_a_report(tmp_path):
 
 def test_a_single_blank_trajectory_and_many_arms_are_drawn(tmp_path):
     results = example_results()
-    for part in ("ema", "entanglement", "erasure", "forecast"):
+    for part in ("ema", "erasure", "forecast", *MAPS):
         del results[part]
     for i in range(7):
         results["arms"][f"arm{i}"] = copy.deepcopy(results["arms"]["npo"])
