@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from ema_jax.report import drawing, tables
-from ema_jax.report.drawing import INK, label
+from ema_jax.report.drawing import INK, RULE, label
 from ema_jax.report.html import Chart, render
 
 if TYPE_CHECKING:
@@ -59,32 +59,34 @@ def write_comparison(path: Path, found: Mapping[str, Any], folders: Sequence[Pat
 
 
 def figure(rows: Sequence[Mapping[str, Any]]) -> "Figure | None":
-    """Target refusal and worst drop per study and arm."""
+    """Target refusal and worst drop: a line per study and arm, so no arm leaves gaps elsewhere."""
     arms = list(dict.fromkeys(row["arm"] for row in rows))
-    names = list(dict.fromkeys(row["study"] for row in rows))
     look = {"base": (INK, "o")} if "base" in arms else {}
     look |= drawing.looks(arm for arm in arms if arm != "base")
-    made = drawing.blank(0.24 * len(names) * max(2, len(arms)) + 1.2)
+    names = [f"{row['study']}: {row['arm']}" for row in rows]
+    made = drawing.blank(0.24 * len(rows) + 1)
     grid = made.subplots(1, 2)
     panels = (
         ("target refusal rate (%)", "target_rate"),
         ("worst other drop (points)", "worst_drop"),
     )
     for i, (axes, (title, key)) in enumerate(zip(grid, panels, strict=True)):
-        for arm, y in drawing.rows(axes, names, look):
-            for row in rows:
-                if row["arm"] != arm or row.get(key) is None:
-                    continue
-                shown = {"x": row[key], "ci95": [row[f"{key}_lo"], row[f"{key}_hi"]]}
-                text = f"{row['study']}, {arm}: {100 * row[key]:.1f} {title.rpartition('(')[0]}"
-                text += tables.interval(shown["ci95"])
-                if key == "worst_drop":
-                    text += f" in {label(row['worst_domain'])}"
-                height = y[names.index(row["study"])]
-                drawing.interval(axes, shown, "x", height, *look[arm], text=text)
+        axes.set_yticks(range(len(names)), names)
+        axes.set_ylim(len(names) - 0.4, -0.6)
+        axes.tick_params(axis="y", length=0, labelleft=i == 0)
+        axes.grid(axis="x")
+        for y, row in enumerate(rows):
+            if y and row["study"] != rows[y - 1]["study"]:
+                axes.axhline(y - 0.5, color=RULE, linewidth=0.7)
+            if row.get(key) is None:
+                continue
+            shown = {"x": row[key], "ci95": [row[f"{key}_lo"], row[f"{key}_hi"]]}
+            text = f"{row['study']}, {row['arm']}: {100 * row[key]:.1f} {title.rpartition('(')[0]}"
+            text += tables.interval(shown["ci95"])
+            if key == "worst_drop":
+                text += f" in {label(row['worst_domain'])}"
+            drawing.interval(axes, shown, "x", y, *look[row["arm"]], text=text)
         axes.set(title=title)
-        axes.tick_params(axis="y", labelleft=i == 0)
     grid[0].set_xlim(-1.5, 101.5)
     grid[1].axvline(0, color=INK, linewidth=0.9)
-    drawing.legend(made, look)
     return made

@@ -42,6 +42,8 @@ STYLE: Any = {
     "svg.hashsalt": "ema_jax",
     "savefig.dpi": 150,
 }
+# Formats beside SVG, without what would differ from run to run.
+FILES: dict[str, dict[str, None]] = {"png": {"Software": None}, "pdf": {"CreationDate": None}}
 WIDTH_INCHES = 9.0
 NARROW_INCHES = 5.2  # of the chart on the first screen, also read on a phone
 
@@ -98,11 +100,11 @@ def save(draw: "Callable[[], Figure | None]", folder: Path, name: str, alt: str)
         figure = draw()
         if figure is None:
             return ""
-        with atomic_path(folder / f"{name}.png") as path:
-            figure.savefig(path, format="png", metadata={"Software": None}, facecolor="white")
+        figure.draw_without_rendering()
         figure.set_layout_engine("none")  # it is laid out: the same in every format, and faster
-        with atomic_path(folder / f"{name}.pdf") as path:
-            figure.savefig(path, format="pdf", metadata={"CreationDate": None}, facecolor="white")
+        for kind, metadata in FILES.items():
+            with atomic_path(folder / f"{name}.{kind}") as path:
+                figure.savefig(path, format=kind, metadata=metadata, facecolor="white")
         drawn = io.StringIO()
         figure.savefig(drawn, format="svg", metadata={"Date": None}, transparent=True)
     text = _titled(drawn.getvalue())
@@ -180,24 +182,30 @@ _AROUND = (
 
 
 def name_points(
-    axes: "Axes", places: Mapping[str, tuple[float, float]], size_inches: tuple[float, float]
+    axes: "Axes",
+    places: Mapping[str, tuple[float, float]],
+    size_inches: tuple[float, float],
+    bars: Sequence[tuple[float, float, float]] = (),
 ) -> None:
-    """Writes each name beside its point, where it covers no other name or point.
+    """Writes each name beside its point, where it covers no other name, point or bar.
 
     Args:
         axes: with its limits set.
         places: name → point.
         size_inches: width and height of the axes, roughly: the layout is not known yet.
+        bars: `(x, low, high)` of vertical lines.
     """
     (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
-    points = {
-        name: (
-            72 * size_inches[0] * (x - left) / (right - left),
-            72 * size_inches[1] * (y - bottom) / (top - bottom),
-        )
-        for name, (x, y) in places.items()
-    }
+
+    def inside(x: float, y: float) -> tuple[float, float]:
+        across, up = (x - left) / (right - left), (y - bottom) / (top - bottom)
+        return 72 * size_inches[0] * across, 72 * size_inches[1] * up
+
+    points = {name: inside(*place) for name, place in places.items()}
     taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in points.values()]
+    for x, low, high in bars:
+        (at, start), (_, end) = inside(x, low), inside(x, high)
+        taken.append((at - 1, start, at + 1, end))
     for name, (x, y) in points.items():
         text = label(name)
         wide, high, boxes = 5.6 * len(text), 11, []

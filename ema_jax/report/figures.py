@@ -42,7 +42,7 @@ def refusal(results: Mapping[str, Any]) -> "Figure | None":
     Narrow, as it stands beside the findings on the first screen and is read on a phone.
     """
     domains, look = ordered_domains(results), arm_look(results)
-    height = 0.18 * len(domains) * max(len(look), 2) + 1.1
+    height = (0.12 * max(len(look), 2) + 0.18) * len(domains) + 1.1
     figure = drawing.blank(height, drawing.NARROW_INCHES)
     axes = figure.subplots()
     for arm, y in drawing.rows(axes, [titled(d, results) for d in domains], look):
@@ -341,7 +341,8 @@ def forecast(results: Mapping[str, Any], arm: str) -> "Figure | None":
             drawing.tip(artist, text)
     axes.margins(x=0.3)
     places = {d: (score[d], 100 * measured[d]["drop"]) for d in domains}
-    drawing.name_points(axes, places, (4.6, 2.9) if by_layer else (8, 2.9))
+    bars = [(score[d], *(100 * x for x in measured[d]["ci95"])) for d in domains]
+    drawing.name_points(axes, places, (4.6, 2.9) if by_layer else (8, 2.9), bars)
     axes.grid()
     axes.set(
         xlabel="forecast from the base model's early layers",

@@ -208,5 +208,6 @@ def _figure(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(map(_figure, value))
     if isinstance(value, Mapping):
-        return ", ".join(f"{label(str(k))} {_figure(v)}" for k, v in value.items())
+        names = {"auc": "AUC"}
+        return ", ".join(f"{names.get(k, label(k).lower())} {_figure(v)}" for k, v in value.items())
     return MISSING if value is None else str(value)

@@ -328,7 +328,8 @@ def records(
         if isinstance(value, str | bool | list) and f"{key}_lo" not in given
     }
     text = [i for i, key in enumerate(keys) if key in words]
-    names = tuple("p" if key == "p" else label(key).replace("p holm", "Holm p") for key in keys)
+    known = {"p": "p", "p_holm": "Holm p", "ema_jax": "ema_jax"}
+    names = tuple(known.get(key, label(key).replace("p holm", "Holm p")) for key in keys)
     return Table(caption, names, groups, (0, *text), links or {})
 
 
@@ -351,7 +352,7 @@ def _field(key: str, value: Any) -> str:
         return points(value)
     if "rate" in key or "answered" in key or key.startswith("recovered"):
         return percent(value)
-    return p_value(value) if key == "p" or "_p" in key else number(value)
+    return p_value(value) if key == "p" or key.startswith("p_") or "_p" in key else number(value)
 
 
 def _rate_cells(rate: Mapping[str, Any]) -> tuple[str, ...]:

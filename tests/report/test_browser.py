@@ -12,7 +12,7 @@ import pytest
 from report_fixtures import example_replication, example_results, example_trajectories
 
 from ema_jax.config import StudyConfig
-from ema_jax.report import write_replication_report, write_report
+from ema_jax.report import drawing, write_replication_report, write_report
 from ema_jax.study import origin
 
 pytestmark = pytest.mark.slow
@@ -25,8 +25,10 @@ def pages(tmp_path_factory):
     results = example_results()
     results["provenance"]["settings"] = origin.settings(StudyConfig())
     samples = [{"arm": "npo", "prompt": "p", "response": "<img src=x onerror=alert(1)>"}]
-    write_report(folder / "study", results, example_trajectories(), samples)
-    write_replication_report(folder / "replication", example_replication())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(drawing, "FILES", {})  # the page needs neither PNG nor PDF
+        write_report(folder / "study", results, example_trajectories(), samples)
+        write_replication_report(folder / "replication", example_replication())
     return {name: folder / name / "report/index.html" for name in ("study", "replication")}
 
 
@@ -38,12 +40,14 @@ def browser():
     path = os.environ.get("EMA_JAX_CHROMIUM") or next(filter(None, map(shutil.which, names)), None)
     assert path, "no Chromium found: install it, or name it in EMA_JAX_CHROMIUM"
     with sync_playwright() as running:
-        yield running.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        arguments = ["--no-sandbox", "--disable-gpu"]  # a runner has none: seconds a page
+        yield running.chromium.launch(executable_path=path, args=arguments)
 
 
 def opened(browser, path, **options):
     """A page, with everything that it asks for and complains of."""
     context = browser.new_context(permissions=["clipboard-read", "clipboard-write"], **options)
+    context.set_default_timeout(120_000)  # on a busy machine a page takes long
     page = context.new_page()
     page.asked, page.complaints = [], []
     page.on("request", lambda request: page.asked.append(request.url))
