@@ -19,12 +19,26 @@ def plain_arms(results: Mapping[str, Any]) -> list[str]:
 
 def headline(results: Mapping[str, Any]) -> list[str]:
     """Sentences for the top of the report: target, spill, containment, forecast, validity."""
+    if len(results["arms"]) == 1:
+        return [base_sentence(results)]
     sentences = []
     for arm in plain_arms(results):
         sentences += [target_sentence(results, arm), spill_sentence(results, arm)]
     sentences += [containment_sentence(results, arm) for arm in results.get("containment", {})]
     sentences += [forecast_sentence(results), invalid_sentence(results)]
     return [sentence for sentence in sentences if sentence]
+
+
+def base_sentence(results: Mapping[str, Any]) -> str:
+    """What the untouched model refuses, where no arm is finished."""
+    rates = {d: score["rate"] for d, score in results["arms"]["base"]["refusal"].items()}
+    target = results["target"]
+    others = sorted(rate for d, rate in rates.items() if d != target and rate is not None)
+    text = f"No arm is finished. The untouched model refuses {percent(rates.get(target))} of the "
+    text += f"prompts in the target {_name(target)}"
+    if others:
+        text += f" and {percent(others[0])} to {percent(others[-1])} in the other domains"
+    return f"{text}."
 
 
 def target_sentence(results: Mapping[str, Any], arm: str) -> str:

@@ -295,6 +295,14 @@ def test_headline_hedges_when_nothing_is_significant():
     assert "not distinguishable from zero" in text
 
 
+def test_without_a_finished_arm_the_headline_is_the_base():
+    results = example_results()
+    results["arms"] = {"base": results["arms"]["base"]}
+    (text,) = headline(results)
+    assert text.startswith("No arm is finished. The untouched model refuses ")
+    assert "in the other domains" in text
+
+
 def test_headline_names_the_measure_where_they_differ():
     results = example_results()
     results["ema"]["npo"]["safety"]["compliance_p_holm"] = 0.7
