@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 _PACKAGE = Path(__file__).parents[1]
-_SOURCES = ("config.py", "data/prompts.py", "unlearning/config.py", "models/lora.py")
+_SOURCES = (
+    *("config.py", "data/prompts.py", "unlearning/config.py", "unlearning/dose.py"),
+    "models/lora.py",
+)
 _ENTRY = re.compile(r"^    (\w+): (.*(?:\n {8}.*)*)", re.M)
 
 
