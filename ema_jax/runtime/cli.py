@@ -100,9 +100,9 @@ def _exit_of(error: Exception, kept: str) -> None:
             exit_with("stopped", f"{place}: {os.strerror(code)}; {kept}, once there is room", 3)
         if error.errno in _ENVIRONMENT:
             exit_with("error", f"{place}: {error.strerror}", UserError.exit_code)
-    elif isinstance(error, RuntimeError | ValueError | AssertionError):
-        if fault := _jax_environment(error):
-            exit_with("error", fault, UserError.exit_code)
+    known = isinstance(error, RuntimeError | ValueError | AssertionError)
+    if known and (fault := _jax_environment(error)):
+        exit_with("error", fault, UserError.exit_code)
 
 
 def _jax_environment(error: Exception) -> str:

@@ -184,7 +184,7 @@ def test_a_full_disk(runs, capsys, share):
     try:
         code, said = runs.run(name)
         assert code == 3, said
-        # The second is said where training checkpoints are written, without the words of the system.
+        # The second is said of training checkpoints, without the words of the system.
         assert re.match(
             r"stopped: .*(No space left|could not be written)", said.splitlines()[-1]
         ), said
