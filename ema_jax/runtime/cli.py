@@ -74,27 +74,35 @@ def exit_codes(kept: str) -> Iterator[None]:
 
     SIGTERM and Ctrl-C raise from here on. The arguments are those of `run`.
     """
+    asked: list[type[signals.StopRequested]] = []
     try:
-        signals.raise_on_signals()
+        asked = signals.raise_on_signals()
         yield
     except UserError as error:
         exit_with("error", error, UserError.exit_code)
     except RunStoppedError as error:
         exit_with("stopped", error, RunStoppedError.exit_code)
-    except KeyboardInterrupt as asked:
-        by = asked.by if isinstance(asked, signals.StopRequested) else signals.StopRequested.by
+    except KeyboardInterrupt as stop:
+        by = stop.by if isinstance(stop, signals.StopRequested) else signals.StopRequested.by
         exit_with("stopped", f"asked to stop ({by}); {kept}", RunStoppedError.exit_code)
-    except OSError as error:
+    except Exception as error:
+        if asked:
+            exit_with("stopped", f"asked to stop ({asked[-1].by}); {kept}", 3)
+        _exit_of(error, kept)
+        raise
+
+
+def _exit_of(error: Exception, kept: str) -> None:
+    """Ends the process for what the system or the environment is to blame for; else returns."""
+    if isinstance(error, OSError):
         place = error.filename or "the disk"
         if (code := full_disk(error)) is not None:
             exit_with("stopped", f"{place}: {os.strerror(code)}; {kept}, once there is room", 3)
         if error.errno in _ENVIRONMENT:
             exit_with("error", f"{place}: {error.strerror}", UserError.exit_code)
-        raise
-    except (RuntimeError, ValueError, AssertionError) as error:
-        if fault := _jax_environment(error):
-            exit_with("error", fault, UserError.exit_code)
-        raise
+    known = isinstance(error, RuntimeError | ValueError | AssertionError)
+    if known and (fault := _jax_environment(error)):
+        exit_with("error", fault, UserError.exit_code)
 
 
 def _jax_environment(error: Exception) -> str:

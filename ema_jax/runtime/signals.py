@@ -78,15 +78,21 @@ def noting() -> Iterator[Noted]:
                 signal.signal(number, old)
 
 
-def raise_on_signals() -> None:
-    """Raises `StopRequested` in the main thread on either signal, for the rest of the process."""
-    last = -_ECHO_SECONDS
+def raise_on_signals() -> list[type[StopRequested]]:
+    """Raises `StopRequested` in the main thread on either signal, for the rest of the process.
+
+    Returns:
+        What was raised so far. In a comparison that JAX calls from C++ it comes out as another
+        exception (a ValueError), so that whatever ends a process after it is to be taken for it.
+    """
+    last, asked = -_ECHO_SECONDS, list[type[StopRequested]]()
 
     def handle(number: int, frame: FrameType | None) -> None:
         nonlocal last
         echo, last = time.monotonic() - last < _ECHO_SECONDS, time.monotonic()
         if not echo:
-            _raise(number)
+            asked.append(_RAISED[signal.Signals(number)])
+            raise asked[-1]
 
     install(handle)
     report = sys.unraisablehook
@@ -99,6 +105,7 @@ def raise_on_signals() -> None:
             report(found)
 
     sys.unraisablehook = unraisable
+    return asked
 
 
 def _raise_in(frame: FrameType, kind: type[StopRequested]) -> None:

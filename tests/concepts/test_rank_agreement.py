@@ -90,3 +90,10 @@ def test_transfer_between_orthogonal_concepts_is_blind(scale):
     found = all_pairs(acts, ("safety", "bias"), measures=["probe_transfer"], **draws)
     observed = found.measures["probe_transfer"].observed
     np.testing.assert_array_equal(observed, np.tile([[1, 0.5], [0.5, 1]], (8, 1, 1)))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(("positive", "negative"), [(0, 3), (3, 0), (0, 0)])
+def test_auroc_of_nothing_is_unknown(positive, negative):
+    found = auroc(np.ones((2, positive)), np.ones((2, negative)))
+    np.testing.assert_array_equal(found, [np.nan, np.nan])

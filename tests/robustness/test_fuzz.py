@@ -116,3 +116,18 @@ def test_no_loader_fails_otherwise_than_it_may(capsys):
     with capsys.disabled():
         print(done.stdout)
     assert done.stdout.rstrip().endswith("places that fail 0"), done.stdout
+
+
+def test_a_stop_that_became_another_exception():
+    script = """
+import os, signal
+from ema_jax.runtime import cli
+with cli.exit_codes("kept"):
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+    except BaseException:
+        raise ValueError("static arguments") from None
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 3
+    assert done.stderr == "stopped: asked to stop (SIGTERM); kept\n"
