@@ -85,6 +85,9 @@ def exit_codes(kept: str) -> Iterator[None]:
     except KeyboardInterrupt as stop:
         by = stop.by if isinstance(stop, signals.StopRequested) else signals.StopRequested.by
         exit_with("stopped", f"asked to stop ({by}); {kept}", RunStoppedError.exit_code)
+    except BrokenPipeError:  # `… | head` reads no further
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor at the last flush
+        sys.exit(0)
     except Exception as error:
         if asked:
             exit_with("stopped", f"asked to stop ({asked[-1].by}); {kept}", 3)

@@ -1,4 +1,4 @@
-"""Sharing a finished study: `python -m ema_jax.share --workdir=DIR --to=csv --output=FILE.csv`."""
+"""Sharing a study: `python -m ema_jax.share --workdir=DIR --to=table --output=FILE.csv`."""
 
 from collections.abc import Sequence
 from pathlib import Path

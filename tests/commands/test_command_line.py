@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -328,6 +329,13 @@ def test_a_study_is_described_and_compared_with_another(tmp_path):
         (tmp_path / "other.json").write_text(text)
         with pytest.raises(UserError, match=r"other\.json"):
             reproduction.read(tmp_path / "other.json")
+
+
+def test_a_reader_of_help_may_stop_reading():
+    command = f"{shlex.quote(sys.executable)} -m ema_jax run --help | head -1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.startswith("The whole study")
+    assert done.stderr == ""
 
 
 def test_help_names_every_field_and_stage_without_jax():
