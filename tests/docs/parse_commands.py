@@ -33,7 +33,7 @@ def parse(module: str, arguments: list[str]) -> None:
         return
     command.define_flags()
     cli._parse_flags([module, *arguments], positional=True)
-    if "config" in flags.FLAGS:
+    if "config" in flags.FLAGS and any(a.startswith("--config=") for a in arguments):
         from ema_jax.study.flags import read_config
 
         read_config()
