@@ -304,7 +304,7 @@ def _kept_in(bucket: str, line: str) -> str:
     """A shell line that gets the results so far, copies them back every now and then, and at last.
 
     It ends before the command starts if what there is cannot be fetched: the command would begin
-    anew, and its first copy overwrite what there is.
+    again, and its first copy overwrite what there is.
     """
     local = _local(bucket)
     # A bucket's folder without a file is no error: there is nothing yet to resume from.
