@@ -78,6 +78,7 @@ class Runs:
         """Process of a run that begins in the folder of this name."""
         arguments = [f"--config={self.folder}/config.py", f"--workdir={self.folder / name}"]
         self._said = self.folder / f"{name}.txt"
+        self._said.touch()  # a run may be killed before it opens it
         self._forks.stdin.write(json.dumps([arguments, str(self._said)]).encode() + b"\n")
         return int(self._forks.stdout.readline())
 
