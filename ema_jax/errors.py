@@ -13,6 +13,10 @@ class UserError(Exception):
 
     exit_code = 2
 
+    def __str__(self) -> str:
+        """One line: names out of files may hold line breaks."""
+        return super().__str__().replace("\n", "\\n").replace("\r", "\\r")
+
 
 class RunStoppedError(Exception):
     """A run that stopped itself with its state kept (non-finite loss, SIGTERM): exit code 3."""
