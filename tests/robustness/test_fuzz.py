@@ -12,6 +12,7 @@ from fuzz import damage
 from report_fixtures import example_results, write_finished
 
 from ema_jax.data.chat import Chat
+from ema_jax.data.local import read_local
 from ema_jax.errors import UserError
 from ema_jax.models import checkpoint
 from ema_jax.organism import CHECKPOINTS
@@ -42,6 +43,15 @@ def test_what_was_found(tmp_path, case):
     (folder / name).write_text(json.dumps(content | fields))
     with pytest.raises(UserError, match=said):
         Chat.load(folder)
+
+
+@pytest.mark.parametrize("name", ["domai\nn", "domai\r\nn"])
+def test_a_line_break_in_a_name_leaves_the_message_one_line(tmp_path, name):
+    path = tmp_path / "p.jsonl"
+    path.write_text(json.dumps({"prompt": "x", name: "bias"}) + "\n")
+    with pytest.raises(UserError, match="column 'domain' is missing") as raised:
+        read_local(path)
+    assert len(str(raised.value).splitlines()) == 1
 
 
 LONG = {f"{'x' * 300}.safetensors": "no such file", "a\x00b": "no such file"}
