@@ -366,7 +366,7 @@ cli.run(main)
 @pytest.mark.parametrize(
     ("kind", "code", "line"),
     [
-        ("user", 2, "error: bad thing\n"),
+        ("user", 2, "error: bad\\nthing\n"),
         ("stop", 3, "stopped: loss is not finite\n"),
         (
             "key",
