@@ -18,7 +18,7 @@ def get_config():
     config.prompts.source = "file"
     config.prompts.path = "runs/smollm2/prompts"
     # Bias has fewest: about 60 are left of the public sets.
-    config.prompts.counts = {"harvest": 48, "retain": 12, "dev": 4, "eval": 14, "concept": 20}
+    config.prompts.counts = {"harvest": 48, "retain": 12, "dev": 6, "eval": 14, "concept": 20}
     # Whether a model refuses shows in its first words.
     config.generation.max_new_tokens = 24
     config.generation.batch_size = 32
@@ -33,7 +33,7 @@ def get_config():
     config.unlearn.max_steps = 12
     config.unlearn.eval_every = 2
     # The same time for every seed: the other domains come back after the target has fallen.
-    retain = {"retain_weight": 4.0, "min_steps": 16, "max_steps": 16, "eval_every": 4}
+    retain = {"retain_weight": 4.0, "min_steps": 24, "max_steps": 24, "eval_every": 4}
     config.arms = {"npo": {}, "npo_retain": retain}
     config.seeds = (0, 1, 2)
     return config

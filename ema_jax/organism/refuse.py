@@ -63,15 +63,16 @@ BATCH = 32
 # the retain set, eight of each a step: a step sees both sides of the boundary.
 RECIPE = UnlearnConfig(
     objective="sft",
+    retain_objective="kl",
     lora=LoRAConfig(rank=8, alpha=16.0),
     learning_rate=1e-3,
     schedule="cosine",
     warmup_steps=5,
-    batch_size=8,
-    retain_batch_size=8,
-    retain_weight=1.0,
-    max_steps=100,
-    eval_every=100,
+    batch_size=12,
+    retain_batch_size=12,
+    retain_weight=2.0,
+    max_steps=90,
+    eval_every=90,
     stop_at=0.0,
     max_invalid=1.0,
 )
