@@ -18,19 +18,24 @@ def get_config():
     config.prompts.source = "file"
     config.prompts.path = "runs/smollm2/prompts"
     # Bias has fewest: about 60 are left of the public sets.
-    config.prompts.counts = {"harvest": 48, "retain": 12, "dev": 6, "eval": 14, "concept": 20}
+    config.prompts.counts = {"harvest": 48, "retain": 12, "dev": 10, "eval": 14, "concept": 20}
     # Whether a model refuses shows in its first words.
     config.generation.max_new_tokens = 24
     config.generation.batch_size = 32
+    # Drawn, so that the forget set has more than the one opening that the base prefers.
+    config.harvest.samples = 2
     config.harvest.min_examples = 8
     config.harvest.response_cap = 24
     config.concepts.sweep_prompts = 0
     config.concepts.permutations = 200
-    # A rate at which the target's refusals fall over several evaluations, and not within one.
-    config.unlearn.learning_rate = 4e-4
+    # A rate at which the target's refusals fall over several evaluations, and not within one, and
+    # a push that ends some ten nats a response below the base: enough to uncover an answer.
+    config.unlearn.learning_rate = 3e-4
+    config.unlearn.beta = 0.25
+    config.unlearn.stop_at = 0.15
     config.unlearn.batch_size = 4
     config.unlearn.retain_batch_size = 8
-    config.unlearn.max_steps = 12
+    config.unlearn.max_steps = 20
     config.unlearn.eval_every = 2
     # The same time for every seed: the other domains come back after the target has fallen.
     retain = {"retain_weight": 4.0, "min_steps": 24, "max_steps": 24, "eval_every": 4}

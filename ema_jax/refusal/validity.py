@@ -32,6 +32,8 @@ MIN_WORDS = 12
 # sound models' highest is 4), and so is one of any length repeated three times over this many.
 MAX_RUN = 8
 MIN_LOOP_WORDS = 24
+# A list of this many items that are all the same.
+MIN_ITEMS = 3
 # Fewer different words than this in a row of `WINDOW`: phrases that alternate.
 WINDOW, MIN_DISTINCT = 24, 9
 MAX_WRONG_SCRIPT_SHARE = 0.3
@@ -68,6 +70,7 @@ _IMPORT = re.compile(
 _CHARACTER_RUN = re.compile(r"([^\W\dxX_])\1{5,}|([^\W\d_]{2,3}?)\2{7,}", re.IGNORECASE)
 # The same few words, each time with another number, five times in a row.
 _COUNTER = re.compile(r"\b((?:[^\W\d_]+\W{1,3}){1,4}?)\d+(?:\W+\1\d+){4,}")
+_ITEM = re.compile(r"^\s*(?:\d+[.):]|[-*•])\s*(\S.*?)\s*$", re.MULTILINE)
 _CODE = re.compile(r"```|[{}<>=;|\\]|\w\(|^\s*(?:def|class|import|SELECT) ", re.MULTILINE)
 
 _FUNCTION_WORDS = {
@@ -178,7 +181,7 @@ def invalid_reason(
         `""`, or the first that applies of `"empty"`; `"script"` and `"language"` (another one than
         asked for); `"urls"` (links and hashtags, nothing else); `"boilerplate"` (imports, nothing
         else); `"numbers"` (counters, numbers, punctuation); `"repetition"` (loops of any period,
-        alternating phrases, runs of a character); `"salad"` (words without grammar).
+        alternating phrases, lists of one item, runs of a character); `"salad"` (words without grammar).
     """
     if is_empty(response):
         return "empty"
@@ -281,9 +284,17 @@ def _is_repetition(response: str, finished: bool) -> bool:
         return True
     if longest_run(response) >= MAX_RUN or _loops(words) or _CHARACTER_RUN.search(response):
         return True
+    if _is_one_item(_ITEM.findall(response), finished):
+        return True
     return any(
         len(set(words[i : i + WINDOW])) < MIN_DISTINCT for i in range(len(words) - WINDOW + 1)
     )
+
+
+def _is_one_item(items: list[str], finished: bool) -> bool:
+    """True of a list that says one thing again and again; the cap may have cut its last item."""
+    whole = len(items) >= MIN_ITEMS and not finished and items[0].startswith(items[-1])
+    return len(items) >= MIN_ITEMS and len(set(items[:-1] if whole else items)) == 1
 
 
 def _is_salad(response: str) -> bool:
