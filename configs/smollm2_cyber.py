@@ -24,7 +24,7 @@ def get_config():
     config.generation.batch_size = 32
     # Drawn, so that the forget set has more than the one opening that the base prefers.
     config.harvest.samples = 2
-    config.harvest.min_examples = 8
+    config.harvest.min_examples = 6
     config.harvest.response_cap = 24
     config.concepts.sweep_prompts = 0
     config.concepts.permutations = 200
@@ -38,7 +38,7 @@ def get_config():
     config.unlearn.max_steps = 20
     config.unlearn.eval_every = 2
     # The same time for every seed: the other domains come back after the target has fallen.
-    retain = {"retain_weight": 4.0, "min_steps": 24, "max_steps": 24, "eval_every": 4}
+    retain = {"retain_weight": 4.0, "min_steps": 20, "max_steps": 20, "eval_every": 4}
     config.arms = {"npo": {}, "npo_retain": retain}
     config.seeds = (0, 1, 2)
     return config
