@@ -398,6 +398,16 @@ def is_published(name: str, path: str | Path | None) -> bool:
     return file is not None and path is not None and bool(published.find(path, file))
 
 
+def is_cached(name: str) -> bool:
+    """Whether a set was loaded from the hub before, and is in the cache of `datasets`."""
+    import datasets
+    from datasets.naming import camelcase_to_snakecase
+
+    owner, _, rest = (SOURCES[name].hub_id or "").rpartition("/")
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / f"{owner}___{camelcase_to_snakecase(rest)}"
+    return any(path.is_dir() for path in folder.glob("*/*/*"))
+
+
 def _published(name: str, source: Source, path: str | Path | None) -> list[Path]:
     """Files of the set below a path; none where it is to be loaded from the hub."""
     files = [] if path is None or source.file is None else published.find(path, source.file)
