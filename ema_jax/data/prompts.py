@@ -22,8 +22,9 @@ from ema_jax.data.dedupe import near_duplicates, normalise
 from ema_jax.data.denylist import check_target, denied_category, denied_domain, screen
 from ema_jax.data.domains import BENIGN, DEFINITIONS, LOOKALIKE, SPLITS, TRAINED, Row
 from ema_jax.data.local import parse_record, read_local
+from ema_jax.data.public_sets import Loader, is_published, load_rows
 from ema_jax.data.similarity import NEAR, clusters
-from ema_jax.data.sources import SOURCES, Loader, is_published, load_rows
+from ema_jax.data.sources import SOURCES
 from ema_jax.data.splits import common_lengths, draw, fewest
 from ema_jax.errors import UserError, did_you_mean
 from ema_jax.runtime.files import read_jsonl, sha256_text, write_jsonl

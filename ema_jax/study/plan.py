@@ -10,7 +10,8 @@ from flax import nnx
 
 from ema_jax.config import StudyConfig
 from ema_jax.data.prompts import DEFAULT_COUNTS, path_of, public_sets
-from ema_jax.data.sources import SOURCES, is_cached, is_published
+from ema_jax.data.public_sets import is_cached, is_published
+from ema_jax.data.sources import SOURCES
 from ema_jax.models import checkpoint
 from ema_jax.models.config import DecoderConfig
 from ema_jax.models.hub import ModelSource
@@ -23,7 +24,7 @@ from ema_jax.study.watching import duration
 from ema_jax.study.workload import CPU_CORE, H100, Rates, Work, work
 
 _SHAPES = Path(checkpoint.__file__).parent / "shapes"
-_SMALL = 1e8  # parameters up to which a CPU will do
+_LONG = 24 * 3600  # seconds, beyond which a CPU will not do
 _BYTES = {"float32": 4, "bfloat16": 2}
 _STAGES = ("baseline", "concepts", "harvest")
 _RUN_STAGES = ("unlearn", "evaluate")
@@ -127,10 +128,10 @@ def _work(config: StudyConfig, source: ModelSource | None) -> Iterator[str]:
     if size is None:
         yield "  memory, disk and time: not known before the model is here"
         return
-    width = _BYTES[config.model.dtype or ("float32" if size.parameters < _SMALL else "bfloat16")]
+    dtype = config.model.dtype or ("float32" if at_hand() == "cpu" else "bfloat16")
     yield (
-        f"  memory: {_bytes(size.parameters * width)} of weights, about twice that while it "
-        "generates (an estimate; docs/one-gpu.md, python -m ema_jax.compile_check)"
+        f"  memory: {_bytes(size.parameters * _BYTES[dtype])} of weights in {dtype}, about twice "
+        "that while it generates (an estimate; docs/one-gpu.md, python -m ema_jax.compile_check)"
     )
     runs = len(config.arms) * len(config.seeds)
     yield f"  disk: about {_bytes(_disk(config, size, runs))} in --workdir (an estimate)"
@@ -144,16 +145,15 @@ def _time(total: Work, parameters: int) -> Iterator[str]:
         number = cores()
         seconds = total.seconds(CPU_CORE.on(number, number), parameters)
         on = f"on the {number} processor cores here" if number > 1 else "on the one core here"
+        if seconds > _LONG:
+            on += f", or {duration(total.seconds(H100, parameters))} on one H100"
         compiling, source = CPU_CORE.programs_seconds, "SmolLM2-135M's rates on an AMD EPYC core"
     else:
         rates, on, source = _accelerator(device)
         seconds, compiling = total.seconds(rates, parameters), rates.programs_seconds
-    hours = duration(total.seconds(H100, parameters))
-    large = device == "cpu" and parameters >= _SMALL
     yield (
-        f"  time: at most {duration(seconds)} {on}{f', or {hours} on one H100' if large else ''}, "
-        f"and some {duration(compiling)} to compile at first (an estimate from {source}; no device "
-        "was touched)"
+        f"  time: at most {duration(seconds)} {on}, and some {duration(compiling)} to compile at "
+        f"first (an estimate from {source}; no device was touched)"
     )
     yield f"  compiled programs: {_compiled(compiled_programs())}"
 

@@ -7,6 +7,7 @@ import datasets
 import pytest
 from absl import logging as absl_logging
 
+from ema_jax.models import hub
 from ema_jax.refusal.verdicts import COMPLIED, INVALID, REFUSED
 from ema_jax.runtime import cli, compilation, hardware
 from ema_jax.study import config_file, plan, watching
@@ -156,7 +157,9 @@ def _plan(monkeypatch, tmp_path, device, name="qwen_cyber"):
     monkeypatch.setattr(plan, "cores", lambda: 8)
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "datasets"))
-    return plan.text("", config_file.load(name), None, None, [])
+    config = config_file.load(name)
+    source = None if name == "qwen_cyber" else hub.find(config.model.source)
+    return plan.text("", config, source, None, [])
 
 
 @pytest.mark.parametrize(
@@ -176,6 +179,14 @@ def _plan(monkeypatch, tmp_path, device, name="qwen_cyber"):
 def test_the_time_is_of_the_device_at_hand_or_says_of_which(monkeypatch, tmp_path, device, said):
     (line,) = (each for each in _plan(monkeypatch, tmp_path, device).split("\n") if "time:" in each)
     assert said in line
+
+
+def test_the_weights_are_those_of_the_device_at_hand(monkeypatch, tmp_path):
+    text = _plan(monkeypatch, tmp_path, "NVIDIA H100 80GB HBM3")
+    assert "14.2 GiB of weights in bfloat16" in text  # measured: docs/one-gpu.md
+    small = _plan(monkeypatch, tmp_path, "cpu", "tiny")
+    assert "6 MiB of weights in float32" in small
+    assert "H100" not in small
 
 
 def test_the_plan_says_what_is_here(monkeypatch, tmp_path):
@@ -236,7 +247,7 @@ def test_the_plan_of_a_model_that_is_not_here(monkeypatch):
         "read its licence at https://huggingface.co/Qwen/Qwen2.5-7B-Instruct",
         "prompt set dolly: databricks/databricks-dolly-15k, licence CC-BY-SA-3.0, to download",
         "judging model a/judge",
-        "14.2 GiB of weights",  # measured: docs/one-gpu.md
+        "28.4 GiB of weights in float32",
         "or 57 min on one H100",
         "compiled programs: ",
         "to do  unlearn/npo_retain/seed_2",
