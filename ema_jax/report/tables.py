@@ -337,6 +337,7 @@ def records(
 _COLUMNS = {
     "ema_jax": "ema_jax",
     "benign_nll": "Benign NLL",
+    "forecast_spearman": "Forecast Spearman ρ",
     "kl_to_base": "KL to base",
     "p": "p",
     "p_holm": "Holm p",
