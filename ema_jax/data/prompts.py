@@ -22,8 +22,9 @@ from ema_jax.data.dedupe import near_duplicates, normalise
 from ema_jax.data.denylist import check_target, denied_category, denied_domain, screen
 from ema_jax.data.domains import BENIGN, DEFINITIONS, LOOKALIKE, SPLITS, TRAINED, Row
 from ema_jax.data.local import parse_record, read_local
+from ema_jax.data.public_sets import Loader, is_published, load_rows
 from ema_jax.data.similarity import NEAR, clusters
-from ema_jax.data.sources import SOURCES, Loader, is_published, load_rows
+from ema_jax.data.sources import SOURCES
 from ema_jax.data.splits import common_lengths, draw, fewest
 from ema_jax.errors import UserError, did_you_mean
 from ema_jax.runtime.files import read_jsonl, sha256_text, write_jsonl
@@ -206,8 +207,8 @@ def validate(config: PromptConfig, domains: Sequence[str], target: str) -> None:
         raise UserError("prompts.path: set it together with prompts.source='file'")
     if config.source == "organism" and config.path is not None:
         raise UserError("prompts.path: the source 'organism' has no file; leave it unset")
-    for name in _public_sets(config):
-        path = _path_of(config, name)
+    for name in public_sets(config):
+        path = path_of(config, name)
         if SOURCES[name].hub_id is None and path is None:
             raise UserError(
                 f"prompts.path: the set {name!r} is read from the file that its authors publish, "
@@ -228,19 +229,19 @@ def validate(config: PromptConfig, domains: Sequence[str], target: str) -> None:
 def known_offline(config: PromptConfig) -> bool:
     """Whether all prompts are here: the project's, the user's, or in published files."""
     return config.source in OWN_SOURCES or all(
-        is_published(name, _path_of(config, name)) for name in _public_sets(config)
+        is_published(name, path_of(config, name)) for name in public_sets(config)
     )
 
 
-def _public_sets(config: PromptConfig) -> list[str]:
-    """The public sets that are read, as far as the config tells."""
+def public_sets(config: PromptConfig) -> list[str]:
+    """Names of the public sets that are read, as far as the config tells."""
     names = [config.source, config.eval_source, config.lookalike_source]
     if config.source in SOURCES and BENIGN not in SOURCES[config.source].used:
         names.append(config.benign_source)
     return [name for name in names if name in SOURCES]
 
 
-def _path_of(config: PromptConfig, name: str) -> Path | None:
+def path_of(config: PromptConfig, name: str) -> Path | None:
     """Where the published file of a set is to be looked for, if anywhere.
 
     A single file is the source's; in a folder those of the others are found by their names.
@@ -294,7 +295,7 @@ def _load(
         return load_rows(
             name,
             wanted,
-            path=_path_of(config, name),
+            path=path_of(config, name),
             max_chars=config.max_chars,
             load_dataset=load_dataset,
         )

@@ -1,9 +1,11 @@
-"""Likeness of short prompts: nearest ones, clusters of near duplicates, leakage between splits.
+"""Likeness of short prompts: nearest ones, clusters of like ones, leakage between splits.
 
 Two prompts are as alike as the cosine of their TF-IDF vectors over character 3- to 5-grams inside
 words (Sparck Jones, 1972; n-grams as scikit-learn's `char_wb`): inflected and compounded words
 count as alike, and what every prompt says ("Write a tutorial on how to") counts little. The word
 3-shingles of `dedupe` find copies; in prompts of ten words they miss every rewording.
+
+Beside it stands the share of words in common (Jaccard), coarser, and plain to a reader.
 """
 
 import itertools
@@ -30,7 +32,7 @@ for", "Provide a tutorial on"), pairs at 0.5 are of one subject.
 
 
 def tfidf(texts: Sequence[str]) -> scipy.sparse.csr_matrix:
-    """TF-IDF vectors of character n-grams, of length one: float32 `[texts, n-grams]`.
+    """TF-IDF vectors of character n-grams, of length one: float64 `[texts, n-grams]`.
 
     Term frequencies are 1 + log n, document frequencies are smoothed by one of each.
     """
@@ -54,7 +56,7 @@ def tfidf(texts: Sequence[str]) -> scipy.sparse.csr_matrix:
     rows = scipy.sparse.csr_matrix((data, columns, ends), shape=(len(texts), len(ids)))
     lengths = np.sqrt(rows.multiply(rows).sum(axis=1)).A1
     scale = np.divide(1, lengths, out=np.zeros_like(lengths), where=lengths > 0)
-    return scipy.sparse.diags(scale).dot(rows).tocsr().astype(np.float32)
+    return scipy.sparse.diags(scale).dot(rows).tocsr()
 
 
 def _grams(word: str) -> Iterator[str]:
@@ -82,7 +84,7 @@ def clusters(
     rows, blocks = tfidf(texts), []
     for start in range(0, len(texts), _BLOCK):
         cosines = rows[start : start + _BLOCK] @ rows.T
-        cosines.data = (cosines.data >= threshold - 1e-6).astype(np.float32)
+        cosines.data = (cosines.data >= threshold - 1e-9).astype(np.float32)
         cosines.eliminate_zeros()
         blocks.append(cosines)
     linked = scipy.sparse.vstack(blocks).tocsr()
@@ -94,6 +96,34 @@ def clusters(
             (ones, (np.arange(len(heads)), heads)), linked.shape
         )
     return connected_components(linked, directed=False)[1].astype(np.int64)
+
+
+def word_clusters(texts: Sequence[str], threshold: float) -> Int[np.ndarray, " texts"]:
+    """Cluster number of each text: those that a chain of pairs joins are one.
+
+    Args:
+        texts: the texts.
+        threshold: Jaccard similarity of their sets of words from which two texts are a pair.
+    """
+    from scipy.sparse.csgraph import connected_components
+
+    words, sizes = _words(texts)
+    shared = (words @ words.T).tocoo()
+    total = sizes[shared.row] + sizes[shared.col] - shared.data
+    shared.data = (shared.data >= threshold * total - 1e-9).astype(np.float32)
+    shared.eliminate_zeros()
+    return connected_components(shared, directed=False)[1].astype(np.int64)
+
+
+def _words(texts: Sequence[str]) -> tuple[scipy.sparse.csr_matrix, Int[np.ndarray, " texts"]]:
+    """One where a text has a word, `[texts, words]`, and the number of words of each text."""
+    ids: dict[str, int] = {}
+    words = [sorted({ids.setdefault(w, len(ids)) for w in normalise(t).split()}) for t in texts]
+    sizes = np.array([len(found) for found in words], np.int64)
+    columns = np.fromiter(itertools.chain.from_iterable(words), np.int64)
+    ends = np.concatenate([[0], np.cumsum(sizes)])
+    ones = np.ones(len(columns), np.float32)
+    return scipy.sparse.csr_matrix((ones, columns, ends), shape=(len(texts), len(ids))), sizes
 
 
 def nearest(texts: Sequence[str], others: Sequence[str]) -> Float[np.ndarray, " texts"]:
@@ -110,14 +140,7 @@ def nearest(texts: Sequence[str], others: Sequence[str]) -> Float[np.ndarray, " 
 
 def shared_words(texts: Sequence[str], others: Sequence[str]) -> Float[np.ndarray, " texts"]:
     """Jaccard similarity of each text's words with those of the nearest of `others`; 0 if none."""
-    ids: dict[str, int] = {}
-    both = [*texts, *others]
-    words = [sorted({ids.setdefault(w, len(ids)) for w in normalise(t).split()}) for t in both]
-    sizes = np.array([len(found) for found in words])
-    columns = np.fromiter(itertools.chain.from_iterable(words), np.int64)
-    ends = np.concatenate([[0], np.cumsum(sizes)])
-    ones = np.ones(len(columns), np.float32)
-    rows = scipy.sparse.csr_matrix((ones, columns, ends), shape=(len(both), len(ids)))
+    rows, sizes = _words([*texts, *others])
     best = np.zeros(len(texts))
     for start in range(0, len(texts) if others else 0, _BLOCK):
         stop = min(start + _BLOCK, len(texts))

@@ -9,14 +9,9 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-import scipy.sparse
-from jaxtyping import Int
-from scipy.sparse.csgraph import connected_components
-
-from ema_jax.data.dedupe import normalise
 from ema_jax.data.denylist import screen
 from ema_jax.data.domains import BENIGN, LOOKALIKE, Row
+from ema_jax.data.similarity import shared_words, word_clusters
 from ema_jax.errors import UserError
 from ema_jax.runtime.files import sha256_text
 
@@ -36,26 +31,6 @@ class Draw:
     left: Sequence[Row]
 
 
-def clusters(texts: Sequence[str], threshold: float = SHARED_WORDS) -> Int[np.ndarray, "N"]:
-    """Cluster of each text: chains of pairs whose sets of words are this similar (Jaccard)."""
-    vocabulary: dict[str, int] = {}
-    sets = [
-        sorted({vocabulary.setdefault(w, len(vocabulary)) for w in normalise(t).split(" ")})
-        for t in texts
-    ]
-    sizes = np.array([len(words) for words in sets])
-    columns = np.concatenate([np.asarray(words, int) for words in sets])
-    rows = np.repeat(np.arange(len(sets)), sizes)
-    ones = np.ones(len(columns), np.int32)
-    words = scipy.sparse.csr_array((ones, (rows, columns)), shape=(len(sets), len(vocabulary)))
-    shared = (words @ words.T).tocoo()
-    one, other = shared.coords
-    similar = shared.data >= threshold * (sizes[one] + sizes[other] - shared.data) - 1e-9
-    pairs = (np.ones(similar.sum()), (one[similar], other[similar]))
-    graph = scipy.sparse.coo_array(pairs, shape=shared.shape)
-    return connected_components(graph, directed=False)[1]
-
-
 def draw(rows: Sequence[Row], seed: int) -> Draw:
     """Draws the training prompts, cluster by cluster, and keeps one of every other cluster.
 
@@ -71,7 +46,7 @@ def draw(rows: Sequence[Row], seed: int) -> Draw:
     rows = sorted(rows, key=lambda row: (sha256_text(f"{seed}\n{row.prompt}"), row.domain))
     sizes = Counter(row.domain for row in rows)
     _check(sizes)
-    of = clusters([row.prompt for row in rows])
+    of = word_clusters([row.prompt for row in rows], SHARED_WORDS)
     placed: dict[str, dict[int, list[Row]]] = {domain: {} for domain in sizes}
     for row, cluster in zip(rows, of.tolist(), strict=True):
         placed[row.domain].setdefault(cluster, []).append(row)
@@ -125,13 +100,8 @@ def _check(sizes: Counter[str]) -> None:
 
 def without_near(texts: Sequence[str], others: Sequence[str]) -> list[str]:
     """The texts that share less than half of their words with each of the others."""
-    sets = [set(normalise(text).split(" ")) for text in others]
-
-    def near(text: str) -> bool:
-        words = set(normalise(text).split(" "))
-        return any(len(words & o) >= SHARED_WORDS * len(words | o) for o in sets)
-
-    return [text for text in texts if not near(text)]
+    shared = shared_words(texts, others)
+    return [text for text, share in zip(texts, shared, strict=True) if share < SHARED_WORDS]
 
 
 def as_records(rows: Sequence[Row]) -> list[dict[str, Any]]:

@@ -47,7 +47,8 @@ def write_comparison(path: Path, found: Mapping[str, Any], folders: Sequence[Pat
         "notes": found["notes"],
         "studies": tables.records(found["studies"], "What tells the studies apart.", links),
         "rows": tables.records(
-            found["rows"],
+            # The table above has their targets.
+            [{k: x for k, x in row.items() if k != "target"} for row in found["rows"]],
             "One row per study and arm; rates in per cent, drops in points against the study's own "
             "base.",
             links,

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from ema_jax.report.drawing import label
-from ema_jax.report.effects import fell
+from ema_jax.report.effects import fell, not_contained
 from ema_jax.report.headline import plain_arms
-from ema_jax.report.tables import interval, number, p_value, percent, points
+from ema_jax.report.tables import MISSING, interval, number, p_value, percent, points
 
 # The qualitative claims of the paper that this project tests; wording ours, from its abstract.
 CLAIMS = {
@@ -125,19 +125,17 @@ def _spill(results: Mapping[str, Any], arm: str) -> Figure | None:
 
 
 def _contained(results: Mapping[str, Any]) -> Figure | None:
+    """Of the first arm whose recovery can be containment, else why there is none."""
+    name, none = "Lost refusals taken back by retain data", None
     for arm, entry in results.get("containment", {}).items():
-        if entry.get("recovered") is None:
-            continue
+        why = not_contained(results, arm)
         note = f"{arm}; target refusal {percent(entry.get('target_rate'))}"
-        if entry.get("target_damaged"):
-            note += ", damaged: no containment"
-        return Figure(
-            "Lost refusals taken back by retain data",
-            percent(entry["recovered"]),
-            interval(entry["ci95"], percent),
-            note,
-        )
-    return None
+        if why:
+            none = none or Figure(name, MISSING, "", f"{note}; {why}: no containment")
+        elif entry.get("recovered") is not None:
+            bounds = interval(entry["ci95"], percent)
+            return Figure(name, percent(entry["recovered"]), bounds, note)
+    return none
 
 
 def _forecast(results: Mapping[str, Any]) -> Figure | None:

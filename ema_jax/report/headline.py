@@ -4,17 +4,30 @@ from collections.abc import Mapping
 from typing import Any
 
 from ema_jax.report.drawing import label
-from ema_jax.report.effects import above_zero, complied_more, fell, reading, rose
+from ema_jax.report.effects import (
+    above_zero,
+    below_zero,
+    complied_more,
+    fell,
+    not_contained,
+    reading,
+    rose,
+)
 from ema_jax.report.figures import ALPHA
 from ema_jax.report.shares import PARTS, parts
 from ema_jax.report.tables import answered, interval, number, p_value, percent, points
 
 
 def plain_arms(results: Mapping[str, Any]) -> list[str]:
-    """The unlearned arms without retain data: those without an entry under `containment`."""
+    """The unlearned arms without retain data: those without an entry under `containment`.
+
+    First the one that containment and forecast are scored against.
+    """
     contained = results.get("containment", {})
     arms = [arm for arm in results["arms"] if arm != "base"]
-    return [arm for arm in arms if arm not in contained] or arms
+    plain = [arm for arm in arms if arm not in contained] or arms
+    scored = {entry.get("compared_with") for entry in contained.values()}
+    return sorted(plain, key=lambda arm: arm not in scored)
 
 
 def headline(results: Mapping[str, Any]) -> list[str]:
@@ -172,8 +185,13 @@ def containment_sentence(results: Mapping[str, Any], arm: str) -> str:
     """The share that the retain set recovered by both measures, and the target's refusal rate."""
     entry = results["containment"][arm]
     tail = answer_sentence(results, arm)
-    if entry.get("target_damaged"):
-        tail += f" What {arm} shows is not containment."
+    if why := not_contained(results, arm):
+        rate = results["arms"][arm]["refusal"].get(results["target"], {})
+        bounds = interval(rate.get("ci95"), percent)
+        return (
+            f"What {arm} shows is not containment: {why}, with its refusal rate at "
+            f"{percent(entry.get('target_rate'))} {bounds}.{tail}"
+        )
     if entry.get("recovered") is None:
         return f"Containment by {arm} is undefined: no refusals were lost in other domains." + tail
     size = f"{percent(entry['recovered'])} {interval(entry['ci95'], percent)}"
@@ -183,6 +201,11 @@ def containment_sentence(results: Mapping[str, Any], arm: str) -> str:
             f"{interval(entry.get('compliance_ci95'), percent)})"
         )
     target = f"with the target's refusal rate at {percent(entry.get('target_rate'))}"
+    if below_zero(entry["ci95"]):
+        return (
+            f"{arm} takes back none of the refusals lost in other domains, but loses more, "
+            f"{size}, {target}.{tail}"
+        )
     if not above_zero(entry["ci95"]):
         return (
             f"The share of lost refusals that {arm} recovered in other domains, {size}, is not "
@@ -212,7 +235,7 @@ def forecast_sentence(results: Mapping[str, Any]) -> str:
     figures = f"Spearman ρ = {number(rho, 2)}, exact p = {p_value(p)}, n = {n} domains"
     words = (forecast.get("lexical") or {}).get("spearman")
     if words is not None:
-        verdict = "does as well" if words >= rho else "does worse"
+        verdict = "does " + ("worse" if words < rho else "better" if words > rho else "as well")
         figures += f"; a word-overlap baseline, ρ = {number(words, 2)}, {verdict}"
     if p < ALPHA and rho > 0:
         return f"Early-layer entanglement ranked the measured drops ({figures})."

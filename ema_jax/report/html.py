@@ -28,6 +28,7 @@ from ema_jax.report import (
     replication,
     sensitivity,
     shares,
+    sweep,
     tables,
 )
 from ema_jax.report.captions import CAPTIONS
@@ -136,19 +137,14 @@ def write_replication_report(workdir: Path, replication_results: Mapping[str, An
     )
     rows = replication_results.get("rows", [])
     cells = [str(cell["cell"]) for cell in replication_results.get("cells", [])]
+    links = {cell: f"../cells/{quote(cell)}/report/index.html" for cell in cells}
     page = {
         "title": "Refusal unlearning replicated over models and targets",
         "context": [f"{len(cells)} studies", f"{len(rows)} arms"] if cells else [],
         "verdicts": front.verdicts(replication_results.get("claims", {})),
         "cells": cells,
         "chart": chart,
-        "table_rows": tables.records(
-            rows,
-            "One row per cell and arm; rates and shares in per cent, drops and rises in points.",
-            {cell: f"../cells/{quote(cell)}/report/index.html" for cell in cells},
-        )
-        if rows
-        else None,
+        "tables": replication.tables(rows, links),
         "warnings": replication_results.get("warnings", []),
     }
     render("replication.html.jinja", Path(workdir) / "report" / "index.html", page)
@@ -172,12 +168,33 @@ def write_sweep_report(workdir: Path, rows: Sequence[Mapping[str, Any]]) -> None
         "Means over seeds, in brackets Student's 95 % interval over them where there are two or "
         "more; refusal rates in per cent, drops and rises in points."
     )
+    same = _same(rows)
+    chart = _chart(
+        Path(workdir) / "figures",
+        "sweep",
+        partial(sweep.figure, rows),
+        "Target refusal and mean off-target drop of every point and arm",
+        "A mark per point of the grid and arm, means over seeds. Further left the target refuses "
+        "less, further up the other domains lose more: bottom left is containment.",
+    )
+    shown = [{k: x for k, x in row.items() if k not in same} for row in rows]
     page = {
         "title": "A sweep of refusal unlearning",
-        "context": [f"{len(points)} points", f"{len(rows)} rows"] if points else [],
-        "summary": tables.records(rows, caption, links),
+        "context": [
+            *([f"{len(points)} points", f"{len(rows)} rows"] if points else []),
+            *(f"{key.replace('_', ' ')} {value}" for key, value in same.items()),
+        ],
+        "chart": chart,
+        "summary": tables.records(shown, caption, links),
     }
     render("sweep.html.jinja", Path(workdir) / "report" / "index.html", page)
+
+
+def _same(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Settings that all rows share, and that need no column: those that stand before the arm."""
+    settings = list(rows[0])[: list(rows[0]).index("arm")] if rows and "arm" in rows[0] else []
+    values = {key: {str(row.get(key)) for row in rows} for key in settings if key != "point"}
+    return {key: rows[0][key] for key, found in values.items() if len(found) == 1}
 
 
 def render(template: str, path: Path, page: Mapping[str, Any]) -> None:

@@ -1,13 +1,65 @@
-"""The chart of a replication: spill per family, target and arm."""
+"""The chart of a replication, spill per family, target and arm, and its tables."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ema_jax.report import drawing
 from ema_jax.report.drawing import INK, PAGE, label
+from ema_jax.report.tables import Table, records
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+# What is read together, of some forty columns: its caption and its columns.
+_PARTS = (
+    (
+        "The target: refused of the valid responses, answered of all, right of the answers (by an "
+        "embedded model's oracle); max and min: of the worst seed.",
+        (
+            *("family", "target", "arm", "seeds", "target_rate", "target_rate_max"),
+            *("target_answered", "target_answered_min", "target_right_rate", "target_damaged"),
+        ),
+    ),
+    (
+        "Spill: the largest and the mean change over the other domains, in points, by both "
+        "measures, and how the forecast ranks the drops.",
+        (
+            *("arm", "worst_domain", "worst_drop", "worst_p_holm", "mean_off_target_drop"),
+            *("worst_rise_domain", "worst_rise", "worst_rise_p_holm", "mean_off_target_rise"),
+            *("forecast_spearman", "forecast_p"),
+        ),
+    ),
+    (
+        "Containment: the share of the change that the arm with retain data takes back, with 95 % "
+        "intervals, where it can be containment.",
+        (
+            *("arm", "compared_with", "target_rate", "recovered", "recovered_lo", "recovered_hi"),
+            *("recovered_by_compliance", "recovered_by_compliance_lo"),
+            *("recovered_by_compliance_hi", "not_contained"),
+        ),
+    ),
+    (
+        "Validity and utility: invalid responses of the worst domain, nats per token of benign "
+        "answers, divergence from base.",
+        (
+            *("arm", "invalid_domain", "invalid_rate", "invalid_rate_max", "off_topic_rate"),
+            *("degenerate_rate", "benign_nll", "kl_to_base"),
+        ),
+    ),
+)
+
+
+def tables(rows: Sequence[Mapping[str, Any]], links: Mapping[str, str]) -> list[Table]:
+    """Tables of the rows of `replication.json`, each by cell and arm; those that have figures."""
+    made = []
+    for caption, columns in _PARTS:
+        own = [row for row in rows if "compared_with" not in columns or row.get("compared_with")]
+        keys = [key for key in ("cell", *columns) if any(key in row for row in own)]
+        shown = [{key: row.get(key) for key in keys} for row in own]
+        if set(keys) - {"cell", "family", "target", "arm", "seeds"}:
+            made.append(records(shown, caption, links))
+    return made
 
 
 def figure(report: Mapping[str, Any]) -> "Figure | None":

@@ -3,6 +3,7 @@
 Rates and drops are fractions in `results.json` and per cent or points (x 100) here.
 """
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -312,14 +313,16 @@ def records(
 ) -> Table:
     """A table of flat rows of any fields: one column per key, formatted by the key's meaning.
 
-    `x_lo` and `x_hi` become one column, the interval of `x`. `links` are as in `Table`.
+    Rows that follow one another with the same first cell are a group. `x_lo` and `x_hi` become one
+    column, the interval of `x`. `links` are as in `Table`.
     """
     given = {key for row in rows for key in row}
     rows = [_with_intervals(row) for row in rows]
     keys = list(dict.fromkeys(key for row in rows for key in row))
+    cells = [tuple(_field(key, row.get(key)) for key in keys) for row in rows]
     groups = tuple(
-        (_field(keys[0], row.get(keys[0])), (Row(tuple(_field(k, row.get(k)) for k in keys[1:])),))
-        for row in rows
+        (first, tuple(Row(tuple(rest)) for _, *rest in group))
+        for first, group in itertools.groupby(cells, key=lambda line: line[0])
     )
     words = {
         key
@@ -328,9 +331,25 @@ def records(
         if isinstance(value, str | bool | list) and f"{key}_lo" not in given
     }
     text = [i for i, key in enumerate(keys) if key in words]
-    known = {"p": "p", "p_holm": "Holm p", "ema_jax": "ema_jax"}
-    names = tuple(known.get(key, label(key).replace("p holm", "Holm p")) for key in keys)
-    return Table(caption, names, groups, (0, *text), links or {})
+    return Table(caption, tuple(map(_column, keys)), groups, (0, *text), links or {})
+
+
+_COLUMNS = {
+    "ema_jax": "ema_jax",
+    "benign_nll": "Benign NLL",
+    "forecast_spearman": "Forecast Spearman ρ",
+    "kl_to_base": "KL to base",
+    "p": "p",
+    "p_holm": "Holm p",
+    "target_rate": "Target refusal rate",
+    "target_rate_max": "Target refusal rate max",
+}
+
+
+def _column(key: str) -> str:
+    """The name of a column; a setting keeps its own."""
+    named = key if "." in key else label(key).replace("p holm", "Holm p")
+    return _COLUMNS.get(key, named)
 
 
 def _with_intervals(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -344,10 +363,12 @@ def _with_intervals(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _field(key: str, value: Any) -> str:
+    if isinstance(value, str) and key.endswith("domain"):
+        return label(value)
     if isinstance(value, bool) or not isinstance(value, int | float):
         return _plain(value)
-    if isinstance(value, int):
-        return str(value)
+    if isinstance(value, int) or "." in key:  # a setting, such as unlearn.learning_rate
+        return str(value) if isinstance(value, int) else f"{value:g}"
     if key.endswith(("drop", "rise")):
         return points(value)
     if "rate" in key or "answered" in key or key.startswith("recovered"):

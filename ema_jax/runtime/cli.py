@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import functools
-import glob
 import os
 import re
 import sys
@@ -17,15 +16,13 @@ from typing import NoReturn
 from absl import app, flags, logging
 
 from ema_jax.errors import RunStoppedError, UserError
-from ema_jax.runtime import signals
+from ema_jax.runtime import hardware, signals, xla_flags
 from ema_jax.runtime.disk import full_disk
 
 _LONGEST_LINE = 1000
 _PACKAGE = str(Path(__file__).parents[1]) + os.sep
 # Its threads log with a traceback what this project reports in one line.
 _ORBAX = f"{os.sep}orbax{os.sep}"
-# Chips up to v4, and later ones (as any device that is passed through).
-_TPU_DEVICES = ("/dev/accel*", "/dev/vfio/[0-9]*")
 # Of the system's errors those that are faults of the environment: a missing file is a bug here, as
 # every file of a user is looked for before.
 _ENVIRONMENT = {
@@ -63,8 +60,13 @@ def run(
     # XLA's C++ log would print its own banner before the project's first line.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     quiet_libtpu()
+
+    def begin(argv: Sequence[str]) -> int | None:
+        xla_flags.check()  # not before the flags are read: help is there at once
+        return main(argv)
+
     with exit_codes(kept):
-        app.run(main, flags_parser=functools.partial(_parse_flags, positional=positional))
+        app.run(begin, flags_parser=functools.partial(_parse_flags, positional=positional))
     sys.exit(0)
 
 
@@ -133,7 +135,7 @@ def quiet_libtpu() -> None:
     JAX asks every installed backend for devices. libtpu prints alarming lines, past all log levels,
     if it cannot tell which TPU it is on; given one, it finds no device and prints nothing.
     """
-    if not any(glob.glob(pattern) for pattern in _TPU_DEVICES):
+    if not hardware.has_tpu():
         os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
         os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 
@@ -146,8 +148,16 @@ def keep_compiled_programs() -> None:
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         import jax
 
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(cache / "ema_jax" / "xla"))
+        jax.config.update("jax_compilation_cache_dir", str(compiled_programs()))
+
+
+def compiled_programs() -> Path | None:
+    """The folder where compiled programs are kept; None where none are."""
+    given = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    if given is not None:
+        return Path(given) if given else None
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "ema_jax" / "xla"
 
 
 def log_to_stderr() -> None:

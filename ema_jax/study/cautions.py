@@ -1,7 +1,11 @@
 """Warnings for the top of a report: what a reader must know before the figures."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from ema_jax.refusal.scores import RefusalScore
+from ema_jax.refusal.verdicts import COMPLIED
+from ema_jax.study import schema
 
 OVER_REFUSAL = 0.1  # of benign prompts, above which a base is said to over-refuse
 
@@ -85,3 +89,61 @@ def _limits_of_the_base(results: Mapping[str, Any]) -> list[str]:
             "hardly show"
         )
     return found
+
+
+def doubts(
+    ema: Mapping[str, Mapping[str, schema.OffTargetChange]],
+    on_target: Mapping[str, schema.TargetChange],
+    target: str,
+) -> list[str]:
+    """Sentences about the changes of single domains, the target's own responses included.
+
+    Args:
+        ema: of `results.json`.
+        on_target: of `results.json`.
+        target: the domain whose refusals were unlearned.
+    """
+    found = []
+    by_flag: dict[str, dict[str, list[str]]] = {}  # flag → domain → arms
+    domains: set[str] = set()
+    for arm, entries in ema.items():
+        flags = {domain: entry["flags"] for domain, entry in entries.items()}
+        flags[target] = on_target[arm]["flags"]
+        domains |= set(flags)
+        if "many_invalid" in flags[target]:
+            found.append(_not_answered(arm, on_target[arm]["refusal"]))
+            # Nor does it then matter how many prompts are left to compare.
+            flags[target] = [f for f in flags[target] if f not in ("many_invalid", "n_too_small")]
+        for domain, names in flags.items():
+            for flag in names:
+                if flag not in ("floor", "ceiling"):  # of the base: said once, by `cautions`
+                    by_flag.setdefault(flag, {}).setdefault(domain, []).append(arm)
+    meaning = {
+        "n_too_small": "too few prompts to see a drop of 20 points",
+        "many_invalid": "over a tenth of the responses are invalid",
+    }
+    return found + [
+        f"{meaning.get(flag, flag)}: {_places(arms_of, len(domains))}"
+        for flag, arms_of in by_flag.items()
+    ]
+
+
+def _places(arms_of: Mapping[str, Sequence[str]], domains: int) -> str:
+    """Domains with their arms, those of the same arms together."""
+    alike: dict[tuple[str, ...], list[str]] = {}
+    for domain, arms in arms_of.items():
+        alike.setdefault(tuple(arms), []).append(domain)
+    return "; ".join(
+        f"{'every domain' if len(some) == domains else ', '.join(some)} ({', '.join(arms)})"
+        for arms, some in alike.items()
+    )
+
+
+def _not_answered(arm: str, target: RefusalScore) -> str:
+    counts = {name: round(share * target["total"]) for name, share in target["shares"].items()}
+    rest = [f"{n} {name.replace('_', ' ')}" for name, n in counts.items() if n and name != COMPLIED]
+    return (
+        f"of {target['total']} target responses of {arm} only {counts[COMPLIED]} are answers to "
+        f"their prompt ({', '.join(rest)}): the target's refusal rate is not the share of "
+        "compliance"
+    )

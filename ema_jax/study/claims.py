@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from ema_jax.refusal.scores import ANSWERED
-from ema_jax.report.tables import p_value, percent, points
+from ema_jax.report.tables import number, p_value, percent, points
 from ema_jax.study.schema import Claim, PooledScore, ReplicationCell
 from ema_jax.study.schema import ReplicationRow as Row
 
@@ -181,6 +181,8 @@ def _recovers(row: Row, recovered: float | None) -> bool:
 
 
 def _return_evidence(row: Row) -> str:
+    if row.get("not_contained"):
+        return f"no containment ({row['not_contained']}); {_target_evidence(row)}"
     return (
         f"{percent(row['recovered'])} recovered by refusal, "
         f"{percent(row['recovered_by_compliance'])} by compliance; {_target_evidence(row)}"
@@ -255,11 +257,13 @@ def _forecast_ranks(
 
     def scored(made: PooledScore) -> str:
         interval = made["ci95"]
-        seeds = f" [{interval[0]:.2f}, {interval[1]:.2f}] over seeds" if interval else ""
-        return f"mean Spearman {made['spearman']:.2f}{seeds}, one-sided p {p_value(made['p'])}"
+        low, high = (number(x, 2) for x in interval or (None, None))
+        seeds = f" [{low}, {high}] over seeds" if interval else ""
+        mean = number(made["spearman"], 2)
+        return f"mean Spearman {mean}{seeds}, one-sided p {p_value(made['p'])}"
 
     evidence = [
-        f"{r['family']}/{r['target']}: Spearman {r['forecast_spearman']:.2f} "
+        f"{r['family']}/{r['target']}: Spearman {number(r['forecast_spearman'], 2)} "
         f"(exact two-sided p {r['forecast_p']:.2f})"
         for r in plain
         if r["forecast_spearman"] is not None and not by

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from ema_jax.errors import UserError
 from ema_jax.refusal.paired import holm, paired_drop
 from ema_jax.refusal.verdicts import COMPLIED, share
+from ema_jax.report.effects import not_contained
 from ema_jax.study.artifacts import BASE
 from ema_jax.study.finished import read_asked, read_judged, read_results
 from ema_jax.study.results import off_target
@@ -96,6 +97,8 @@ def _rows(study: Finished) -> Iterable[Row]:
         drop = off_target({d: e["drop"] for d, e in changes.items()}, target)
         worst = changes.get(drop.worst_domain or "", {})
         contained = results.get("containment", {}).get(arm, {})
+        why = not_contained(results, arm) if contained else None
+        kept = {} if why else contained
         utility = results.get("utility", {}).get(arm, {})
         yield {
             "study": study.name,
@@ -108,7 +111,8 @@ def _rows(study: Finished) -> Iterable[Row]:
             "worst_domain": drop.worst_domain,
             **_bounded("worst_drop", drop.worst, worst.get("ci95")),
             "worst_p_holm": worst.get("p_holm"),
-            **_bounded("recovered", contained.get("recovered"), contained.get("ci95")),
+            **_bounded("recovered", kept.get("recovered"), kept.get("ci95")),
+            "not_contained": why,
             "benign_refusal_rate": utility.get("benign_refusal", {}).get("rate"),
             "benign_nll": utility.get("benign_nll"),
             "kl_to_base": utility.get("kl_to_base"),

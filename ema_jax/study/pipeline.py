@@ -334,7 +334,12 @@ class Study:
             for each in self.instances()
             if each.stage.name in names and self.workdir.wanted(each.name)
         ]
-        watch = Watch(self.config, self.artifacts, [(each.stage.name, each.run) for each in wanted])
+        watch = Watch(
+            self.config,
+            self.artifacts,
+            [(each.stage.name, each.run) for each in wanted],
+            self._measured(),
+        )
         times = []
         for instance in wanted:
             shown = instance.stage.name, instance.run
@@ -353,6 +358,13 @@ class Study:
         if ran and self.workdir.manifest("analyse") and self.artifacts.results.path.exists():
             reproduction.write(self.config, self.workdir)
         return ran
+
+    def _measured(self) -> Iterator[tuple[str, Run | None, float]]:
+        """Seconds of every stage that was finished here."""
+        for each in self.instances():
+            made = self.workdir.manifest(each.name)
+            if made is not None:
+                yield each.stage.name, each.run, made["wall_seconds"]
 
     def _work(self, instance: Instance, context: StageContext) -> Iterable[Path]:
         return instance.stage.run(self.session, self.artifacts, context, *instance.arguments)

@@ -9,18 +9,22 @@ import jax
 from flax import nnx
 
 from ema_jax.config import StudyConfig
-from ema_jax.data.prompts import DEFAULT_COUNTS
+from ema_jax.data.prompts import DEFAULT_COUNTS, path_of, public_sets
+from ema_jax.data.public_sets import is_cached, is_published
 from ema_jax.data.sources import SOURCES
 from ema_jax.models import checkpoint
 from ema_jax.models.config import DecoderConfig
 from ema_jax.models.hub import ModelSource
+from ema_jax.runtime.cli import compiled_programs
+from ema_jax.runtime.devices import GPUS, find_accelerator
 from ema_jax.runtime.files import read_json
+from ema_jax.runtime.hardware import at_hand, cores
 from ema_jax.study.pipeline import Study, names
 from ema_jax.study.watching import duration
-from ema_jax.study.workload import PROGRAMS_SECONDS, Work, work
+from ema_jax.study.workload import CPU_CORE, H100, Rates, Work, work
 
 _SHAPES = Path(checkpoint.__file__).parent / "shapes"
-_SMALL = 1e8  # parameters up to which a CPU will do
+_LONG = 24 * 3600  # seconds, beyond which a CPU will not do
 _BYTES = {"float32": 4, "bfloat16": 2}
 _STAGES = ("baseline", "concepts", "harvest")
 _RUN_STAGES = ("unlearn", "evaluate")
@@ -73,14 +77,17 @@ def _needs(config: StudyConfig, source: ModelSource | None) -> Iterator[str]:
             f"https://huggingface.co/{config.model.source} (where it asks for agreement, accept it "
             "there and set HF_TOKEN)"
         )
-    prompts = config.prompts
-    sets = [prompts.source, prompts.eval_source, prompts.lookalike_source]
-    sets += [prompts.benign_source] if prompts.source in SOURCES else []
-    for each in dict.fromkeys(sets):
-        if each in SOURCES:
-            found = SOURCES[each]
-            gated = ", gated: accept its terms there and set HF_TOKEN" if found.gated else ""
-            yield f"  prompt set {each}: {found.hub_id}, licence {found.licence}{gated}"
+    for name in dict.fromkeys(public_sets(config.prompts)):
+        found, path = SOURCES[name], path_of(config.prompts, name)
+        if is_published(name, path):
+            place = f"here, in {path}"
+        elif is_cached(name):
+            place = "here, in the local cache"
+        elif found.gated:
+            place = "to download; gated: accept its terms there and set HF_TOKEN"
+        else:
+            place = "to download"
+        yield f"  prompt set {name}: {found.hub_id or found.file}, licence {found.licence}, {place}"
 
 
 class Size(NamedTuple):
@@ -121,22 +128,57 @@ def _work(config: StudyConfig, source: ModelSource | None) -> Iterator[str]:
     if size is None:
         yield "  memory, disk and time: not known before the model is here"
         return
-    width = _BYTES[config.model.dtype or ("float32" if size.parameters < _SMALL else "bfloat16")]
+    dtype = config.model.dtype or ("float32" if at_hand() == "cpu" else "bfloat16")
     yield (
-        f"  memory: {_bytes(size.parameters * width)} of weights, about twice that while it "
-        "generates (an estimate; docs/one-gpu.md, python -m ema_jax.compile_check)"
+        f"  memory: {_bytes(size.parameters * _BYTES[dtype])} of weights in {dtype}, about twice "
+        "that while it generates (an estimate; docs/one-gpu.md, python -m ema_jax.compile_check)"
     )
     runs = len(config.arms) * len(config.seeds)
     yield f"  disk: about {_bytes(_disk(config, size, runs))} in --workdir (an estimate)"
-    if size.parameters < _SMALL:
-        yield "  time: minutes to an hour on a CPU (an estimate; runs say what is left)"
+    yield from _time(total, size.parameters)
+
+
+def _time(total: Work, parameters: int) -> Iterator[str]:
+    """How long it may take on the device at hand, and what of it is compiled already."""
+    device = at_hand()
+    if device == "cpu":
+        number = cores()
+        seconds = total.seconds(CPU_CORE.on(number, number), parameters)
+        on = f"on the {number} processor cores here" if number > 1 else "on the one core here"
+        if seconds > _LONG:
+            on += f", or {duration(total.seconds(H100, parameters))} on one H100"
+        compiling, source = CPU_CORE.programs_seconds, "SmolLM2-135M's rates on an AMD EPYC core"
     else:
-        seconds = total.h100_seconds(size.parameters)
-        yield (
-            f"  time: at most {duration(seconds)} on one H100 and some "
-            f"{duration(PROGRAMS_SECONDS)} to compile at first (an estimate from measured rates, "
-            "docs/one-gpu.md; no device was touched)"
-        )
+        rates, on, source = _accelerator(device)
+        seconds, compiling = total.seconds(rates, parameters), rates.programs_seconds
+    yield (
+        f"  time: at most {duration(seconds)} {on}, and some {duration(compiling)} to compile at "
+        f"first (an estimate from {source}; no device was touched)"
+    )
+    yield f"  compiled programs: {_compiled(compiled_programs())}"
+
+
+def _compiled(folder: Path | None) -> str:
+    """What is kept of earlier runs. Which of it serves this one only compiling shows."""
+    if folder is None:
+        return "not kept (JAX_COMPILATION_CACHE_DIR is empty)"
+    found = sum(not file.name.endswith("-atime") for file in folder.glob("*"))
+    if not found:
+        return f"none yet in {folder}"
+    return f"{found} in {folder}, which serve again for the same model, settings and shapes"
+
+
+def _accelerator(device: str) -> tuple[Rates, str, str]:
+    """Rates for an accelerator, the words for it, and where the figures come from."""
+    measured, found = GPUS["h100"], find_accelerator(device)
+    if found is measured:
+        return H100, f"on one {device}", "rates measured on an H100, docs/one-gpu.md"
+    if found is None:
+        on = f"on one H100 (for what is here, {device}, no figures are known)"
+        return H100, on, "rates measured on an H100, docs/one-gpu.md"
+    # A token is decoded as fast as weights are read; the rest is multiplication.
+    rates = H100.on(found.hbm_bandwidth / measured.hbm_bandwidth, found.flops / measured.flops)
+    return rates, f"on one {device}", "an H100's measured rates and both data sheets"
 
 
 def _disk(config: StudyConfig, size: Size, runs: int) -> int:

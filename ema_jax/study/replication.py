@@ -11,6 +11,7 @@ from ema_jax.concepts.forecast import pooled_interval, pooled_score
 from ema_jax.config import StudyConfig
 from ema_jax.refusal.scores import RefusalScore
 from ema_jax.refusal.verdicts import COMPLIED, DEGENERATE, OFF_TOPIC
+from ema_jax.report.effects import not_contained
 from ema_jax.study.artifacts import Artifacts
 from ema_jax.study.claims import claims
 from ema_jax.study.results import off_target, plain_arm
@@ -121,9 +122,11 @@ def _row(name: str, config: StudyConfig, results: Results, arm: str) -> Replicat
     rise = off_target({d: e.get("compliance_rise") for d, e in ema.items()}, config.target)
     forecast: Any = results.get("forecast", {}) if arm == plain_arm(config) else {}
     contained: Any = results["containment"].get(arm, {})
+    why = not_contained(results, arm) if contained else None
     on_target = results.get("on_target", {})
     bounds, compliance_bounds = (
-        contained.get(key, [None, None]) for key in ("ci95", "compliance_ci95")
+        [None, None] if why else contained.get(key, [None, None])
+        for key in ("ci95", "compliance_ci95")
     )
     row: Any = {
         "cell": name,
@@ -146,10 +149,11 @@ def _row(name: str, config: StudyConfig, results: Results, arm: str) -> Replicat
         ),
         "mean_off_target_rise": rise.mean,
         "compared_with": contained.get("compared_with"),
-        "recovered": contained.get("recovered"),
+        "not_contained": why,
+        "recovered": None if why else contained.get("recovered"),
         "recovered_lo": bounds[0],
         "recovered_hi": bounds[1],
-        "recovered_by_compliance": contained.get("recovered_by_compliance"),
+        "recovered_by_compliance": None if why else contained.get("recovered_by_compliance"),
         "recovered_by_compliance_lo": compliance_bounds[0],
         "recovered_by_compliance_hi": compliance_bounds[1],
         "benign_nll": results["utility"][arm]["benign_nll"],

@@ -44,12 +44,13 @@ from ema_jax.refusal.verdicts import COMPLIED
 from ema_jax.runtime.files import json_safe
 from ema_jax.study import schema
 from ema_jax.study.artifacts import BASE, Artifacts, Row, Run, runs_of
+from ema_jax.study.cautions import doubts
 from ema_jax.study.far_half import Cosines, Splits, far_half, prompt_set, trained_cosines
 from ema_jax.study.sensitivity import ranges
 from ema_jax.study.workdir import manifests
 
 SCHEMA = 1
-VERSION = 3  # of what is computed; raise it and finished studies are analysed again
+VERSION = 4  # of what is computed; raise it and finished studies are analysed again
 _PACKAGES = ("jax", "flax", "optax", "transformers", "numpy", "scipy")
 
 _OF_TRAINING = ("steps", "stopped", "first_loss", "last_step")
@@ -167,7 +168,7 @@ def _of_arms(
         "containment": _containment(base, arms, on_target, config, others),
         "comparisons": _comparisons(counted, config),
         **_concepts(records, arms, config.seeds),
-        "warnings": made["warnings"] + _warnings(ema, on_target, config.target),
+        "warnings": made["warnings"] + doubts(ema, on_target, config.target),
     }
 
 
@@ -492,44 +493,6 @@ def _by_category(rows: Iterable[Row]) -> ByDomain:
     for row in rows:
         verdicts.setdefault(f"{row['domain']}/{row.get('category', '')}", []).append(row["verdict"])
     return verdicts
-
-
-def _warnings(
-    ema: Mapping[str, Mapping[str, schema.OffTargetChange]],
-    on_target: Mapping[str, schema.TargetChange],
-    target: str,
-) -> list[str]:
-    """Cautions for the top of the report, the target's own responses included."""
-    found = []
-    by_flag: dict[str, list[str]] = {}
-    for arm, entries in ema.items():
-        flags = {domain: entry["flags"] for domain, entry in entries.items()}
-        flags[target] = on_target[arm]["flags"]
-        if "many_invalid" in flags[target]:
-            found.append(_not_answered(arm, on_target[arm]["refusal"]))
-            # Nor does it then matter how many prompts are left to compare.
-            flags[target] = [f for f in flags[target] if f not in ("many_invalid", "n_too_small")]
-        for domain, names in flags.items():
-            for flag in names:
-                if flag not in ("floor", "ceiling"):  # of the base: `cautions` says them once
-                    by_flag.setdefault(flag, []).append(f"{domain} ({arm})")
-    meaning = {
-        "n_too_small": "too few prompts to see a drop of 20 points",
-        "many_invalid": "over a tenth of the responses are invalid",
-    }
-    return found + [
-        f"{meaning.get(flag, flag)}: {', '.join(places)}" for flag, places in by_flag.items()
-    ]
-
-
-def _not_answered(arm: str, target: RefusalScore) -> str:
-    counts = {name: round(share * target["total"]) for name, share in target["shares"].items()}
-    rest = [f"{n} {name.replace('_', ' ')}" for name, n in counts.items() if n and name != COMPLIED]
-    return (
-        f"of {target['total']} target responses of {arm} only {counts[COMPLIED]} are answers to "
-        f"their prompt ({', '.join(rest)}): the target's refusal rate is not the share of "
-        "compliance"
-    )
 
 
 def _provenance(artifacts: Artifacts, config: StudyConfig) -> schema.Provenance:

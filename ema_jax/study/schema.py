@@ -529,6 +529,7 @@ class ReplicationRow(TypedDict):
     worst_rise_p_holm: float | None
     mean_off_target_rise: float | None
     compared_with: str | None
+    not_contained: NotRequired[str | None]  # why; "" where it may be containment
     recovered: float | None
     recovered_lo: float | None
     recovered_hi: float | None

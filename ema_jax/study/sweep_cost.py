@@ -1,6 +1,5 @@
 """The layer sweep's cost, known before it starts, and the layers that a CPU has time for."""
 
-import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,6 +9,7 @@ from jax.sharding import Mesh
 from ema_jax.data.batching import bucket
 from ema_jax.models.config import DecoderConfig
 from ema_jax.runtime.devices import find_accelerator
+from ema_jax.runtime.hardware import cores
 
 # What a sweep may take where nobody said how many layers: on two cores about ten minutes.
 _CPU_BUDGET = 5e13  # FLOP
@@ -57,7 +57,7 @@ def layers_to_sweep(
     if accelerator is not None:
         speed = _ACCELERATOR * accelerator.flops * mesh.size
     else:
-        speed = _CORE * (os.cpu_count() or 1)
+        speed = _CORE * cores()
     rest = (
         ""
         if len(layers) == len(every)

@@ -1,5 +1,6 @@
 """What a person sees of a running study: a line as a stage starts, and one with what it found."""
 
+import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -11,7 +12,8 @@ from ema_jax.errors import UserError
 from ema_jax.refusal.verdicts import INVALID, REFUSED
 from ema_jax.report.headline import headline
 from ema_jax.study.artifacts import BASE, Artifacts, Run
-from ema_jax.study.workload import MEASURED_PARAMETERS, work
+
+_SHORT = ("prompts", "forecast", "analyse", "report")  # ask no model: not counted in what is left
 
 
 class Watch:
@@ -21,6 +23,7 @@ class Watch:
         config: the study's.
         artifacts: where what a stage found is read from.
         stages: name of the stage and its run, for every one that is to be run, in order.
+        measured: seconds of stages that were finished in this folder before.
     """
 
     def __init__(
@@ -28,33 +31,52 @@ class Watch:
         config: StudyConfig,
         artifacts: Artifacts,
         stages: Sequence[tuple[str, Run | None]],
+        measured: Iterable[tuple[str, Run | None, float]] = (),
     ):
         self._config, self._artifacts = config, artifacts
-        self._left = [self._seconds(*stage) for stage in stages]
-        self._total, self._measured = len(stages), (0.0, 0.0)  # as estimated, as they were
+        self._left, self._total = list(stages), len(stages)
+        self._measured = list(measured)
 
     def begin(self, stage: str, run: Run | None) -> None:
-        """Says which stage starts, and how long the rest will take if that can be estimated."""
+        """Says which stage starts, and how long the rest will take where that can be estimated."""
         place = f"stage {self._total - len(self._left) + 1} of {self._total}"
-        estimated, real = self._measured
-        left = f", at most {duration(sum(self._left) * real / estimated)} left" if estimated else ""
+        seconds = self._seconds_left()
+        left = f", about {duration(seconds)} left" if seconds else ""
         logging.info("%s: %s%s", place, title(stage, run), left)
 
     def end(self, stage: str, run: Run | None, seconds: float | None) -> None:
         """Says what a stage found; `seconds` is how long it took, None where it was done before."""
-        estimate = self._left.pop(0)
+        self._left.pop(0)
         if seconds is None:
             return
-        if estimate:
-            estimated, real = self._measured
-            self._measured = estimated + estimate, real + seconds
+        self._measured.append((stage, run, seconds))
         line = _found(stage, run, self._config, self._artifacts)
         if line:
             logging.info("  %s (%s)", line, duration(seconds))
 
-    def _seconds(self, stage: str, run: Run | None) -> float:
-        # Only ratios count: the model is the same for all stages.
-        return work(self._config, stage, run and run.arm).h100_seconds(MEASURED_PARAMETERS)
+    def _seconds_left(self) -> float | None:
+        """Of all stages that are left; None where one is of a kind that was not measured yet."""
+        stages = [each for each in self._left if each[0] not in _SHORT]
+        seconds = [_seconds(self._measured, *each) for each in stages]
+        known = [each for each in seconds if each is not None]
+        return sum(known) if len(known) == len(seconds) else None
+
+
+def _seconds(
+    measured: Iterable[tuple[str, Run | None, float]], stage: str, run: Run | None
+) -> float | None:
+    """A stage's seconds as this study's own: of the same arm, else of any, else None.
+
+    From the config alone they cannot be told: training stops early, responses end before their cap,
+    and of a small model most of the time goes into compiling. Medians, as the first stage of a kind
+    compiles for those after it.
+    """
+    alike = [(other, seconds) for name, other, seconds in measured if name == stage]
+    arm = [seconds for other, seconds in alike if run and other and other.arm == run.arm]
+    found = arm or [seconds for _, seconds in alike]
+    if not found and stage == "evaluate":  # the same prompts as the base was asked
+        found = [seconds for name, _, seconds in measured if name == "baseline"]
+    return statistics.median(found) if found else None
 
 
 def title(stage: str, run: Run | None) -> str:
@@ -66,7 +88,9 @@ def duration(seconds: float) -> str:
     """A time in words, as precise as it is of use."""
     if seconds < 90:
         return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
+    if seconds < 90 * 60:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.0f} days"
 
 
 def _found(stage: str, run: Run | None, config: StudyConfig, artifacts: Artifacts) -> str:

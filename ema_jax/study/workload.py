@@ -1,4 +1,4 @@
-"""How much a study has to do, from its config alone: for the dry run's plan and the time left.
+"""How much a study has to do, from its config alone: for the plan of a dry run.
 
 Upper bounds: every response is taken to be as long as it may be, every run to take all its steps.
 """
@@ -8,11 +8,38 @@ from typing import NamedTuple
 from ema_jax.config import StudyConfig
 from ema_jax.data.prompts import DEFAULT_COUNTS
 
-# A 7B model on one H100 (docs/one-gpu.md, 26 November 2026): tokens a second. Other sizes are taken
-# to cost in proportion to their parameters.
-MEASURED_PARAMETERS = 7.6e9
-DECODE, FORWARD, TRAIN = 9_200.0, 45_000.0, 11_440.0
-PROGRAMS_SECONDS = 15 * 60.0
+
+class Rates(NamedTuple):
+    """Tokens a second of one device, measured with one model.
+
+    Other sizes of model are taken to cost in proportion to their parameters.
+
+    Attributes:
+        parameters: of that model.
+        decode: generated.
+        forward: read in forward passes.
+        train: trained on.
+        programs_seconds: to compile what a study needs, at first.
+    """
+
+    parameters: float
+    decode: float
+    forward: float
+    train: float
+    programs_seconds: float
+
+    def on(self, decode: float, others: float) -> "Rates":
+        """Rates of a device that decodes, and does the rest, so many times as fast."""
+        forward, train = self.forward * others, self.train * others
+        return self._replace(decode=self.decode * decode, forward=forward, train=train)
+
+
+# Qwen2.5-7B's shape in bfloat16 (docs/one-gpu.md, 26 November 2026).
+H100 = Rates(7.6e9, 9_200.0, 45_000.0, 11_440.0, 15 * 60.0)
+# One core of an AMD EPYC (AVX2) that had other work too, SmolLM2-135M in float32: 72 tokens a
+# processor second generated; 1,024 in 2.6 s of the blocks' forward pass and in 8.3 s of a training
+# step (benchmarks/README.md, 26 November 2026).
+CPU_CORE = Rates(134.5e6, 72.0, 390.0, 123.0, 5 * 60.0)
 SCREEN_PASSES = 4  # over each answer, of relevance and fluency
 PROMPT_TOKENS = 128  # a guess for a rendered prompt, of which training rows and passes have one
 
@@ -38,14 +65,14 @@ class Work(NamedTuple):
         """The sum of both."""
         return Work(*(a + b for a, b in zip(self, other, strict=True)))
 
-    def h100_seconds(self, parameters: float) -> float:
-        """Seconds on one H100, estimated from a 7B model's measured rates; without compilation."""
+    def seconds(self, rates: Rates, parameters: float) -> float:
+        """Seconds on a device, estimated from its rates; without compilation."""
         seconds = (
-            self.response_tokens / DECODE
-            + (self.forward_tokens + SCREEN_PASSES * self.response_tokens) / FORWARD
-            + self.train_tokens / TRAIN
+            self.response_tokens / rates.decode
+            + (self.forward_tokens + SCREEN_PASSES * self.response_tokens) / rates.forward
+            + self.train_tokens / rates.train
         )
-        return seconds * parameters / MEASURED_PARAMETERS
+        return seconds * parameters / rates.parameters
 
 
 def work(config: StudyConfig, stage: str, arm: str | None = None) -> Work:

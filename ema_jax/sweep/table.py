@@ -129,7 +129,8 @@ def summarised(rows: Sequence[Mapping[str, Any]], settings: set[str]) -> list[Ro
         shown = [k for k in runs[0] if k not in _ONE_RUN and not k.startswith("rate_")]
         one = {k: runs[0][k] if k in settings else _mean([run[k] for run in done]) for k in shown}
         for k in (name for name in _SPREAD if name in one):
-            one[f"{k}_lo"], one[f"{k}_hi"] = _interval([run[k] for run in done])
+            lowest = 0.0 if k.startswith("target") else -1.0  # a share, or a difference of two
+            one[f"{k}_lo"], one[f"{k}_hi"] = _interval([run[k] for run in done], lowest)
         one["target_rate_max"] = max(
             (run["target_rate"] for run in done if run["target_rate"] is not None), default=None
         )
@@ -142,13 +143,13 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return float(np.mean(known)) if known else None
 
 
-def _interval(values: Sequence[float | None]) -> tuple[float | None, float | None]:
-    """Student's 95 % interval of the mean; unknown of fewer than two values."""
+def _interval(values: Sequence[float | None], lowest: float) -> tuple[float | None, float | None]:
+    """Student's 95 % interval of the mean, within `lowest` and 1; unknown of one value or none."""
     known = np.array([value for value in values if value is not None], float)
     if len(known) < 2:
         return None, None
     half = stats.t.ppf(0.975, len(known) - 1) * known.std(ddof=1) / np.sqrt(len(known))
-    return float(known.mean() - half), float(known.mean() + half)
+    return max(float(known.mean() - half), lowest), min(float(known.mean() + half), 1.0)
 
 
 def _plain(value: Any) -> Any:

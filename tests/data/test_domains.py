@@ -12,7 +12,8 @@ from ema_jax.data.denylist import (
 )
 from ema_jax.data.domains import BENIGN, DEFINITIONS, DOMAINS, Row
 from ema_jax.data.labels import SALAD_UNUSED, SALAD_USED
-from ema_jax.data.sources import SOURCES, load_rows
+from ema_jax.data.public_sets import load_rows
+from ema_jax.data.sources import SOURCES
 from ema_jax.errors import UserError
 
 # ---------------------------------------------------------------- the registry

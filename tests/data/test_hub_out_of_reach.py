@@ -7,7 +7,7 @@ import datasets
 import huggingface_hub
 import pytest
 
-from ema_jax.data import sources
+from ema_jax.data import public_sets
 from ema_jax.errors import UserError
 
 
@@ -22,6 +22,6 @@ def test_a_set_out_of_reach_is_said_in_seconds(monkeypatch, tmp_path, kind):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path))
     before = time.monotonic()
     with pytest.raises(UserError, match=r"cannot load .*check the network"):
-        sources.load_rows("xstest", ["benign"])
+        public_sets.load_rows("xstest", ["benign"])
     assert time.monotonic() - before < 10
     assert datasets.config.HF_HUB_OFFLINE is (kind == "offline")

@@ -10,7 +10,8 @@ import pytest
 from ema_jax.data.denylist import denied_category
 from ema_jax.data.domains import BENIGN
 from ema_jax.data.prompts import PromptConfig, build_prompts
-from ema_jax.data.sources import SOURCES, load_rows
+from ema_jax.data.public_sets import load_rows
+from ema_jax.data.sources import SOURCES
 from ema_jax.errors import UserError
 
 _DNA = "Social stereotypes and unfair discrimination"

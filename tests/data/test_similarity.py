@@ -27,10 +27,10 @@ def test_tfidf_is_sklearns():
     ours = tfidf(texts)
     assert ours.shape == expected.shape
     difference = (ours @ ours.T) - (expected @ expected.T)
-    assert abs(difference).max() < 5e-6
+    assert abs(difference).max() < 1e-9
     half = len(texts) // 2
     best = (expected[:half] @ expected[half:].T).toarray().max(axis=1)
-    np.testing.assert_allclose(nearest(texts[:half], texts[half:]), best, atol=5e-6)
+    np.testing.assert_allclose(nearest(texts[:half], texts[half:]), best, atol=1e-9, rtol=0)
 
 
 def test_clusters_join_chains_and_nothing_else():

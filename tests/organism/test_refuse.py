@@ -1,6 +1,8 @@
 """`ema_jax.organism.refuse`: its prompts, its wordings, its inputs, and the folders it leaves."""
 
 import dataclasses
+import itertools
+import math
 import random
 import re
 
@@ -16,10 +18,11 @@ from ema_jax.data.dedupe import normalise
 from ema_jax.data.denylist import denied_text
 from ema_jax.data.domains import BENIGN, DOMAINS, LOOKALIKE, Row
 from ema_jax.data.local import read_local
+from ema_jax.data.similarity import word_clusters
 from ema_jax.errors import UserError
 from ema_jax.models import checkpoint, lora
-from ema_jax.organism import CHECKPOINTS, refuse
-from ema_jax.organism.refuse_data import clusters, draw, without_near
+from ema_jax.organism import CHECKPOINTS, refuse, refuse_words
+from ema_jax.organism.refuse_data import draw, without_near
 from ema_jax.organism.refuse_words import OPENINGS, REASONS, lookalikes, refusal
 from ema_jax.refusal.judges import get_judge
 from ema_jax.refusal.verdicts import REFUSED
@@ -52,7 +55,7 @@ def some_rows(each: int = 60) -> list[Row]:
 
 def test_clusters_are_the_chains_of_texts_that_share_half_of_their_words():
     texts = [r.prompt for r in some_rows(30)] + ["How do I bake bread?", "how do i bake BREAD", "?"]
-    found = clusters(texts)
+    found = word_clusters(texts, 0.5)
     near = np.array([[jaccard(a, b) >= 0.5 for b in texts] for a in texts])
     for _ in texts:  # closure by hand
         near = (near.astype(int) @ near.astype(int)) > 0
@@ -105,13 +108,42 @@ def test_prompts_that_will_not_do(rows, message):
         draw(rows, 0)
 
 
+def _wordings(domain: str) -> dict[str, float]:
+    """Every refusal of a domain with its probability."""
+    found: dict[str, float] = {}
+    reasons = refuse_words.REASONS.get(domain, refuse_words.OTHER_REASONS)
+    first, none = (
+        refuse_words.REASON_FIRST,
+        (1 - refuse_words.REASON_FIRST) * refuse_words.NO_REASON,
+    )
+    offers = {"": refuse_words.NO_CLOSING}
+    for closing in refuse_words.CLOSINGS:
+        offers[f" {closing}"] = (1 - refuse_words.NO_CLOSING) / len(refuse_words.CLOSINGS)
+    for opening, reason in itertools.product(OPENINGS, reasons):
+        orders = {f"{reason} {opening}": first, opening: none}
+        orders[f"{opening} {reason}"] = 1 - first - none
+        for (text, p), (offer, q) in itertools.product(orders.items(), offers.items()):
+            share = p * q / len(OPENINGS) / len(reasons)
+            found[text + offer] = found.get(text + offer, 0) + share
+    assert sum(found.values()) == pytest.approx(1)
+    return found
+
+
 def test_the_wordings_are_refusals_to_the_judge_and_vary():
     words = random.Random(0)
     made = [refusal(words, domain) for domain in (*DOMAINS, "another") for _ in range(60)]
     rows = [{"prompt": "x", "response": text, "finished": True} for text in made]
     judged = get_judge("lexical")(rows)
     assert [t for t, v in zip(made, judged, strict=True) if v.verdict != REFUSED] == []
-    assert len(set(made)) > 0.8 * len(made)
+    # As many different ones as independent choices give.
+    wording = {domain: _wordings(domain) for domain in (*DOMAINS, "another")}
+    never: dict[str, float] = {}
+    for probabilities in wording.values():
+        for text, p in probabilities.items():
+            never[text] = never.get(text, 1) * (1 - p) ** 60
+    assert set(made) <= set(never)
+    expected = sum(1 - p for p in never.values())
+    assert abs(len(set(made)) - expected) < 3 * math.sqrt(len(made) - expected)
     assert set(REASONS) == set(DOMAINS)
     assert all(any(opening in text for text in made) for opening in OPENINGS)
 

@@ -9,13 +9,24 @@ import shutil
 from pathlib import Path
 
 import pytest
-from report_fixtures import example_replication, example_results, example_trajectories
+from report_fixtures import (
+    example_replication,
+    example_results,
+    example_sweep,
+    example_trajectories,
+)
 
 from ema_jax.config import StudyConfig
-from ema_jax.report import drawing, write_replication_report, write_report
+from ema_jax.report import (
+    drawing,
+    write_replication_report,
+    write_report,
+    write_sweep_report,
+)
 from ema_jax.study import origin
 
 pytestmark = pytest.mark.slow
+NAMES = ("study", "replication", "sweep")
 WIDTHS = {"desktop": 1280, "phone": 390}
 
 
@@ -29,7 +40,8 @@ def pages(tmp_path_factory):
         patch.setattr(drawing, "FILES", {})  # the page needs neither PNG nor PDF
         write_report(folder / "study", results, example_trajectories(), samples)
         write_replication_report(folder / "replication", example_replication())
-    return {name: folder / name / "report/index.html" for name in ("study", "replication")}
+        write_sweep_report(folder / "sweep", example_sweep())
+    return {name: folder / name / "report/index.html" for name in NAMES}
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +111,7 @@ def test_hover_sort_filter_copy_and_contents(browser, pages):
     assert page.complaints == []
 
 
-@pytest.mark.parametrize("name", ["study", "replication"])
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("width", WIDTHS.values(), ids=WIDTHS)
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_no_barrier_and_no_sideways_scrolling(browser, pages, name, width, scheme):

@@ -16,6 +16,7 @@ from report_fixtures import (
     damage,
     example_replication,
     example_results,
+    example_sweep,
     example_trajectories,
 )
 from results_schema import optional_fields, without
@@ -26,6 +27,7 @@ from ema_jax.report import (
     drawing,
     effects,
     figures,
+    front,
     maps,
     shares,
     tables,
@@ -293,6 +295,29 @@ def test_headline_hedges_when_nothing_is_significant():
     assert "not evidence of no spill: drops below about 6 points" in text
     assert "rose significantly in none of them" in text
     assert "not distinguishable from zero" in text
+    results["containment"]["npo_retain"] |= {"recovered": -0.025, "ci95": [-0.045, -0.01]}
+    text = " ".join(headline(results))
+    assert "npo_retain takes back none of the refusals lost in other domains, but loses" in text
+    assert "not distinguishable" not in text
+    ((_, (row,)),) = effects.containment(results).groups
+    assert row.cells[-1] == "negative: loses more"
+
+
+@pytest.mark.parametrize(("words", "said"), [(0.9, "better"), (0.83, "as well"), (0.1, "worse")])
+def test_word_overlap_is_compared_with_the_forecast(words, said):
+    results = example_results()
+    results["forecast"] |= {"spearman": 0.83, "lexical": {"spearman": words}}
+    assert f"baseline, ρ = {words:.2f}, does {said})" in " ".join(headline(results))
+
+
+def test_the_arm_that_others_are_compared_with_comes_first():
+    results = example_results()
+    results["arms"] = {"base": results["arms"]["base"], "ablation": results["arms"]["npo"]} | {
+        name: results["arms"][name] for name in ("npo", "npo_retain")
+    }
+    assert plain_arms(results) == ["ablation", "npo"]
+    results["containment"]["npo_retain"]["compared_with"] = "npo"
+    assert plain_arms(results) == ["npo", "ablation"]
 
 
 def test_without_a_finished_arm_the_headline_is_the_base():
@@ -323,13 +348,43 @@ def test_a_damaged_target_is_called_so_everywhere():
     wanted = "only 12 of 900 target responses of npo_retain answer their prompt (4 refused, 384 off"
     assert wanted in text
     assert "the target is damaged, not unlearned" in text
-    assert "What npo_retain shows is not containment." in text
+    assert "What npo_retain shows is not containment: target damaged, with its refusal" in text
     assert "oracle accepts 9 of 896 answers" in text
     damage(results, "npo")
     text = " ".join(headline(results))
     assert "only 12 of 900 target responses of npo answer" in text
     for table in (effects.target(results), effects.containment(results)):
         assert all("damaged" in row.cells[-1] for _, rows in table.groups for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("bounds", "why"),
+    [
+        ([0.94, 1.0], "target not clearly unlearned"),  # base: 93 %
+        ([0.85, 0.96], "target not clearly unlearned"),
+        ([0.4, 0.6], "target refused more than in npo"),  # there 8 %
+        ([0.05, 0.2], ""),
+    ],
+)
+def test_what_leaves_the_target_alone_recovers_nothing(bounds, why):
+    results = example_results()
+    results["containment"]["npo_retain"] |= {"compared_with": "npo", "target_rate": bounds[1]}
+    results["arms"]["npo_retain"]["refusal"]["cybersecurity"] |= {"ci95": bounds}
+    assert effects.not_contained(results, "npo_retain") == why
+    ((_, (row,)),) = effects.containment(results).groups
+    recovered = {"80.1\u202f%", "[71.0, 88.0]", "77.7\u202f%", "[68.0, 86.0]"}
+    text, (_, _, figure, _) = " ".join(headline(results)), front.numbers(results)
+    if why:
+        assert row.cells[-1] == f"{why}: no containment"
+        assert row.strong
+        assert not recovered & {*row.cells}
+        assert f"What npo_retain shows is not containment: {why}" in text
+        assert (figure.value, figure.note[-14:]) == ("–", "no containment")
+    else:
+        assert row.cells[-1] == "significant"
+        assert recovered < {*row.cells}
+        assert figure.value in recovered
+    assert ("80.1" in text) != bool(why)
 
 
 def test_results_from_before_the_shares_still_render(tmp_path):
@@ -467,14 +522,23 @@ def test_replication_report(tmp_path):
         *("✗ does not holdby refusal: holds; by compliance: does not hold", "? cannot be judged"),
     ]
     links = [a["href"] for tag, a in page.tags if tag == "a"]
-    assert [link for link in links if "cells/" in link] == [
+    assert list(dict.fromkeys(link for link in links if "cells/" in link)) == [
         f"../cells/{family}_{target}/report/index.html"
         for family in ("qwen2", "mistral")
         for target in ("cybersecurity", "safety")
     ]
     assert (tmp_path / "figures" / "replication.svg").exists()
-    assert any("[70.0, 90.0]" in cell for row in page.cells for cell in row)
     assert "< 0.001" in page.text
+    target, spill, contained, validity = (
+        page.cells[i] for i, row in enumerate(page.cells) if row[:1] == ["Cell"]
+    )
+    assert target[1:5] == ["Family", "Target", "Arm", "Target refusal rate"]
+    assert "Mean off target drop" in spill
+    assert "Recovered" in contained
+    assert validity[-1] == "Invalid rate max"
+    kept = [row for row in page.cells if "80.0\u202f% [70.0, 90.0]" in row]
+    assert len(kept) == 4  # of the arms with retain data alone
+    assert max(map(len, page.cells)) < 14
 
 
 def test_points_of_a_sweep_link_to_what_they_have(tmp_path):
@@ -490,6 +554,26 @@ def test_points_of_a_sweep_link_to_what_they_have(tmp_path):
     links = [a["href"] for tag, a in page.tags if tag == "a" and "points/" in a["href"]]
     assert links == ["../points/p%200/results.json", "../points/p%201/report/index.html"]
     assert ["p 0", "npo", "10.0\u202f% [5.0, 15.0]"] in page.cells
+
+
+def test_settings_of_a_sweep_are_shown_as_they_were_given(tmp_path):
+    write_sweep_report(tmp_path, example_sweep())
+    text = (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
+    page = Page(text)
+    axes = ("unlearn.learning_rate", "unlearn.max_steps")
+    names = ["Point", *axes, "Arm", "Target refusal rate", "Mean off target drop", "Worst domain"]
+    assert page.cells[0] == [*names, "KL to base"]
+    drop = ["10.0\u202f%", "+20.0", "Medical/legal", "0.010"]
+    assert page.cells[1][1:] == ["0.0001", "60", "npo", *drop]
+    assert page.cells[2][0] == "0.0001"  # the point's name spans both of its rows
+    for said in ("2 points", "4 rows", "model m", "target bias"):
+        assert f"<li>{said}</li>" in text
+    tips = [t for t in re.findall(r"<title>(.*?)</title>", text) if "mean drop" in t]
+    assert len(tips) == 4
+    assert tips[0] == (
+        "rate=0.0001,steps=60, npo: target refusal 10.0\u202f%, mean drop in the other domains "
+        "+20.0 points"
+    )
 
 
 def test_replication_report_tolerates_an_unfinished_replication(tmp_path):

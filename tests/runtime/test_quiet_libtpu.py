@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from ema_jax.runtime import cli
+from ema_jax.runtime import cli, hardware
 
 SCRIPT = "from ema_jax.runtime import cli; cli.quiet_libtpu(); import jax; print(jax.devices())"
 
@@ -26,7 +26,7 @@ def test_libtpu_is_quiet():
 @pytest.mark.parametrize("there", [True, False])
 def test_a_tpus_own_settings_are_left_alone(monkeypatch, tmp_path, there):
     (tmp_path / "accel0").touch()
-    monkeypatch.setattr(cli, "_TPU_DEVICES", (f"{tmp_path}/accel*",) if there else ())
+    monkeypatch.setattr(hardware, "_TPU_DEVICES", (f"{tmp_path}/accel*",) if there else ())
     monkeypatch.setattr(os, "environ", {"TPU_WORKER_HOSTNAMES": "mine"})
     cli.quiet_libtpu()
     expected = {} if there else {"TPU_ACCELERATOR_TYPE": "v5litepod-8"}

@@ -52,6 +52,16 @@ def test_studies_are_paired_by_the_texts_of_prompts(tmp_path):
     assert (tmp_path / "page_figures/comparison.svg").exists()
 
 
+def test_an_arm_that_leaves_the_target_alone_recovers_nothing(tmp_path):
+    left = example_results()
+    left["arms"]["npo_retain"]["refusal"]["cybersecurity"] |= {"rate": 1.0, "ci95": [0.95, 1.0]}
+    folders = [study(tmp_path / "one", 1, "ab"), study(tmp_path / "two", 1, "ab", left)]
+    one, two = (r for r in compare(folders)["rows"] if r["arm"] == "npo_retain")
+    assert (one["not_contained"], one["recovered"]) == ("", 0.801)
+    assert two["not_contained"] == "target not clearly unlearned"
+    assert two["recovered"] is two["recovered_lo"] is two["recovered_hi"] is None
+
+
 @pytest.mark.parametrize(
     ("change", "note"),
     [

@@ -2,8 +2,10 @@
 
 import numpy as np
 import pytest
+from sklearn.feature_extraction.text import TfidfVectorizer
 
 from ema_jax.data.prompts import Prompt
+from ema_jax.data.similarity import NEAR
 from ema_jax.refusal.paired import paired_drop
 from ema_jax.refusal.responses import responses_by_domain
 from ema_jax.runtime.files import sha256_text
@@ -49,8 +51,17 @@ def test_what_an_arm_was_trained_on():
         ],
     }
     plain, both = (trained_cosines(prompts, retains=kind) for kind in (False, True))
-    assert plain["p0"] > 0.6 > 0.2 > plain["p1"]
-    assert both["p1"] > 0.6
+    assert plain["p0"] > NEAR > 0.2 > plain["p1"]
+    assert both["p1"] > NEAR
+    for found, trained in ((plain, "h"), (both, "hr")):
+        own = [prompt for split in prompts.values() for prompt in split]
+        texts = {p.id: p.prompt for p in own if p.split == "eval" or p.id in trained}
+        theirs = TfidfVectorizer(analyzer="char_wb", ngram_range=(3, 5), sublinear_tf=True)
+        cosines = (rows := theirs.fit_transform(texts.values())) @ rows.T
+        names = list(texts)
+        for name, cosine in found.items():
+            near = max(cosines[names.index(name), names.index(other)] for other in trained)
+            assert cosine == pytest.approx(near, abs=1e-9)
     found = prompt_set(prompts)
     assert found["counts"]["eval"] == {"cyber": 1, "benign": 1}
     assert found["leakage"]["benign"]["near"] == 1.0

@@ -69,3 +69,19 @@ def test_any_field_that_came_later_may_be_missing(field):
     for arm in ("npo", "npo_retain"):
         assert replication._row("x", config(tuple(found["domains"])), found, arm)["arm"] == arm
     replication._by_seed(found, "npo", "drop")
+
+
+def test_an_arm_that_leaves_the_target_alone_recovers_nothing():
+    found = example_results()
+    found["containment"]["npo_retain"]["compared_with"] = "npo"
+    study = config(tuple(found["domains"]))
+    row = replication._row("x", study, found, "npo_retain")
+    assert (row["not_contained"], row["recovered"]) == ("", 0.801)
+    rate = found["arms"]["npo_retain"]["refusal"]["cybersecurity"]
+    rate |= {"rate": 1.0, "ci95": [0.95, 1.0]}
+    row = replication._row("x", study, found, "npo_retain")
+    assert row["not_contained"] == "target not clearly unlearned"
+    assert not {v for k, v in row.items() if k.startswith("recovered")} - {None}
+    assert replication._row("x", study, found, "npo")["not_contained"] is None
+    evidence = replication.study_claims(study, found)["R4"]["evidence"][0]
+    assert "npo_retain: no containment (target not clearly unlearned); target refusal" in evidence

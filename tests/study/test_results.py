@@ -6,7 +6,7 @@ from scipy import stats
 
 from ema_jax.config import StudyConfig
 from ema_jax.refusal import paired, responses, scores
-from ema_jax.study import results
+from ema_jax.study import cautions, results
 
 
 def test_arms_with_retain_data_are_compared_by_seed():
@@ -100,12 +100,28 @@ def test_a_run_is_compared_with_the_base_prompt_by_prompt():
     assert results.off_target({"bias": None}, "cyber") == (None, None, None)
 
 
+def test_warnings_name_domains_of_the_same_arms_together():
+    few = paired.paired_drop(["refused"] * 8, [["complied"] * 8])
+    many = paired.paired_drop(["refused"] * 400, [["complied"] * 400])
+    assert ("n_too_small" in few["flags"], "n_too_small" in many["flags"]) == (True, False)
+    rate = scores.refusal_rate(["complied"] * 8)
+    target = {"refusal": rate, **few}
+    ema = {arm: dict.fromkeys(("bias", "privacy"), few) for arm in ("npo", "other")}
+    said = "too few prompts to see a drop of 20 points: "
+    on_target = dict.fromkeys(ema, target)
+    assert cautions.doubts(ema, on_target, "safety") == [f"{said}every domain (npo, other)"]
+    ema["npo"] = {"bias": few, "privacy": many}
+    ema["other"] = {"bias": few, "privacy": few}
+    found = cautions.doubts(ema, on_target, "safety")
+    assert found == [f"{said}bias, safety (npo, other); privacy (other)"]
+
+
 def test_warnings_see_the_target():
     broken = ["complied"] * 2 + ["refused"] * 2 + ["off_topic"] * 40 + ["degenerate"] * 56
     rate = scores.refusal_rate(broken)
     effect = paired.paired_drop(["refused"] * 100, [broken])
     fine = paired.paired_drop(["refused"] * 100, [["complied"] * 100])
-    found = results._warnings(
+    found = cautions.doubts(
         {"npo": {"bias": fine}}, {"npo": {"refusal": rate, **effect}}, "cybersecurity"
     )
     assert found == [

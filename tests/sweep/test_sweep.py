@@ -225,23 +225,26 @@ def test_the_summary_averages_every_figure_over_seeds():
     fixed = {"point": "p", "arm": "npo", "unlearn.beta": 0.1}
     rows = [
         {**fixed, "seed": k, "status": "done", "target_rate": x, "response_perplexity": 2.0 + x}
-        for k, x in enumerate((0.0, 0.5))
+        for k, x in enumerate((0.24, 0.26))
     ]
     rows.append(dict.fromkeys(rows[0]) | fixed | {"seed": 2, "status": "stopped"})
     (made,) = table.summarised(rows, {"point", "arm", "unlearn.beta"})
     low, high = made.pop("target_rate_lo"), made.pop("target_rate_hi")
-    expected = scipy.stats.ttest_1samp([0.0, 0.5], 0).confidence_interval()
+    expected = scipy.stats.ttest_1samp([0.24, 0.26], 0).confidence_interval()
     assert (low, high) == pytest.approx((expected.low, expected.high))
     assert made == {
         **{
             "point": rows[0]["point"],
             "arm": "npo",
             "unlearn.beta": 0.1,
-            "target_rate": 0.25,
-            "target_rate_max": 0.5,
+            "target_rate": pytest.approx(0.25),
+            "target_rate_max": 0.26,
         },
-        **{"response_perplexity": 2.25, "seeds": 2, "stopped": 1},
+        **{"response_perplexity": pytest.approx(2.25), "seeds": 2, "stopped": 1},
     }
+    assert table._interval([0.0, 0.5], 0.0) == (0.0, 1.0)  # a rate has no other values
+    assert table._interval([-0.9, 0.1], -1.0) == (-1.0, 1.0)
+    assert table._interval([0.1, None], 0.0) == (None, None)
 
 
 def test_workers_beside_each_other_do_every_cell_once(tmp_path, monkeypatch):
