@@ -71,7 +71,9 @@ def prepare_environment() -> None:
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # no device is held, so several may run
-    os.environ["JAX_PLATFORMS"] = "cpu"
+    # Not by the environment, which JAX has read. It also keeps the CUDA plugin, which describes
+    # GPUs all the same, from looking for a driver.
+    jax.config.update("jax_platforms", "cpu")
     # XLA reports full rematerialisation of a tensor as a warning.
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "1"
 
@@ -121,6 +123,6 @@ def _gpu_devices(card: Card, count: int) -> Sequence[jax.Device]:
     except Exception as error:  # the plugin's own, of whatever kind
         reason = str(error).strip().splitlines()[0][:200]
         raise UserError(
-            f"--topology: this jax {jax.__version__} does not describe a GPU that is not there "
-            f"({reason}); it is known to with jax 0.11.2"
+            f"--topology: jax {jax.__version__} here does not describe a GPU that is not there "
+            f"({reason}); jax 0.11.2 with its own CUDA plugin is known to"
         ) from None
