@@ -33,7 +33,7 @@ COMMANDS = {
     "judge": Command("verdicts for a file of responses", "ema_jax.judge"),
     "convert": Command("a checkpoint from one format to another", "ema_jax.convert"),
     "sweep": Command("a grid of studies, by any number of workers", "ema_jax.sweep"),
-    "check": Command("does a study fit a TPU slice?", "ema_jax.compile_check"),
+    "check": Command("does a study fit a TPU slice, or a GPU?", "ema_jax.compile_check"),
     "organism": Command("train the embedded models", "ema_jax.organism.train"),
     "refuse": Command("tune a model to refuse in the domains", "ema_jax.organism.refuse"),
     "share": Command("a study as a table, as a log for Inspect, on the Hub", "ema_jax.share"),

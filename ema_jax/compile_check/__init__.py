@@ -1,1 +1,1 @@
-"""Compiles a study's programs for a TPU slice, without a TPU: memory, collectives, a time bound."""
+"""Compiles a study's programs for TPUs or GPUs, without any: memory, collectives, a time bound."""

@@ -1,4 +1,4 @@
-"""Compiles a study's programs for a TPU slice and reports whether they fit."""
+"""Compiles a study's programs for devices that are not there and reports whether they fit."""
 
 import contextlib
 import dataclasses
@@ -14,11 +14,12 @@ import jax
 from absl import logging
 from jax.sharding import Mesh
 
-from ema_jax.compile_check import collectives, programs, roofline
-from ema_jax.compile_check.programs import Workload
+from ema_jax.compile_check import collectives, kernels, programs, roofline
 from ema_jax.compile_check.topology import Topology
+from ema_jax.compile_check.workload import Lengths, Workload, resolved
 from ema_jax.config import StudyConfig
 from ema_jax.errors import UserError
+from ema_jax.models.sharding import batch_multiple
 from ema_jax.runtime.devices import GIB
 from ema_jax.unlearning.config import UnlearnConfig
 from ema_jax.unlearning.trainer import check_arm
@@ -30,38 +31,48 @@ _BATCH_FACTORS = (1, 2, 4)
 
 
 def check(
-    config: StudyConfig, topology: Topology, prompt_tokens: int, names: tuple[str, ...]
+    config: StudyConfig,
+    topology: Topology,
+    prompt_tokens: int,
+    names: tuple[str, ...],
+    lengths: Lengths = "full",
 ) -> dict[str, Any]:
-    """Compiles programs of a study for a slice.
+    """Compiles programs of a study for a slice or for GPUs.
 
     Args:
         config: the study.
-        topology: the slice.
+        topology: the devices.
         prompt_tokens: length of a rendered prompt.
-        names: programs to compile.
+        names: programs to compile, of `programs.PROGRAMS`.
+        lengths: of the training examples.
 
     Returns:
         The figures of the train step (or of the first program, without a train step), `programs`
         with the figures of each, and `fits` over all of them. Sizes are in GiB per chip.
 
     Raises:
-        UserError: the mesh does not use the whole slice, the sizes of the model are not known, or
+        UserError: the mesh does not use all devices, the sizes of the model are not known, or
             the trainer would refuse an arm on this mesh (`check_arm`).
     """
-    shapes, mesh = Workload.of(config, prompt_tokens), topology.mesh(config.mesh)
-    work = programs.resolved(shapes, mesh)
+    shapes, mesh = Workload.of(config, prompt_tokens, lengths), topology.mesh(config.mesh)
+    work = resolved(shapes, mesh)
     for name in config.arms:  # as the study does before it loads anything
         check_arm(work.model, config.arm(name), mesh.shape, f"arms.{name}")
     compiled = {name: _figures(p, topology) for name, p in programs.lowered(work, mesh, names)}
     first = dict(compiled[names[0]])
     if "train" in compiled:
-        first |= {"bound": _bound(work, topology, mesh, compiled["train"])}
+        first = compiled["train"] | {
+            "remat": work.arm.remat,
+            "tokens": roofline.train_tokens(work, batch_multiple(mesh)),
+            "bound": _bound(work, topology, mesh, compiled["train"]),
+        }
     return {
         "fits": all(figures["fits"] for figures in compiled.values()),
         "topology": topology.name,
         "chips": topology.chips,
         "mesh": dict(mesh.shape),
-        "capacity_gib": topology.chip.hbm_gib,
+        "capacity_gib": topology.capacity_gib,
+        "decode_rows": work.decode_rows,
         **{key: value for key, value in first.items() if key != "fits"},
         "programs": compiled,
     }
@@ -93,7 +104,7 @@ def compare_meshes(
                 logging.info("mesh %s, %d times the batch: refused: %s", shape, factor, error)
                 continue
             scaled = dataclasses.replace(workload, arm=_scaled(workload.arm, factor))
-            work = programs.resolved(scaled, mesh)
+            work = resolved(scaled, mesh)
             ((_, program),) = programs.lowered(work, mesh, ("train",))
             figures = _figures(program, topology)
             bound = _bound(work, topology, mesh, figures)
@@ -102,7 +113,7 @@ def compare_meshes(
             rows.append(row)
             logging.info(
                 "mesh %s, %d examples: %.2f of %s GiB per chip",
-                *(shape, work.train_rows, row["hbm_gib_per_chip"], topology.chip.hbm_gib),
+                *(shape, work.train_rows, row["hbm_gib_per_chip"], topology.capacity_gib),
             )
             if not figures["fits"]:
                 break  # a larger batch does not fit either
@@ -151,7 +162,7 @@ def _figures(program: Any, topology: Topology) -> dict[str, Any]:
     start = time.monotonic()
     with _captured_stderr() as log:
         try:
-            compiled = program.compile()
+            compiled = program.compile(compiler_options=topology.compiler_options)
         except Exception as error:
             match = _OUT_OF_MEMORY.search(str(error))
             if match is None:
@@ -168,18 +179,24 @@ def _figures(program: Any, topology: Topology) -> dict[str, Any]:
     own_output = memory.output_size_in_bytes - memory.alias_size_in_bytes
     held = memory.argument_size_in_bytes + own_output + memory.temp_size_in_bytes
     held += memory.generated_code_size_in_bytes
+    found, more = None, {}
     try:
-        found = collectives.summary(collectives.read(compiled.as_text(), len(topology.devices)))
+        text = compiled.as_text()
     except jax.errors.JaxRuntimeError as error:  # libtpu cannot print some programs
         logging.warning("collectives unknown: %s", str(error).strip().splitlines()[0][:200])
-        found = None
+    else:
+        found = collectives.summary(collectives.read(text, len(topology.devices)))
+        if topology.card is not None:
+            more = {"kernels": roofline.kernel_bound(kernels.read(text), topology.chip)}
     return {
-        "fits": held * devices <= topology.chip.hbm_gib * GIB,
+        "fits": held * devices <= topology.capacity_gib * GIB,
         "hbm_gib_per_chip": held * devices / GIB,
         "argument_gib": memory.argument_size_in_bytes * devices / GIB,
         "temp_gib": memory.temp_size_in_bytes * devices / GIB,
         "collectives": found,
-    } | shared
+        **more,
+        **shared,
+    }
 
 
 @contextlib.contextmanager

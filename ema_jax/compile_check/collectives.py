@@ -3,18 +3,13 @@
 import dataclasses
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+
+from ema_jax.compile_check.hlo import Module, array_bytes
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
-_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.-]+)\s*\(.*\)\s*->.*\{\s*$")
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?[\w.-]+ = (.*?) ([\w-]+)\(")
-_CALLED = re.compile(r"(?:calls|to_apply|body)=%?([\w.-]+)")
-_CONDITION = re.compile(r"condition=%?([\w.-]+)")
-_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
-_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
-_CONSTANT = re.compile(r"= s32\[\]\S* constant\((\d+)\)")
-_ARRAY = re.compile(r"\b(pred|[a-z]+\d+(?:e\dm\d\w*)?)\[([\d,]*)\]")
 _CHANNEL = re.compile(r"channel_id=(\d+)")
 # Replica groups are written in one of three ways.
 _LISTED = re.compile(r"replica_groups=\{\{([\d,]*)\}")
@@ -52,33 +47,37 @@ class Collective:
         return factor * self.bytes * self.times
 
 
-def read(hlo: str, devices: int) -> list[Collective]:
-    """Reads the collectives of an optimised HLO module.
+def by_loop(hlo: str, devices: int) -> dict[str, list[Collective]]:
+    """Loop → the collectives in it; `ENTRY` for those in none.
 
-    A loop counts as many trips as its condition allows, if that contains a number. The fusions of
-    an asynchronous collective share its channel and count once in each loop: another loop may have
-    the same channel for a collective of its own.
+    The fusions of an asynchronous collective share its channel and count once in each loop:
+    another loop may have the same channel for a collective of its own.
 
     Args:
         hlo: `compiled.as_text()`.
         devices: how many take part in an instruction without groups.
     """
-    bodies = dict(_computations(hlo))
-    times, homes = _executions(bodies)
-    found: dict[object, Collective] = {}
-    for name, lines in bodies.items():
-        for line in lines:
+    module = Module.of(hlo)
+    found: dict[str, dict[object, Collective]] = {}
+    for name, times in module.times.items():
+        here = found.setdefault(module.homes[name], {})
+        for line in module.bodies.get(name, ()):
             match = _INSTRUCTION.match(line)
             kind = match[2].removesuffix("-start") if match else ""
-            if match is None or kind not in KINDS or name not in times:
+            if match is None or kind not in KINDS:
                 continue
             size = _result_bytes(match[1], kind, match[2].endswith("-start"))
             channel = _CHANNEL.search(line)
-            key = (kind, channel[1], size, homes[name]) if channel else len(found)
-            one = Collective(kind, size, _group(line, devices), times[name])
-            if key not in found or found[key].times < one.times:
-                found[key] = one
-    return list(found.values())
+            key = (kind, channel[1], size) if channel else (name, len(here))
+            one = Collective(kind, size, _group(line, devices), times)
+            if key not in here or here[key].times < one.times:
+                here[key] = one
+    return {loop: list(here.values()) for loop, here in found.items() if here}
+
+
+def read(hlo: str, devices: int) -> list[Collective]:
+    """Reads the collectives of an optimised HLO module; see `by_loop`."""
+    return [one for loop in by_loop(hlo, devices).values() for one in loop]
 
 
 def summary(collectives: Sequence[Collective]) -> dict[str, dict[str, int]]:
@@ -95,65 +94,13 @@ def summary(collectives: Sequence[Collective]) -> dict[str, dict[str, int]]:
     return result
 
 
-def _computations(hlo: str) -> Iterator[tuple[str, list[str]]]:
-    name, lines = "", list[str]()
-    for line in hlo.splitlines():
-        match = _COMPUTATION.match(line)
-        if match:
-            name, lines = ("ENTRY" if line.startswith("ENTRY") else match[1]), []
-        elif line.startswith("}"):
-            yield name, lines
-        else:
-            lines.append(line)
-
-
-def _executions(bodies: dict[str, list[str]]) -> tuple[dict[str, int], dict[str, str]]:
-    """Number of runs of each computation that the entry reaches, and the loop that it is of."""
-    times: dict[str, int] = {}
-    homes: dict[str, str] = {}
-
-    def visit(name: str, count: int, home: str) -> None:
-        times[name] = times.get(name, 0) + count
-        homes[name] = home
-        for line in bodies.get(name, ()):
-            loop = _CONDITION.search(line)
-            for called in _CALLED.findall(line):
-                visit(called, count * _trips(line, bodies), called if loop else home)
-            for branches in _BRANCHES.findall(line):
-                for branch in branches.split(","):
-                    visit(branch.strip().removeprefix("%"), count, home)
-
-    visit("ENTRY", 1, "ENTRY")
-    return times, homes
-
-
-def _trips(line: str, bodies: dict[str, list[str]]) -> int:
-    """Trips of a loop: as noted by the compiler, or the limit in its condition."""
-    condition = _CONDITION.search(line)
-    if condition is None:
-        return 1
-    if known := _TRIPS.search(line):
-        return int(known[1])
-    waiting, limits = [condition[1]], [1]
-    while waiting:
-        for inner in bodies.get(waiting.pop(), ()):
-            limits += [int(number) for number in _CONSTANT.findall(inner)]
-            waiting += _CALLED.findall(inner)
-    return max(limits)
-
-
 def _result_bytes(shape: str, kind: str, started: bool) -> int:
-    sizes = [_bytes(*array) for array in _ARRAY.findall(shape)]
+    sizes = array_bytes(shape)
     if not started or len(sizes) == 1:
         return sum(sizes)
     # An asynchronous start returns (operands, results, …): the result is the largest of these, or
     # the smallest for a reduce-scatter.
     return min(s for s in sizes if s) if kind == "reduce-scatter" else max(sizes)
-
-
-def _bytes(dtype: str, dimensions: str) -> int:
-    bits = 8 if dtype == "pred" else int(re.findall(r"\d+", dtype)[0])
-    return math.prod(int(n) for n in dimensions.split(",") if n) * bits // 8
 
 
 def _group(line: str, devices: int) -> int:

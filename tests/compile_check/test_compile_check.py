@@ -18,7 +18,7 @@ from small_study import small_config
 
 from ema_jax import config as ema
 from ema_jax.compile_check import check, collectives, programs, roofline, topology
-from ema_jax.compile_check.programs import Workload
+from ema_jax.compile_check.workload import Workload, architecture, resolved
 from ema_jax.config import ModelConfig
 from ema_jax.errors import UserError
 from ema_jax.models.sharding import make_mesh
@@ -90,17 +90,38 @@ def test_known_sizes(source, count):
 
     from ema_jax.models.checkpoint import abstract_decoder
 
-    config = programs.architecture(ModelConfig(source=source))
+    config = architecture(ModelConfig(source=source))
     leaves = jax.tree.leaves(nnx.state(abstract_decoder(config)))
     assert sum(leaf.size for leaf in leaves) == count
 
 
 def test_every_program_is_the_studys_own():
     """Its signatures, shapes and shardings; each is a program for all devices of the mesh."""
-    work, mesh = Workload.of(ema.read(small_config()), 16), make_mesh((1, 4, 2))
-    names = ("train", "capture", "decode")
+    mesh = make_mesh((1, 4, 2))
+    work = resolved(Workload.of(ema.read(small_config()), 16), mesh)
+    names = tuple(programs.PROGRAMS)
+    assert len(names) == 7
     for name, program in programs.lowered(work, mesh, names):
         assert "num_partitions = 8" in program.as_text()[:500], name
+
+
+def test_rows_of_drawn_lengths_are_those_that_training_packs():
+    """The same examples in fewer tokens, and a step that costs so much less."""
+    full, drawn = (Workload.of(ema.read(small_config()), 64, x) for x in ("full", "drawn"))
+    assert full.step_batch(4).rows.tokens.shape == (1, 16, full.train_tokens)
+    for groups in (1, 4):
+        tokens = roofline.train_tokens(drawn, groups)
+        assert 0.8 * tokens["padded"] < tokens["real"] <= tokens["padded"]
+        assert tokens["padded"] < 0.7 * roofline.train_tokens(full, groups)["padded"]
+    assert roofline.train_flops(drawn) < 0.8 * roofline.train_flops(full)
+
+
+def test_rows_that_decode_are_as_many_as_fit_where_the_config_says_so():
+    config = small_config()
+    config.generation.batch_size = 0
+    work = Workload.of(ema.read(config), 16)
+    assert (work.prompt_rows, work.decode_rows) == (64, 0)
+    assert resolved(work, make_mesh()).decode_rows == 64  # a CPU's
 
 
 def test_collectives_of_a_program_of_which_they_are_known():
@@ -173,6 +194,41 @@ def test_collectives_as_a_tpu_program_writes_them():
     }
 
 
+WINDOWED_TEXT = """HloModule jit_f
+
+%body (t: (bf16[64,8], bf16[8,4], u32[], /*index=3*/u32[])) -> (bf16[64,8], bf16[8,4], u32[]) {
+  %two = u32[]{:T(128)} constant(2)
+  %other = u32[]{:T(128)} constant(15)
+  %t = (bf16[64,8]{1,0}, bf16[8,4]{1,0}, u32[]{:T(128)}, /*index=3*/u32[]) parameter(0)
+  %part = bf16[8,4]{1,0:T(8,128)(2,1)} get-tuple-element(%t), index=1
+  %place = u32[]{:T(128)} get-tuple-element(%t), index=2
+  %start = (bf16[8,4]{1,0}, bf16[8,4]{1,0}, u32[], u32[]) collective-permute-start(%part), \
+channel_id=3, source_target_pairs={{0,1},{1,0}}
+  %after = u32[]{:T(128)} add(%place, %two), metadata={op_name="jit(f)"}
+  ROOT %tuple = (bf16[64,8]{1,0}, bf16[8,4]{1,0}, u32[], /*index=3*/u32[]) tuple(%x, %done, \
+%after, /*index=3*/%other)
+}
+
+%condition (t: (bf16[64,8], bf16[8,4], u32[], u32[])) -> pred[] {
+  %eight = u32[]{:T(128)} constant(8), metadata={op_name="jit(f)"}
+  %t = (bf16[64,8]{1,0}, bf16[8,4]{1,0}, u32[]{:T(128)}, /*index=3*/u32[]) parameter(0)
+  %place.1 = u32[]{:T(128)} get-tuple-element(%t), index=2, metadata={op_name="jit(f)"}
+  ROOT %compare = pred[]{:T(512)} compare(%place.1, %eight), direction=LT
+}
+
+ENTRY %main (x: bf16[64,8]) -> bf16[64,8] {
+  %while = (bf16[64,8]{1,0}, bf16[8,4]{1,0}, u32[], u32[]) while(%tuple), condition=%condition, \
+body=%body
+}
+"""
+
+
+def test_products_over_the_mesh_count_every_part_that_they_send():
+    """As libtpu writes them: an unsigned counter to 8 in steps of two, four trips of one part."""
+    (found,) = collectives.read(WINDOWED_TEXT, 8)
+    assert (found.kind, found.bytes, found.times) == ("collective-permute", 8 * 4 * 2, 4)
+
+
 def test_loops_count_their_collectives_each():
     """Four loops of a train step gather the same weights, and may do so by the same channel."""
     parts = TPU_TEXT.partition("ENTRY")
@@ -186,7 +242,7 @@ def test_loops_count_their_collectives_each():
 def test_flops_are_those_that_xla_counts():
     """Of one layer: of a scan's body XLA counts one."""
     model = dataclasses.replace(
-        programs.architecture(ModelConfig(source=MISTRAL)), num_layers=1, windows=(None,)
+        architecture(ModelConfig(source=MISTRAL)), num_layers=1, windows=(None,)
     )
     config = small_config()
     work = dataclasses.replace(
@@ -220,7 +276,7 @@ def test_a_step_costs_more_where_more_is_trained_or_computed_again():
 def test_meshes_split_every_head():
     work = dataclasses.replace(
         Workload.of(ema.read(small_config()), 16),
-        model=programs.architecture(ModelConfig(source="Qwen/Qwen2.5-7B-Instruct")),
+        model=architecture(ModelConfig(source="Qwen/Qwen2.5-7B-Instruct")),
     )
     shapes = roofline.candidate_meshes(work, 16)
     assert {shape[2] for shape in shapes} == {1, 2, 4}  # 28 and 4 heads
@@ -260,7 +316,7 @@ def test_compared_meshes_begin_with_the_cheapest_that_fits(compiler):
 
 def test_what_does_not_fit_says_by_how_much():
     class Program:
-        def compile(self):
+        def compile(self, compiler_options):
             raise RuntimeError(
                 "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. "
                 "Used 20.25G of 15.75G hbm. Exceeded hbm capacity by 4.50G."
@@ -280,7 +336,7 @@ def test_a_program_that_cannot_be_printed_leaves_its_collectives_unknown():
         generated_code_size_in_bytes = 1 << 30
 
     class Program:
-        def compile(self):
+        def compile(self, compiler_options):
             return self
 
         def memory_analysis(self):

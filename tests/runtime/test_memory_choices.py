@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ema_jax.compile_check.programs import architecture
+from ema_jax.compile_check.workload import architecture
 from ema_jax.config import ModelConfig
 from ema_jax.models.attention import faster_by_cudnn
 from ema_jax.models.cache import rows_that_fit
