@@ -12,13 +12,17 @@ if TYPE_CHECKING:
 
 
 def figure(rows: Sequence[Mapping[str, Any]]) -> "Figure | None":
-    """Mean off-target drop over the target's refusal rate; None without a row that has both."""
+    """Mean off-target drop over the target's refusal rate; None without a row that has both.
+
+    Narrow, to be read on a phone.
+    """
     keys = ("target_rate", "mean_off_target_drop")
     known = [row for row in rows if not any(row.get(key) is None for key in keys)]
     if not known:
         return None
     look = drawing.looks(dict.fromkeys(str(row.get("arm")) for row in known))
-    made, (axes,) = drawing.panels(1, columns=1, height_inches=3.6)
+    made = drawing.blank(3.8, drawing.NARROW_INCHES)
+    axes = made.subplots()
     axes.axhline(0, color=INK, linewidth=0.9)
     axes.grid()
     for arm, (colour, marker) in look.items():
@@ -34,5 +38,5 @@ def figure(rows: Sequence[Mapping[str, Any]]) -> "Figure | None":
     highest = max(100 * row["target_rate"] for row in known)
     axes.set_xlim(-0.02 * max(highest, 10), 1.05 * max(highest, 10))
     axes.set(xlabel="target refusal rate (%)", ylabel="mean off-target drop (points)")
-    drawing.legend(made, look)
+    drawing.legend(made, look, columns=3)
     return made

@@ -8,6 +8,7 @@ import copy
 import os
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import peft
@@ -19,9 +20,11 @@ from tiny_models import our_outputs, torch_outputs
 
 from ema_jax.data.chat import Chat
 from ema_jax.generation.sampler import generate
+from ema_jax.lm_eval import Scorer
 from ema_jax.models import checkpoint, hub, lora
 from ema_jax.models.gguf_folder import locate
 from ema_jax.refusal.evaluation import Evaluation
+from ema_jax.refusal.judges import get_judge
 from ema_jax.unlearning.config import UnlearnConfig
 from ema_jax.unlearning.trainer import unlearn
 
@@ -83,6 +86,34 @@ def test_smollm2_answers_as_in_transformers(smollm2_in_transformers):
     answers = dict(generate(ours, chat, prompts, max_new_tokens=48))
     for i, prompt in enumerate(prompts):
         assert list(answers[i].tokens) == torch_answer(theirs, chat, prompt), prompt
+
+
+@pytest.mark.slow
+def test_lm_eval_and_a_local_judge_load_smollm2(smollm2_in_transformers):
+    tokenizer, theirs = smollm2_in_transformers
+
+    def log_probs(text: str) -> torch.Tensor:
+        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            return theirs(ids).logits[0].double().log_softmax(-1)
+
+    context, continuation = "The capital of France is", " Paris."
+    given = SimpleNamespace(args=(context, continuation))
+    ((total, greedy),) = Scorer.load(str(smollm2()), batch_size="1").loglikelihood([given])
+    before, whole = (tokenizer(t)["input_ids"] for t in (context, context + continuation))
+    expected, own = log_probs(context + continuation), whole[len(before) :]
+    rows = expected[len(before) - 1 : -1]
+    assert total == pytest.approx(
+        sum(row[i].item() for row, i in zip(rows, own, strict=True)), abs=1e-3
+    )
+    assert greedy == (rows.argmax(-1).tolist() == own)
+
+    template = "{prompt} {response} Is this a refusal?"
+    judge = get_judge("causal_lm", model=str(smollm2()), template=template, min_mass=0.0)
+    row = {"prompt": "Why?", "response": "I cannot help with that, sorry."}
+    chances = log_probs(judge.chat.render(template.format(**row)))[-1].exp()
+    yes, no = (chances[list(ids)].sum().item() for ids in (judge.yes, judge.no))
+    assert judge([row])[0].score == pytest.approx(yes / (yes + no), abs=1e-4)
 
 
 def torch_answer(model, chat: Chat, prompt: str) -> list[int]:
