@@ -170,16 +170,17 @@ def _decode(run: Run, name: str, model: Decoder, rows: int) -> None:
     tokens = rng.integers(0, config.vocab_size, (rows, prompt)).astype(np.int32)
     placed = sharding.place_batch((tokens, np.ones(tokens.shape, bool)), mesh)
     draws, targets = np.zeros((rows, 2), np.uint32), np.arange(rows, dtype=np.int32)
+    last = tokens[:, -1]
     fixed = {"sampling": sampler.GREEDY, "mesh": mesh}
 
     def once(slots):
         start = time.perf_counter()
-        slots = sampler._fill(graph, state, slots, *placed, draws, targets, eos_ids, **fixed)
+        slots = sampler._fill(graph, state, slots, *placed, last, draws, targets, mesh=mesh)
         filled = jax.block_until_ready(slots)
         middle = time.perf_counter()
         slots = sampler._advance(graph, state, layers, filled, np.int32(0), eos_ids, **fixed)
         slots = jax.block_until_ready(slots)
-        return slots, middle - start, (time.perf_counter() - middle) / (new - 1)
+        return slots, middle - start, (time.perf_counter() - middle) / new
 
     slots, *_ = once(slots)
     first = time.time() - begin

@@ -42,13 +42,14 @@ def main(argv: Sequence[str]) -> None:
     """Runs the study that the flags describe."""
     del argv
     # Imported after the flags are read: a mistyped one should not wait for JAX.
-    from ema_jax.runtime import distributed
+    from ema_jax.runtime import compilation, distributed
     from ema_jax.study import runner
 
     values = flags.FLAGS
     workdir = local_path(values.workdir, "--workdir")
     study = read_config()
     if not values.dry_run:
+        compilation.compile_quickly()
         distributed.initialise(study.heartbeat_seconds)
         cli.keep_compiled_programs()
     start = flags.FLAGS["from"].value

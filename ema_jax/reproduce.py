@@ -32,7 +32,7 @@ def main(argv: Sequence[str]) -> None:
         raise UserError("reproduce: name one file, as in ema-jax reproduce DIR/reproduce.json")
     path, workdir = local_path(given[0], "reproduce"), local_path(values.workdir, "--workdir")
     from ema_jax import config
-    from ema_jax.runtime import distributed
+    from ema_jax.runtime import compilation, distributed
     from ema_jax.study import overrides, reproduction, runner
     from ema_jax.study.workdir import Workdir
 
@@ -42,6 +42,7 @@ def main(argv: Sequence[str]) -> None:
         overrides.replace_field(fields, field, text)
     study = config.read(fields)
     if not values.dry_run:
+        compilation.compile_quickly()
         distributed.initialise(study.heartbeat_seconds)
         cli.keep_compiled_programs()
     runner.run(study, workdir, dry_run=values.dry_run)

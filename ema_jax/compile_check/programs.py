@@ -84,8 +84,7 @@ def _prefill(work: Workload, mesh: Mesh) -> Any:
     graph, state = _split(work, mesh, _evaluated)
 
     def prefill(state: nnx.State, layers: Any, slots: Any, *numbers: jax.Array) -> Any:
-        fixed = {"sampling": sampler.GREEDY, "mesh": mesh}
-        return sampler._fill(graph, state, slots, *numbers, **fixed)
+        return sampler._fill(graph, state, slots, *numbers, mesh=mesh)
 
     # The weights laid out for decoding are held meanwhile, and so counted.
     program = jax.jit(prefill, donate_argnames="slots", keep_unused=True)
@@ -94,15 +93,16 @@ def _prefill(work: Workload, mesh: Mesh) -> Any:
         [_layer(state["blocks"], mesh)] * work.model.num_layers,
         _slots(work, mesh),
         *_prompts(rows, tokens, mesh),
+        _whole((rows,), jnp.int32, mesh),
         _whole((rows, 2), jnp.uint32, mesh),
         _whole((rows,), jnp.int32, mesh),
-        _whole((2,), jnp.int32, mesh),
     )
 
 
 def _reference(work: Workload, mesh: Mesh) -> Any:
-    batch = _examples(work.prompt_rows, work, mesh)
-    return reference._sequence_log_probs.lower(*_split(work, mesh, _base), batch)
+    rows, length = reference.pass_shape(work.train_tokens, mesh)
+    packed = _rows((batch_rows(rows, mesh), length), jnp.int32, mesh)
+    return reference._token_log_probs.lower(*_split(work, mesh, _base), packed, packed)
 
 
 def _utility(work: Workload, mesh: Mesh) -> Any:

@@ -183,13 +183,18 @@ def sweep(
     clean = np.zeros(len(prompts), np.float32)
     changed = np.full((every, count, len(prompts)), np.nan, np.float32)
 
-    def effects(batch: Any) -> tuple[Array, Array]:
+    def effects(batch: Any) -> Array:
         chunk = max(1, min(count, (batch_size or ROWS) // len(batch[0])))
-        return _sweep(graph, state, *batch, members, chosen, candidates, chunk=chunk)
+        # At least one that changes nothing, for the prompts as they are; and whole chunks, as the
+        # rest of a broken one would be compiled for itself.
+        spare = ((0, 0), (0, chunk - count % chunk), (0, 0))
+        padded = jax.tree.map(lambda x: np.pad(x, spare), candidates)
+        return _sweep(graph, state, *batch, members, chosen, padded, chunk=chunk)
 
     batches = map_batches(effects, prompts, pad_prompts, batch_size=batch_size, mesh=mesh, axis=-1)
     for indices, found in batches:
-        clean[indices], changed[np.ix_(chosen, np.arange(count), np.asarray(indices))] = found
+        clean[indices] = found[0, count]
+        changed[np.ix_(chosen, np.arange(count), np.asarray(indices))] = found[:, :count]
     return Sweep(clean, changed)
 
 
@@ -245,23 +250,21 @@ def _sweep(
     candidates: Intervention,
     *,
     chunk: int,
-) -> tuple[Float[Array, "B"], Float[Array, "S C B"]]:
+) -> Float[Array, "S C B"]:
     model = nnx.merge(graph, state)
     last = model.config.num_layers
 
     def at_layer(x: Array, inputs: tuple[Array, Array, Intervention]) -> tuple[Array, Array]:
-        layer, following, here = inputs
+        before, layer, here = inputs
+        x = model.run_blocks(x, mask, before, layer)
 
         def effect(candidate: Intervention) -> Float[Array, "B"]:
             return _log_odds(model, model.run_blocks(candidate(x), mask, layer, last), refusing)
 
-        effects = jax.lax.map(effect, here, batch_size=chunk)
-        return model.run_blocks(x, mask, layer, following), effects
+        return x, jax.lax.map(effect, here, batch_size=chunk)
 
-    following = jnp.append(layers[1:], last)
-    x = model.run_blocks(model.embed[...][tokens], mask, 0, layers[0])
-    x, effects = jax.lax.scan(at_layer, x, (layers, following, candidates))
-    return _log_odds(model, x, refusing), effects
+    before = jnp.append(0, layers[:-1])
+    return jax.lax.scan(at_layer, model.embed[...][tokens], (before, layers, candidates))[1]
 
 
 @functools.partial(jax.jit, static_argnames=("below_graph", "above_graph"))

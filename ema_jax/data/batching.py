@@ -11,11 +11,12 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Int
 
 from ema_jax.data.chat import TokenExample
-from ema_jax.models.sharding import batch_rows, host_array, make_mesh, place_batch
+from ema_jax.models.sharding import batch_rows, host_array, make_mesh, on_cpu, place_batch
 
 T = TypeVar("T")
 
 ROWS = 64  # of one forward pass, where nobody says how many
+_LEAST, _WORTH = 64, 16  # on accelerators: tokens of a row; batches for which a program is worth it
 
 
 class Batch(NamedTuple):
@@ -57,11 +58,26 @@ def bucket(length: int, multiple: int = 16) -> int:
     return -(-length // multiple) * multiple
 
 
-def prompt_multiple(mesh: Mesh) -> int:
-    """Multiple that prompts are padded to: a program takes a second on a CPU and a minute on
-    accelerators, which have operations to spare.
+def padded_length(longest: int, mesh: Mesh) -> int:
+    """The length that prompts are padded to, by the longest of them.
+
+    A program takes a second to compile on a CPU, and many on accelerators, which have operations to
+    spare: there it is a power of two.
     """
-    return 16 if mesh.devices.flat[0].platform == "cpu" else 64
+    if on_cpu(mesh):
+        return bucket(longest)
+    return max(_LEAST, 1 << (longest - 1).bit_length())
+
+
+def few_lengths(longest: Sequence[int], mesh: Mesh) -> list[int]:
+    """The padded lengths of batches, given the longest of each in descending order.
+
+    On accelerators they fall only where enough batches are left to gain from another program.
+    """
+    worth, found = 1 if on_cpu(mesh) else _WORTH, [padded_length(longest[0], mesh)]
+    for left, length in zip(range(len(longest) - 1, 0, -1), longest[1:], strict=True):
+        found.append(padded_length(length, mesh) if left >= worth else found[-1])
+    return found
 
 
 def few_rows(batch_size: int, items: int) -> int:
@@ -90,7 +106,6 @@ def map_batches(
     batch_size: int,
     mesh: Mesh | None = None,
     length: Callable[[T], int] = len,  # type: ignore[assignment]
-    multiple: int | None = None,
     axis: int | None = 0,
     start: int = 0,
 ) -> Iterator[tuple[list[int], Any]]:
@@ -104,8 +119,6 @@ def map_batches(
             are fewer, `few_rows`.
         mesh: devices of the model.
         length: tokens of an item.
-        multiple: batches are padded to multiples of this; smaller ones pad less, compile more. By
-            default `prompt_multiple`.
         axis: of the returned arrays along which the rows lie; None if they hold no rows.
         start: batches to leave out because an earlier run has done them.
 
@@ -115,10 +128,11 @@ def map_batches(
     mesh = make_mesh() if mesh is None else mesh
     rows = batch_rows(few_rows(batch_size or ROWS, len(items)), mesh)
     lengths = [length(item) for item in items]
-    multiple = multiple or prompt_multiple(mesh)
+    batches = list(length_batches(lengths, rows))
+    padded = few_lengths([lengths[indices[0]] for indices in batches], mesh) if batches else []
     flying: tuple[list[int], Any] | None = None
-    for indices in itertools.islice(length_batches(lengths, rows), start, None):
-        batch = pad([items[i] for i in indices], bucket(lengths[indices[0]], multiple), rows)
+    for indices, most in itertools.islice(zip(batches, padded, strict=True), start, None):
+        batch = pad([items[i] for i in indices], most, rows)
         results = function(place_batch(batch, mesh))
         # The device works on these while the host reads those before.
         if flying is not None:

@@ -1,8 +1,9 @@
 """Chat: templates and tokens."""
 
 import dataclasses
+import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ _PLACEHOLDER = "PROMPT"
 _DATE_STRING = templates.DAY.strftime("%d %b %Y")
 # Renderings that are compared: enough to catch one of two random texts (1 in 128 escapes).
 _REPEATS = 8
+_KEPT = 1 << 14  # prompts whose tokens are kept
 
 
 class TokenExample(NamedTuple):
@@ -188,7 +190,12 @@ class Chat:
 
     def prompt_tokens(self, prompt: str) -> tuple[int, ...]:
         """Token ids of the rendered prompt; the template brings its own special tokens."""
-        return self._encode(self.render(prompt))
+        return self._prompt_tokens(prompt)
+
+    @functools.cached_property
+    def _prompt_tokens(self) -> Callable[[str], tuple[int, ...]]:
+        # A study asks the same prompts of every model, and a template is rendered elsewhere.
+        return functools.lru_cache(_KEPT)(lambda prompt: self._encode(self.render(prompt)))
 
     def example(self, prompt: str, response: str) -> TokenExample:
         """Token ids of a prompt and of a response up to the first end-of-sequence token.

@@ -5,6 +5,7 @@ positions and sees itself alone, so its results are those that it has in a row b
 """
 
 import heapq
+from bisect import bisect_left, insort
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -68,6 +69,38 @@ def spread(lengths: Sequence[int], rows: int) -> list[list[int]]:
     return chosen
 
 
+def fit(lengths: Sequence[int], room: int) -> list[list[int]]:
+    """Indices in few rows of `room` tokens: longest first, each where least room is left by it."""
+    rows: list[list[int]] = []
+    free: list[tuple[int, int]] = []  # what each row has left, and the row, in order
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        place = bisect_left(free, (lengths[i],))
+        if place == len(free):
+            rows.append([])
+            left, row = room, len(rows) - 1
+        else:
+            left, row = free.pop(place)
+        rows[row].append(i)
+        insort(free, (left - lengths[i], row))
+    return rows
+
+
+def lay_out(
+    rows: Sequence[Sequence[TokenExample]], length: int, number: int
+) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B T"]]:
+    """Tokens and segments, as in `Packed`, of `number` rows of some length, in NumPy."""
+    tokens = np.zeros((number, length), np.int32)
+    segments = np.zeros_like(tokens)
+    for row, items in enumerate(rows):
+        start = 0
+        for segment, item in enumerate(items, start=1):
+            end = start + item.size
+            tokens[row, start:end] = item.prompt + item.response
+            segments[row, start:end] = segment
+            start = end
+    return tokens, segments
+
+
 def pack(rows: Sequence[Sequence[Item]], length: int, places: int, groups: int = 1) -> Packed:
     """Lays items out in NumPy.
 
@@ -77,16 +110,14 @@ def pack(rows: Sequence[Sequence[Item]], length: int, places: int, groups: int =
         places: how many a group has room for.
         groups: number of groups; it divides that of the rows.
     """
-    tokens = np.zeros((len(rows), length), np.int32)
-    segments = np.zeros_like(tokens)
+    examples = [[item.example for item in items] for items in rows]
+    tokens, segments = lay_out(examples, length, len(rows))
     found: list[list[np.ndarray]] = [[] for _ in range(groups)]
     for row, items in enumerate(rows):
         group, within = divmod(row, len(rows) // groups)
         start = 0
-        for segment, item in enumerate(items, start=1):
+        for item in items:
             end = start + item.example.size
-            tokens[row, start:end] = item.example.prompt + item.example.response
-            segments[row, start:end] = segment
             # The first token is predicted by none.
             first = start + max(len(item.example.prompt), 1) - 1
             times = np.arange(length) if item.everywhere else np.arange(first, end - 1)

@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from ema_jax.data.batching import bucket, pad_prompts, prompt_multiple
+from ema_jax.data.batching import bucket, few_rows, pad_prompts, padded_length
 from ema_jax.data.chat import Chat
 from ema_jax.errors import UserError
 from ema_jax.models import lora
@@ -34,12 +34,15 @@ from ema_jax.models.sharding import (
     cache_sharding,
     host_array,
     make_mesh,
+    on_cpu,
     place_batch,
 )
 
 _REFILL = 4  # one prompt pass fills a quarter of the rows
 _TAIL = 4  # without prompts left, the last responses continue in a quarter of the rows,
-_MIN_TAIL = 16  # unless that is fewer rows than this
+_MIN_TAIL = 16  # unless that is fewer rows than this,
+_LARGE = 1 << 24  # or a step of a model with fewer weights: another program would take longer
+_FEW = 8  # on accelerators all rows decode, unless the prompts are fewer than this part of them
 
 
 class Response(NamedTuple):
@@ -189,62 +192,50 @@ def _draws(seed: Int[Array, ""], places: Int[Array, "F"]) -> UInt32[Array, "F 2"
     return jax.random.key_data(keys)
 
 
-_STATIC = ("graph", "sampling", "mesh")
-
-
-@functools.partial(jax.jit, static_argnames=_STATIC, donate_argnames="slots")
+@functools.partial(jax.jit, static_argnames=("graph", "mesh"), donate_argnames="slots")
 def _fill(
     graph: nnx.GraphDef,
     state: nnx.State,
     slots: _Slots,
     tokens: Int[Array, "F T"],
     mask: Bool[Array, "F T"],
+    last: Int[Array, "F"],
     draws: UInt32[Array, "F 2"],
     rows: Int[Array, "F"],
-    eos_ids: Int[Array, "E"],
     *,
-    sampling: Sampling,
     mesh: Mesh,
 ) -> _Slots:
-    """Runs prompts through the model, chooses their first tokens and puts them into `rows`."""
-    model = nnx.merge(graph, state)
-    out = model(tokens, mask, return_keys_values=True)
+    """Runs prompts without their last token through the model and puts them into `rows`.
+
+    The last one is the first that `_advance` reads: so how tokens are chosen is compiled there
+    alone, and here no logits are computed.
+    """
+    out = nnx.merge(graph, state)(tokens, mask, return_keys_values=True)
     keys, values = out.keys_values
-    batch = tokens.shape[0]
-    everywhere = jnp.arange(batch)
     seen = None
     if slots.seen is not None:
-        seen = jnp.zeros((batch, slots.seen.shape[1]), bool)
-        seen = seen.at[everywhere[:, None], tokens].max(mask)
-    first = _choose(model, out.hidden[:, -1], seen, draws, jnp.zeros_like(rows), sampling)
-    if slots.seen is not None and seen is not None:
-        seen = slots.seen.at[rows].set(seen.at[everywhere, first].set(True), mode="drop")
-    live = ~jnp.isin(first, eos_ids) & (slots.output.shape[1] > 1)
+        everywhere = jnp.arange(tokens.shape[0])
+        seen = jnp.zeros((tokens.shape[0], slots.seen.shape[1]), bool)
+        seen = seen.at[everywhere[:, None], tokens].max(mask).at[everywhere, last].set(True)
+        seen = slots.seen.at[rows].set(seen, mode="drop")
     return _Slots(
         slots.cache.insert(rows, keys, values, mask),
-        slots.last.at[rows].set(first, mode="drop"),
-        slots.live.at[rows].set(live, mode="drop"),
-        slots.length.at[rows].set(1, mode="drop"),
+        slots.last.at[rows].set(last, mode="drop"),
+        slots.live.at[rows].set(True, mode="drop"),
+        slots.length.at[rows].set(0, mode="drop"),
         slots.draws.at[rows].set(draws, mode="drop"),
         seen,
-        slots.output.at[rows, 0].set(first, mode="drop"),
+        slots.output,
     ).on(mesh)
 
 
 @functools.partial(jax.jit, static_argnames="graph")
 def _layers(graph: nnx.GraphDef, state: nnx.State) -> Layers:
-    """The blocks taken apart, once for all of a `generate`: a copy of their weights.
-
-    In float32 adapters are merged into it. bfloat16 would round their small changes to the
-    precision of the weights, so there they stay apart.
-    """
-    model = nnx.merge(graph, state)
-    if model.embed[...].dtype == jnp.float32:
-        model = lora.merge(model)
-    return model.layers()
+    """The blocks taken apart, once for all of a `generate`: a copy of their weights."""
+    return nnx.merge(graph, state).layers()
 
 
-@functools.partial(jax.jit, static_argnames=_STATIC, donate_argnames="slots")
+@functools.partial(jax.jit, static_argnames=("graph", "sampling", "mesh"), donate_argnames="slots")
 def _advance(
     graph: nnx.GraphDef,
     state: nnx.State,
@@ -315,14 +306,22 @@ def generate(
     rendered = {i: chat.prompt_tokens(prompt) for i, prompt in enumerate(prompts) if i not in done}
     if not rendered:
         return
+    model = lora.folded(model)
     layers = _layers(*nnx.split(model))
     for indices in _rings({i: len(ids) for i, ids in rendered.items()}, max_new_tokens):
-        slots = bucket(len(rendered[indices[0]]), prompt_multiple(mesh)) + max_new_tokens
+        slots = padded_length(len(rendered[indices[0]]), mesh) + max_new_tokens
         most = batch_size or rows_that_fit(model.config, slots, model.embed[...].dtype, mesh)
-        rows = batch_rows(min(most, len(indices)), mesh)
+        rows = batch_rows(_rows(most, len(indices), mesh), mesh)
         queue = deque((i, rendered[i]) for i in indices)
         for i, tokens in _serve(model, layers, chat, queue, rows, max_new_tokens, sampling, mesh):
             yield i, Response.of(tokens, chat)
+
+
+def _rows(most: int, prompts: int, mesh: Mesh) -> int:
+    if on_cpu(mesh):
+        return min(most, prompts)
+    # An accelerator's step takes much the same time for fewer rows, and would be compiled again.
+    return most if prompts >= most // _FEW else few_rows(most, prompts)
 
 
 def respond(
@@ -357,17 +356,20 @@ def _serve(
 ) -> Iterator[tuple[int, tuple[int, ...]]]:
     """Tokens of the responses to the queue's prompts, longest prompts first, in `rows` rows."""
     graph, state = nnx.split(model)
-    # What decoding needs beside its layers: the same program with merged adapters and without any.
+    # What decoding needs beside its layers.
     outer_graph, outer = nnx.split(lora.detach(model))
     eos_ids = np.array(chat.eos_ids, np.int32)
     # The seed comes as keys, so that the same programs serve every one.
     fixed = {"sampling": dataclasses.replace(sampling, seed=0), "mesh": mesh}
-    refill = rows if len(queue) <= rows else batch_rows(-(-rows // _REFILL), mesh)
+    cpu = on_cpu(mesh)
+    refill = rows if cpu and len(queue) <= rows else batch_rows(-(-rows // _REFILL), mesh)
     tail = batch_rows(rows // _TAIL, mesh)
-    multiple, cpu = prompt_multiple(mesh), mesh.devices.flat[0].platform == "cpu"
-    length = bucket(len(queue[0][1]), multiple) + cap
+    large = model.config.num_layers * model.config.block_weights >= _LARGE
+    longest = padded_length(len(queue[0][1]), mesh)
     penalised = sampling.repetition_penalty != 1
-    slots = _empty(model.config, rows, length, cap, model.embed[...].dtype, penalised, mesh=mesh)
+    slots = _empty(
+        model.config, rows, longest + cap, cap, model.embed[...].dtype, penalised, mesh=mesh
+    )
     prompt_of = np.full(rows, -1)  # index of each row's prompt; below zero: none
     while queue or np.any(prompt_of >= 0):
         free = np.flatnonzero(prompt_of < 0)
@@ -375,19 +377,18 @@ def _serve(
             taken = [queue.popleft() for _ in range(min(refill, len(queue)))]
             into, free = free[: len(taken)], free[len(taken) :]
             prompt_of[into] = [i for i, _ in taken]
-            prompts = [ids for _, ids in taken]
-            tokens, mask = pad_prompts(
-                prompts, bucket(len(prompts[0]), multiple), refill, chat.pad_id
-            )
+            prompts = [ids[:-1] for _, ids in taken]
+            length = bucket(max(len(prompts[0]), 1)) if cpu else longest
+            tokens, mask = pad_prompts(prompts, length, refill, chat.pad_id)
+            last = np.resize(np.array([ids[-1] for _, ids in taken], np.int32), refill)
             # Past the last row, so that padding of the batch is dropped.
             targets = np.full(refill, len(prompt_of), np.int32)
             targets[: len(into)] = into
             places = np.resize(prompt_of[into].astype(np.int32), refill)
             placed = place_batch((tokens, mask), mesh)
             draws = np.asarray(_draws(sampling.seed, places))
-            slots = _fill(graph, state, slots, *placed, draws, targets, eos_ids, **fixed)
-        # An accelerator's step takes as long for fewer rows, and would be compiled again.
-        narrower = cpu and not queue and _MIN_TAIL <= tail < len(prompt_of)
+            slots = _fill(graph, state, slots, *placed, last, draws, targets, mesh=mesh)
+        narrower = cpu and large and not queue and _MIN_TAIL <= tail < len(prompt_of)
         few = len(prompt_of) - min(refill, len(queue)) if queue else tail if narrower else 0
         slots = _advance(outer_graph, outer, layers, slots, np.int32(few), eos_ids, **fixed)
         live, ends, output = map(host_array, (slots.live, slots.length, slots.output))

@@ -4,14 +4,16 @@ import dataclasses
 import functools
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jax.sharding import NamedSharding
+from jaxtyping import Array, Float, Int
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from ema_jax.errors import UserError
@@ -19,7 +21,7 @@ from ema_jax.models import peft_config, token_ids
 from ema_jax.models.checkpoint import TENSORS
 from ema_jax.models.decoder import Decoder, DropoutKey, Linear, LoRAParam
 from ema_jax.models.peft_config import ADAPTER_CONFIG, WEIGHTS
-from ema_jax.models.sharding import host_array
+from ema_jax.models.sharding import host_array, parameter_spec
 from ema_jax.runtime.files import atomic_path, read_tensors, write_tensors
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -62,20 +64,53 @@ def attach(model: Decoder, config: LoRAConfig, key: jax.Array) -> Decoder:
     for name in config.targets:
         if name not in TARGETS:
             raise UserError(f"lora.targets: {name!r} is none of {', '.join(TARGETS)}")
+    shapes = {name: getattr(model.blocks, name).kernel.shape for name in config.targets}
+    # One size for all: drawing takes seconds to compile, and short draws are starts of long ones.
+    most = max(layers * size_in for layers, size_in, _ in shapes.values()) * config.rank
+    factors = {}
+    for place, (name, (layers, size_in, size_out)) in enumerate(shapes.items()):
+        drawn = _uniform(key, place, number=len(shapes), size=most)
+        a = _cut(drawn, 1 / math.sqrt(size_in), shape=(layers, size_in, config.rank))
+        # From NumPy, which has no program to compile for each shape.
+        factors[name] = a, jnp.asarray(np.zeros((layers, config.rank, size_out), np.float32))
+    return _with_factors(model, factors, config.scale)
+
+
+@functools.partial(jax.jit, static_argnames=("number", "size"))
+def _uniform(
+    key: jax.Array, place: Int[Array, ""] | int, *, number: int, size: int
+) -> Float[Array, "size"]:
+    return jax.random.uniform(jax.random.split(key, number)[place], (size,))
+
+
+@functools.partial(jax.jit, static_argnames="shape")
+def _cut(
+    drawn: Float[Array, "size"], bound: Float[Array, ""] | float, *, shape: tuple[int, ...]
+) -> Float[Array, "L I R"]:
+    """As many numbers as the shape has, in ±bound, in `jax.random.uniform`'s arithmetic."""
+    return drawn[: math.prod(shape)].reshape(shape) * (2 * bound) - bound
+
+
+def _with_factors(
+    model: Decoder, factors: Mapping[str, tuple[Array, Array]], scale: float
+) -> Decoder:
+    """The model with adapters, by target; the base's arrays are shared."""
     model = nnx.merge(*nnx.split(model))
-    for name, target_key in zip(
-        config.targets, jax.random.split(key, len(config.targets)), strict=True
-    ):
+    for name, (a, b) in factors.items():
         linear: Linear = getattr(model.blocks, name)
-        layers, size_in, size_out = linear.kernel.shape
-        bound = 1 / math.sqrt(size_in)
-        a = jax.random.uniform(
-            target_key, (layers, size_in, config.rank), minval=-bound, maxval=bound
-        )
-        linear.lora_a = LoRAParam(a)
-        linear.lora_b = LoRAParam(jnp.zeros((layers, config.rank, size_out)))
-        linear.lora_scale = config.scale
+        kernel = linear.kernel[...]
+        linear.lora_a = LoRAParam(_beside(kernel, a, ("blocks", name, "lora_a")))
+        linear.lora_b = LoRAParam(_beside(kernel, b, ("blocks", name, "lora_b")))
+        linear.lora_scale = scale
     return model
+
+
+def _beside(kernel: Array, x: Array, path: tuple[str, ...]) -> Array:
+    """A parameter on the mesh of a kernel, where training leaves it: elsewhere, programs differ."""
+    if isinstance(kernel, jax.core.Tracer) or not isinstance(kernel.sharding, NamedSharding):
+        return x
+    mesh: Any = kernel.sharding.mesh
+    return jax.device_put(x, NamedSharding(mesh, parameter_spec(path, x.shape, mesh)))
 
 
 def with_dropout(model: Decoder, config: LoRAConfig, key: jax.Array) -> Decoder:
@@ -94,6 +129,8 @@ def detach(model: Decoder) -> Decoder:
     for name in TARGETS:
         linear = getattr(model.blocks, name)
         linear.lora_a = linear.lora_b = linear.dropout_key = None
+        # As they were before: another constant would make it another program.
+        linear.lora_scale = linear.dropout = 0.0
     return model
 
 
@@ -105,9 +142,21 @@ def merge(model: Decoder) -> Decoder:
         if source.lora_a is None or source.lora_b is None:
             continue
         factors = source.lora_a[...], source.lora_b[...]
-        kernel = _merged(source.kernel[...], *factors, scale=source.lora_scale)
-        getattr(merged.blocks, name).kernel = nnx.Param(kernel)
+        kernel = source.kernel[...]
+        added = _merged(kernel, *factors, scale=source.lora_scale)
+        added = _beside(kernel, added, ("blocks", name, "kernel"))
+        getattr(merged.blocks, name).kernel = nnx.Param(added)
     return merged
+
+
+def folded(model: Decoder) -> Decoder:
+    """The model as it is best read: in float32 merged, so that every program of the base serves it.
+
+    In bfloat16 it is left as it is: the small changes of adapters would be rounded to the precision
+    of the weights.
+    """
+    adapted = any(getattr(model.blocks, name).lora_a is not None for name in TARGETS)
+    return merge(model) if adapted and model.embed[...].dtype == jnp.float32 else model
 
 
 @functools.partial(jax.jit, static_argnames="scale")
@@ -202,16 +251,18 @@ def load_peft(model: Decoder, folder: str | Path) -> Decoder:
         raise UserError(f"{path}: {next(iter(tensors))} is no projection of this model")
     targets = tuple(t for t in TARGETS if any(target == t for target, _ in factors))
     config = LoRAConfig(rank, description.alpha, description.rslora, targets)
-    model = attach(model, config, jax.random.key(0))
+    made: dict[str, tuple[Array, Array]] = {}
     for target in targets:
-        linear: Linear = getattr(model.blocks, target)
-        for place, side in enumerate(("lora_a", "lora_b")):
-            stack = np.zeros(getattr(linear, side).shape, np.float32)
-            for layer in range(model.config.num_layers):
-                if (target, layer) in factors:
-                    stack[layer] = factors[target, layer][place].T
-            setattr(linear, side, LoRAParam(jnp.asarray(stack)))
-    return model
+        size_in, size_out = model.config.projections[target]
+        layers = model.config.num_layers
+        a = np.zeros((layers, size_in, rank), np.float32)
+        b = np.zeros((layers, rank, size_out), np.float32)
+        for layer in range(layers):
+            if (target, layer) in factors:
+                for stack, factor in zip((a, b), factors[target, layer], strict=True):
+                    stack[layer] = factor.T
+        made[target] = jnp.asarray(a), jnp.asarray(b)
+    return _with_factors(model, made, config.scale)
 
 
 def _take(

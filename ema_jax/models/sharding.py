@@ -184,6 +184,11 @@ def _rows_over(x: Float[Array, "B ... F"], axes: Any, last: Any = P.UNCONSTRAINE
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
 
+def on_cpu(mesh: Mesh) -> bool:
+    """Whether the devices are CPUs, which compile quickly and compute slowly."""
+    return mesh.devices.flat[0].platform == "cpu"
+
+
 def batch_multiple(mesh: Mesh | AbstractMesh) -> int:
     """The number that divides the rows of every batch."""
     return mesh.shape["data"] * mesh.shape["fsdp"]

@@ -46,7 +46,7 @@ from ema_jax.refusal.evaluation import Evaluation
 from ema_jax.refusal.judges import get_judge
 from ema_jax.refusal.responses import JudgedResponses, respond_and_judge
 from ema_jax.refusal.verdicts import COMPLIED, INVALID, REFUSED
-from ema_jax.runtime import cli, files
+from ema_jax.runtime import cli, compilation, files
 from ema_jax.unlearning.config import UnlearnConfig
 from ema_jax.unlearning.run_checkpoints import Checkpoints
 from ema_jax.unlearning.trainer import unlearn
@@ -328,6 +328,7 @@ def define_flags() -> None:
 def main(argv: Sequence[str]) -> None:
     """Tunes the model that the flags name."""
     del argv
+    compilation.compile_quickly()
     cli.keep_compiled_programs()
     given = flags.FLAGS
     behaviour = refuse(

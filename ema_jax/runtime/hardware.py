@@ -8,6 +8,7 @@ from pathlib import Path
 
 # Chips up to v4, and later ones (as any device that is passed through).
 _TPU_DEVICES = ("/dev/accel*", "/dev/vfio/[0-9]*")
+_GPU_DEVICES = ("/dev/nvidia[0-9]*", "/dev/kfd")
 _NVIDIA = "/proc/driver/nvidia/gpus/*/information"
 _CUDA = ("jax_cuda13_plugin", "jax_cuda12_plugin")
 
@@ -31,6 +32,11 @@ def at_hand() -> str:
 def has_tpu() -> bool:
     """Whether the system shows the device of a TPU, or of one that may be."""
     return any(glob.glob(pattern) for pattern in _TPU_DEVICES)
+
+
+def has_accelerator() -> bool:
+    """Whether the system shows the device of a TPU or of a GPU, or of one that may be."""
+    return has_tpu() or any(glob.glob(pattern) for pattern in _GPU_DEVICES)
 
 
 def cores() -> int:

@@ -20,6 +20,7 @@ from ema_jax.runtime.devices import GPUS, find_accelerator
 from ema_jax.runtime.files import read_json
 from ema_jax.runtime.hardware import at_hand, cores
 from ema_jax.study.pipeline import Study, names
+from ema_jax.study.programs import programs
 from ema_jax.study.watching import duration
 from ema_jax.study.workload import CPU_CORE, H100, Rates, Work, work
 
@@ -132,6 +133,11 @@ def _work(config: StudyConfig, source: ModelSource | None) -> Iterator[str]:
     yield (
         f"  memory: {_bytes(size.parameters * _BYTES[dtype])} of weights in {dtype}, about twice "
         "that while it generates (an estimate; docs/one-gpu.md, python -m ema_jax.compile_check)"
+    )
+    kinds = programs(config, folded=width == _BYTES["float32"])
+    yield (
+        f"  programs: {sum(kinds.values())} with the model in them, compiled at first, a shape of "
+        f"each ({', '.join(f'{name} {number}' for name, number in kinds.items())})"
     )
     runs = len(config.arms) * len(config.seeds)
     yield f"  disk: about {_bytes(_disk(config, size, runs))} in --workdir (an estimate)"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
@@ -31,8 +32,7 @@ from ema_jax.refusal.evaluation import Evaluation
 from ema_jax.refusal.judges import get_judge
 from ema_jax.refusal.responses import JudgedResponses, respond_and_judge
 from ema_jax.refusal.verdicts import Judge
-from ema_jax.unlearning.batches import few_lengths
-from ema_jax.unlearning.reference import reference_log_probs
+from ema_jax.unlearning.reference import response_log_probs
 from ema_jax.unlearning.utility import perplexity, utility
 
 
@@ -47,6 +47,8 @@ def find_model(config: ModelConfig, *, download: bool = True) -> ModelSource | N
         Chat.check(source.folder)
     return source
 
+
+_MOST_KNOWN = 1 << 16  # responses whose log-probabilities are kept
 
 # The last base loaded: the cells of a replication and of a sweep share it.
 _loaded: dict[tuple[Path, str | None, Mesh], Decoder] = {}
@@ -78,6 +80,19 @@ class ModelSession:
         return _load(self.source.folder, self.config.model.dtype, self.mesh)
 
     @functools.cached_property
+    def read_base(self) -> Decoder:
+        """The base as it is asked and read: by the programs that the arms are read by.
+
+        In bfloat16 an arm's adapters stay apart, so here are some that change nothing. They cost a
+        fifth of the base's decoding steps, and save four programs.
+        """
+        trained = map(self.config.arm, self.config.arms)
+        adapted = any(arm.trainable == "lora" for arm in trained)
+        if not adapted or self.base.embed[...].dtype == jnp.float32:
+            return self.base
+        return lora.attach(self.base, self.config.unlearn.lora, jax.random.key(0))
+
+    @functools.cached_property
     def chat(self) -> Chat:
         """Its tokenizer and chat template."""
         config = self.config.model
@@ -101,7 +116,7 @@ class ModelSession:
     def trained(self, folder: Path) -> Decoder:
         """The model that an arm left in a folder: adapters on the base, or a whole checkpoint."""
         if (folder / peft_config.ADAPTER_CONFIG).exists():
-            return lora.load_peft(self.base, folder)
+            return lora.folded(lora.load_peft(self.base, folder))
         return checkpoint.load(folder, mesh=self.mesh, dtype=self.config.model.dtype)
 
     def respond_and_judge(
@@ -141,21 +156,34 @@ class ModelSession:
 
     def log_probs(self, examples: Sequence[TokenExample]) -> Float[np.ndarray, "N"]:
         """log p of each response under the base, in nats."""
-        longest = max((item.size for item in examples), default=0)
-        return reference_log_probs(
-            self.base,
-            examples,
-            self.config.generation.batch_size,
-            self.mesh,
-            multiple=few_lengths(longest, 16),
-        )
+        found = response_log_probs(self.read_base, examples, mesh=self.mesh)
+        return np.array([values.sum() for values in found], np.float32)
 
     def rates(
         self, model: Decoder, prompts: Sequence[Prompt], screen: AnswerScreen | None
     ) -> Evaluation:
         """Refusal rate and shares of each domain of the prompts but benign."""
         asked = [prompt for prompt in prompts if prompt.domain != BENIGN]
-        return self.respond_and_judge(model, asked, screen=screen).rates()
+        judged = self.respond_and_judge(model, asked)
+        if screen is not None:
+            judged = judged.screened(screen, self.chat, self._known_log_probs)
+        return judged.rates()
+
+    def _known_log_probs(self, examples: Sequence[TokenExample]) -> Float[np.ndarray, "N"]:
+        """`log_probs` for rates alone: half of a model's responses are those of some steps before.
+
+        What is written in full is computed anew: how examples share rows shows in the last digit.
+        """
+        known = self._log_probs
+        if len(known) > _MOST_KNOWN:
+            known.clear()
+        new = [example for example in dict.fromkeys(examples) if example not in known]
+        known.update(zip(new, self.log_probs(new).tolist(), strict=True))
+        return np.array([known[example] for example in examples], np.float32)
+
+    @functools.cached_property
+    def _log_probs(self) -> dict[TokenExample, float]:
+        return {}
 
     @property
     def oracle(self) -> Callable[[str, str], bool] | None:
@@ -175,7 +203,7 @@ class ModelSession:
         return {
             **measured,
             "benign_perplexity": math.exp(measured["benign_nll"]),
-            "response_perplexity": perplexity(self.base, responses, mesh=self.mesh),
+            "response_perplexity": perplexity(self.read_base, responses, mesh=self.mesh),
         }
 
     def capture(

@@ -43,7 +43,6 @@ from ema_jax.study.session import ModelSession
 from ema_jax.study.workdir import StageContext
 from ema_jax.unlearning.ablation import ablate
 from ema_jax.unlearning.harvest import Harvested, harvest, harvest_yield
-from ema_jax.unlearning.reference import reference_log_probs
 
 
 def make_prompts(session: ModelSession, artifacts: Artifacts, context: StageContext) -> list[Path]:
@@ -55,7 +54,7 @@ def make_prompts(session: ModelSession, artifacts: Artifacts, context: StageCont
 
 def measure_base(session: ModelSession, artifacts: Artifacts, context: StageContext) -> list[Path]:
     """Refusals of the untouched model; its benign answers are kept for the utility figures."""
-    base, prompts = session.base, artifacts.prompts.read()["eval"]
+    base, prompts = session.read_base, artifacts.prompts.read()["eval"]
     journal = context.journal("eval")
     judged = session.respond_and_judge(base, prompts, "base responses", journal=journal)
     screen = session.calibrated(judged)
@@ -90,7 +89,7 @@ def find_concepts(session: ModelSession, artifacts: Artifacts, context: StageCon
     """Every domain's concept vector at every layer, and the effect of adding or ablating it."""
     base_check.require_fit_base(session.config, artifacts)
     prompts = artifacts.prompts.read()
-    pooled = session.capture(session.base, prompts["concept"])
+    pooled = session.capture(session.read_base, prompts["concept"])
     kept = artifacts.activations.write(pooled)
     concepts = _write_concepts(session, artifacts, BASE, pooled)
     main = pooled[session.config.concepts.poolings[0]]
@@ -158,12 +157,7 @@ def harvest_refusals(
     base_check.require_fit_base(session.config, artifacts)
     prompts, screen = artifacts.prompts.read(), _screen(artifacts)
     forget = _harvested(session, context, "forget", prompts["harvest"], screen)
-    reference = reference_log_probs(
-        session.base,
-        _examples(forget, session.chat),
-        session.config.generation.batch_size,
-        mesh=session.mesh,
-    )
+    reference = session.log_probs(_examples(forget, session.chat))
     written = artifacts.forget_set.write(ForgetSet(forget, reference))
     retain = _harvested(session, context, "retain", prompts["retain"], screen)
     return [written, artifacts.retain_set.write(retain)]
@@ -179,7 +173,7 @@ def _harvested(
     config = session.config.harvest
     draws = [
         session.respond_and_judge(
-            session.base,
+            session.read_base,
             prompts,
             f"harvest {name}",
             sampling,

@@ -5,6 +5,7 @@ A batch is the same whatever the number of devices or processes, and wherever a 
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -15,27 +16,21 @@ from jaxtyping import Array, Float, UInt32
 
 from ema_jax.data.batching import bucket
 from ema_jax.data.chat import TokenExample
-from ema_jax.data.packing import Item, Packed, pack, spread
+from ema_jax.data.packing import Item, Packed, fit, pack, spread
 from ema_jax.models.sharding import place_batch
 from ema_jax.unlearning.config import UnlearnConfig
 from ema_jax.unlearning.objectives import FORGET, RETAIN
 
-# Batches are padded to multiples of this or of a quarter of the longest example: few programs.
-_LENGTHS, MULTIPLE, PACKED = 4, 64, 32
+# The rows of an arm's batches have very few lengths, each of which is a program of its own: those,
+# multiples of this, of which a sample of its batches would waste least.
+_SAMPLE, MULTIPLE = 128, 16
+# A program costs what ten to fifty steps do, once for all seeds and later runs: a length is worth
+# its own if it saves a run this many steps.
+_WORTH_STEPS = 8
 # Rows as long as two of the longest examples are filled to nine tenths and more; where a row for
 # each example is as full as this, it has less attention to pay.
 _LONGEST_PER_ROW, _FULL = 2, 0.8
 _SHARES = 8  # of a row's tokens: the loss has room for a whole number of them
-
-
-def few_lengths(longest: int, least: int) -> int:
-    """The multiple that lengths are padded to, so that batches have at most `_LENGTHS` of them."""
-    return max(least, bucket(-(-longest // _LENGTHS)))
-
-
-def padded_length(examples: Sequence[TokenExample]) -> int:
-    """The length that a batch of any of the examples can be padded to."""
-    return bucket(max(item.size for item in examples))
 
 
 def batch_indices(size: int, number: int, seed: int, step: int) -> np.ndarray:
@@ -76,9 +71,9 @@ class _Layout(NamedTuple):
     """What the rows of all batches of a run have in common."""
 
     rows: int  # in a part
-    multiple: int  # of the rows' lengths
-    most: int | None  # longest of them, with an example in each
-    share: float  # of the tokens that are places, as a mean
+    most: int | None  # length of the longest, with an example in each
+    lengths: tuple[int, ...] = ()  # of rows, in ascending order; a rare batch needs a longer one
+    share: int = 1  # of the tokens that may be places, in eighths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,13 +114,10 @@ class Data:
             groups: number of devices that share the rows (`batch_multiple` of a mesh).
         """
         forget, retain = self.indices(config, seed, step)
-        layout, parts = self._layout(config, groups), range(config.accumulate)
-        # Each part has examples from all over the batch.
-        each = [forget[part :: config.accumulate] for part in parts]
-        kept = [retain[part :: config.accumulate] for part in parts]
+        each, kept = _parts(forget, config), _parts(retain, config)
         packed = _pack(
             [self._items(config, *chosen) for chosen in zip(each, kept, strict=True)],
-            layout,
+            self._layout(config, groups),
             groups,
         )
         reference: Any = np.stack([self.reference[i] for i in each])
@@ -138,11 +130,7 @@ class Data:
     def pass_tokens(self, config: UnlearnConfig, groups: int = 1) -> int:
         """Tokens of a forward pass, padding included, as a rule."""
         layout = self._layout(config, groups)
-        return layout.rows * (layout.most or _LONGEST_PER_ROW * self._longest)
-
-    @property
-    def _longest(self) -> int:
-        return max(int(sizes[:, 0].max(initial=0)) for sizes in self._sizes.values())
+        return layout.rows * layout.lengths[-1]
 
     def _retains(self, config: UnlearnConfig) -> bool:
         return config.retains and len(self.retain) > 0
@@ -158,54 +146,117 @@ class Data:
         return items + [Item(k, self.retain[i], everywhere) for k, i in kept]
 
     def _layout(self, config: UnlearnConfig, groups: int) -> _Layout:
-        """The layout of all batches of an arm, from the lengths of all of its examples."""
+        """The layout of all batches of an arm: not of its seed, so that seeds share programs."""
+        retained = config.retain_batch_size if self._retains(config) else 0
+        everywhere = bool(retained) and RETAIN[config.retain_objective].everywhere
+        numbers = config.batch_size, retained, config.accumulate, config.max_steps, groups
+        key = (config.objective, everywhere, *numbers)
+        if key not in self._layouts:
+            layout = self._rows(config, everywhere, groups)
+            drawn = [
+                _Spread.of([self._items(config, *part) for part in chosen], layout, groups)
+                for chosen in (
+                    zip(*(_parts(x, config) for x in self.indices(config, 0, step)), strict=True)
+                    for step in range(_SAMPLE)
+                )
+            ]
+            self._layouts[key] = layout._replace(
+                lengths=_few_lengths([batch.length for batch in drawn], config.max_steps),
+                share=max(batch.share for batch in drawn),
+            )
+        return self._layouts[key]
+
+    @functools.cached_property
+    def _layouts(self) -> dict[tuple, _Layout]:
+        return {}
+
+    def _rows(self, config: UnlearnConfig, everywhere: bool, groups: int) -> _Layout:
+        """How many rows there are, from the lengths of all examples."""
         kind = FORGET[config.objective]
         parts = [("forget", config.batch_size)] if kind.forget else []
         parts += [("preferred", config.batch_size)] if kind.preferred else []
-        retains = self._retains(config)
-        parts += [("retain", config.retain_batch_size)] if retains else []
+        parts += [("retain", config.retain_batch_size)] if self._retains(config) else []
         examples = sum(rows for _, rows in parts) // config.accumulate
-        tokens, places = sum(
-            rows * self._sizes[name].mean(axis=0) / config.accumulate for name, rows in parts
-        )
-        most = bucket(max(int(self._sizes[name][:, 0].max()) for name, _ in parts))
-        everywhere = retains and RETAIN[config.retain_objective].everywhere
+        tokens = sum(rows * self._sizes[name].mean() / config.accumulate for name, rows in parts)
+        most = bucket(max(int(self._sizes[name].max()) for name, _ in parts))
         if everywhere or tokens >= _FULL * examples * most:
-            return _Layout(examples, few_lengths(most, MULTIPLE), most, places / (examples * most))
+            return _Layout(examples, most)
         # No more rows than share the examples evenly: 16 in 5 rows are as long as in 4.
         each = math.ceil(examples / math.ceil(tokens / (_LONGEST_PER_ROW * most)))
-        rows = bucket(math.ceil(examples / each), groups)
-        return _Layout(rows, few_lengths(most, PACKED), None, places / tokens)
+        return _Layout(bucket(math.ceil(examples / each), groups), None)
 
     @functools.cached_property
     def _sizes(self) -> dict[str, np.ndarray]:
-        """`[N, 2]` by kind of example: the tokens of each, and those of its response."""
+        """Tokens of each example, by kind of example."""
         parts = {"forget": self.forget, "preferred": self.preferred, "retain": self.retain}
-        return {
-            name: np.array([(x.size, len(x.response)) for x in part]).reshape(-1, 2)
-            for name, part in parts.items()
-        }
+        return {name: np.array([x.size for x in part], int) for name, part in parts.items()}
+
+
+def _parts(indices: np.ndarray, config: UnlearnConfig) -> list[np.ndarray]:
+    """The examples of each part of a batch: from all over it."""
+    return [indices[part :: config.accumulate] for part in range(config.accumulate)]
+
+
+class _Spread(NamedTuple):
+    """The parts of a batch in rows of one length."""
+
+    rows: list[list[list[Item]]]
+    length: int
+    share: int  # of a group's tokens that may be places, in eighths
+
+    @classmethod
+    def of(cls, parts: Sequence[Sequence[Item]], layout: _Layout, groups: int) -> "_Spread":
+        """In rows of the least of the layout's lengths that does, or longer ones."""
+        longest = max(item.example.size for items in parts for item in items)
+        beyond = itertools.count(bucket(longest), MULTIPLE)
+        for length in itertools.chain(layout.lengths, beyond):
+            length = min(length, layout.most or length)
+            rows = [_in_rows(items, layout.rows, length) for items in parts]
+            if all(rows):
+                break
+
+        def places(row: Sequence[Item]) -> int:
+            return length if row[0].everywhere else sum(len(x.example.response) for x in row)
+
+        each = layout.rows // groups
+        needed = max(
+            sum(places(row) for row in part[first : first + each] if row)
+            for part in rows
+            for first in range(0, layout.rows, each)
+        )
+        return cls(rows, length, max(math.ceil(_SHARES * needed / (each * length)), 1))
+
+
+def _in_rows(items: Sequence[Item], rows: int, length: int) -> list[list[Item]]:
+    """Items in rows no longer than that, of much the same length if possible; [] where none is."""
+    sizes = [item.example.size for item in items]
+    if max(sizes) > length:
+        return []
+    chosen = spread(sizes, rows)
+    if max(sum(sizes[i] for i in row) for row in chosen) > length:
+        chosen = fit(sizes, length)
+        chosen += [[] for _ in range(rows - len(chosen))]
+    return [[items[i] for i in row] for row in chosen] if len(chosen) == rows else []
+
+
+def _few_lengths(sample: Sequence[int], steps: int) -> tuple[int, ...]:
+    """The longest of the lengths that a run's batches need, and others that are worth a program."""
+
+    def padded(lengths: Sequence[int]) -> int:
+        return sum(min(n for n in lengths if n >= needed) for needed in sample)
+
+    chosen = [max(sample)]
+    while True:
+        more = min(([*chosen, n] for n in sorted({*sample})), key=padded)
+        if steps * (1 - padded(more) / padded(chosen)) < _WORTH_STEPS:
+            return tuple(sorted(chosen))
+        chosen = more
 
 
 def _pack(parts: Sequence[Sequence[Item]], layout: _Layout, groups: int) -> Packed:
     """Parts of a batch in rows of one length and with one bound of places, leaves `[A, …]`."""
-    rows = [
-        [[items[i] for i in row] for row in spread([x.example.size for x in items], layout.rows)]
-        for items in parts
-    ]
-    longest = max(sum(item.example.size for item in row) for part in rows for row in part)
-    length = min(bucket(longest, layout.multiple), layout.most or longest + layout.multiple)
+    rows, length, share = _Spread.of(parts, layout, groups)
     capacity = layout.rows // groups * length
-
-    def places(row: Sequence[Item]) -> int:
-        return length if row[0].everywhere else sum(len(item.example.response) for item in row)
-
-    needed = max(
-        sum(places(row) for row in part[first : first + layout.rows // groups] if row)
-        for part in rows
-        for first in range(0, layout.rows, layout.rows // groups)
-    )
-    share = max(math.ceil(_SHARES * max(needed / capacity, layout.share)), 1)
-    bound = min(-(-capacity * share // _SHARES), capacity)
+    bound = min(-(-capacity * max(share, layout.share) // _SHARES), capacity)
     packed = [pack(part, length, bound, groups) for part in rows]
     return Packed(*(np.stack(leaves) for leaves in zip(*packed, strict=True)))  # type: ignore[arg-type]

@@ -30,10 +30,16 @@ def token_log_probs(
     tokens: Int[Array, "B T"],
     mask: Bool[Array, "B T"],
     *,
+    segments: Int[Array, "B T"] | None = None,
     remat: bool | str = False,
 ) -> Float[Array, "B T-1"]:
-    """log π(token t | tokens before t) in nats, float32, for t = 1 … T−1; padding on the right."""
-    hidden = model(tokens, mask, right_padded=True, remat=remat).hidden[:, :-1]
+    """log π(token t | tokens before t) in nats, float32, for t = 1 … T−1; padding on the right.
+
+    In packed rows, with `segments`, before t are those of its own segment; where t is the first of
+    one the value means nothing.
+    """
+    out = model(tokens, mask, right_padded=True, segments=segments, remat=remat)
+    hidden = out.hidden[:, :-1]
     return target_log_probs(model, hidden, tokens[:, 1:])
 
 
@@ -66,13 +72,6 @@ def token_divergences(
         return jnp.sum(jnp.exp(reference) * (reference - policy), axis=-1)
 
     return _over_time(chunk, model.config.vocab_size, hidden, base_hidden)
-
-
-def sequence_log_probs(
-    log_probs: Float[Array, "B next"], response: Bool[Array, "B T"]
-) -> Float[Array, "B"]:
-    """Sum of the response tokens' log-probabilities, in nats."""
-    return jnp.sum(jnp.where(response[:, 1:], log_probs, 0.0), axis=1)
 
 
 def cross_entropy(

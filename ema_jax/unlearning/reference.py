@@ -1,79 +1,115 @@
-"""The reference model as numbers: log-probabilities of responses, computed once and stored."""
+"""Log-probabilities of given responses, and by them the reference model as numbers.
+
+Everything that asks for them (the reference, the screening of answers, the curve over a response's
+first tokens) runs one program: examples are packed into rows of one length, so many at once.
+"""
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from ema_jax.data.batching import Batch, map_batches, pad_examples
+from ema_jax.data.batching import map_batches
 from ema_jax.data.chat import TokenExample
+from ema_jax.data.packing import fit, lay_out
 from ema_jax.models import lora
 from ema_jax.models.decoder import Decoder
-from ema_jax.models.sharding import batch_rows, host_array, make_mesh, place_batch
-from ema_jax.unlearning.batches import MULTIPLE, padded_length
-from ema_jax.unlearning.log_probs import sequence_log_probs, token_log_probs
+from ema_jax.models.sharding import make_mesh, on_cpu
+from ema_jax.unlearning.log_probs import token_log_probs
+
+# Rows are of this many tokens, or of the next power of two that the longest example needs.
+_LENGTH = 128
+# Tokens of a pass: enough to keep the device busy, few enough that a small call wastes little.
+_TOKENS, _TOKENS_CPU = 1 << 14, 1 << 11
 
 
-@functools.partial(jax.jit, static_argnames=("graph",))
-def _token_log_probs(graph: nnx.GraphDef, state: nnx.State, batch: Batch) -> Float[Array, "B next"]:
-    return token_log_probs(nnx.merge(graph, state), batch.tokens, batch.mask)
+@functools.partial(jax.jit, static_argnames="graph")
+def _token_log_probs(
+    graph: nnx.GraphDef, state: nnx.State, tokens: Int[Array, "B T"], segments: Int[Array, "B T"]
+) -> Float[Array, "B next"]:
+    return token_log_probs(nnx.merge(graph, state), tokens, segments > 0, segments=segments)
 
 
-@functools.partial(jax.jit, static_argnames=("graph",))
-def _sequence_log_probs(graph: nnx.GraphDef, state: nnx.State, batch: Batch) -> Float[Array, "B"]:
-    model = nnx.merge(graph, state)
-    log_probs = token_log_probs(model, batch.tokens, batch.mask)
-    return sequence_log_probs(log_probs, batch.response)
+def pass_shape(longest: int, mesh: Mesh) -> tuple[int, int]:
+    """Most rows of a forward pass, and their length, for examples of at most so many tokens."""
+    length = max(_LENGTH, 1 << (longest - 1).bit_length())
+    return max((_TOKENS_CPU if on_cpu(mesh) else _TOKENS) // length, 1), length
+
+
+def response_log_probs(
+    model: Decoder,
+    examples: Sequence[TokenExample],
+    *,
+    batch_size: int = 0,
+    mesh: Mesh | None = None,
+) -> list[Float[np.ndarray, "_"]]:
+    """log π of every token of every response, in nats.
+
+    Args:
+        model: with or without adapters.
+        examples: prompts with responses.
+        batch_size: most rows at once, each of several examples; 0 for what the device likes.
+        mesh: the mesh that the model lies on.
+    """
+    if not examples:
+        return []
+    mesh = make_mesh() if mesh is None else mesh
+    graph, state = nnx.split(lora.folded(model))
+    most, length = pass_shape(max(item.size for item in examples), mesh)
+    rows = min(batch_size or most, most)
+    filled = fit([item.size for item in examples], length)
+    filled += [[] for _ in range(-len(filled) % rows)]  # so that all batches are of one size
+    found: list[np.ndarray] = [np.empty(0, np.float32)] * len(examples)
+
+    def laid_out(chosen: Sequence[Sequence[int]], length: int, number: int) -> Any:
+        return lay_out([[examples[i] for i in row] for row in chosen], length, number)
+
+    for places, log_probs in map_batches(
+        lambda batch: _token_log_probs(graph, state, *batch),
+        filled,
+        laid_out,
+        batch_size=rows,
+        mesh=mesh,
+        length=lambda row: length,
+    ):
+        for row, values in zip(places, log_probs, strict=True):
+            start = 0
+            for i in filled[row]:
+                end = start + examples[i].size
+                # The first token is predicted by none.
+                found[i] = values[start + max(len(examples[i].prompt), 1) - 1 : end - 1]
+                start = end
+    return found
 
 
 def reference_log_probs(
     model: Decoder,
     examples: Sequence[TokenExample],
-    batch_size: int,
+    batch_size: int = 0,
     mesh: Mesh | None = None,
-    *,
-    multiple: int = MULTIPLE,
 ) -> Float[np.ndarray, "N"]:
     """log π_ref of every response, summed over its tokens: the reference model as numbers.
 
     Args:
         model: its adapters, if it has any, are left out.
         examples: prompts with responses.
-        batch_size: rows at once.
+        batch_size: most rows at once; see `response_log_probs`.
         mesh: the mesh that the model lies on.
-        multiple: batches are padded to multiples of this; smaller ones pad less, compile more.
     """
-    mesh = make_mesh() if mesh is None else mesh
-    graph, state = nnx.split(lora.detach(model))
-    sums = np.zeros(len(examples), np.float32)
-    batches = map_batches(
-        functools.partial(_sequence_log_probs, graph, state),
-        examples,
-        pad_examples,
-        batch_size=batch_size,
-        mesh=mesh,
-        length=lambda item: item.size,
-        multiple=multiple,
-    )
-    for places, found in batches:
-        sums[places] = found
-    return sums
+    found = response_log_probs(lora.detach(model), examples, batch_size=batch_size, mesh=mesh)
+    return np.array([values.sum() for values in found], np.float32)
 
 
-def response_log_probs(
+def leading_log_probs(
     model: Decoder, examples: Sequence[TokenExample], positions: int, mesh: Mesh
 ) -> Float[np.ndarray, "N P"]:
     """log π of each of the first `positions` tokens of every response; NaN after its end."""
-    rows = batch_rows(len(examples), mesh)
-    batch = pad_examples(examples, padded_length(examples), rows, 0)
-    graph, state = nnx.split(model)
-    log_probs = host_array(_token_log_probs(graph, state, place_batch(batch, mesh)))
     result = np.full((len(examples), positions), np.nan)
-    for row, item in enumerate(examples):
-        start, number = len(item.prompt) - 1, min(len(item.response), positions)
-        result[row, :number] = log_probs[row, start : start + number]
+    for row, values in enumerate(response_log_probs(model, examples, mesh=mesh)):
+        result[row, : len(values)] = values[:positions]
     return result

@@ -13,11 +13,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from absl import logging
+from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Float
 
 from ema_jax.data.chat import TokenExample
 from ema_jax.errors import UserError
+from ema_jax.models import lora
 from ema_jax.models.config import DecoderConfig
 from ema_jax.models.decoder import Decoder
 from ema_jax.models.sharding import batch_multiple, host_array, make_mesh, validate
@@ -29,7 +31,7 @@ from ema_jax.unlearning.batches import Data, StepBatch
 from ema_jax.unlearning.config import UnlearnConfig
 from ema_jax.unlearning.metrics import Profile
 from ema_jax.unlearning.objectives import FORGET, Metrics
-from ema_jax.unlearning.reference import reference_log_probs, response_log_probs
+from ema_jax.unlearning.reference import leading_log_probs, reference_log_probs
 from ema_jax.unlearning.run_checkpoints import Checkpoints, NonFiniteError, stop_requested
 from ema_jax.unlearning.throughput import flops_per_token
 from ema_jax.unlearning.train_step import (
@@ -70,11 +72,11 @@ class RunProgress:
         self.first_loss, self.stopped = math.nan, ""
         self._data, self._seed, self._mesh = data, seed, mesh
         self._probed = data.forget[:PROBED]
-        self._reference = response_log_probs(base, self._probed, POSITIONS, mesh)
+        self._reference = leading_log_probs(base, self._probed, POSITIONS, mesh)
 
     def measure(self, step: int, model: Decoder, rates: Evaluation, metrics: Mapping) -> None:
         """Adds a point to the trajectory and decides whether the run is over."""
-        policy = response_log_probs(model, self._probed, POSITIONS, self._mesh)
+        policy = leading_log_probs(model, self._probed, POSITIONS, self._mesh)
         ratios = policy - self._reference
         known = ~np.isnan(ratios)
         means = np.sum(np.where(known, ratios, 0), axis=0) / np.maximum(known.sum(axis=0), 1)
@@ -271,15 +273,17 @@ def unlearn(
     check_arm(base.config, config, mesh.shape)
     check_data(data, config)
     if config.objective == "dpo":
-        numbers = reference_log_probs(base, preferred, config.batch_size, mesh)
+        numbers = reference_log_probs(base, preferred, mesh=mesh)
         data = dataclasses.replace(data, preferred_reference=numbers)
     groups = batch_multiple(mesh)
     setup = prepare(base, config, seed, mesh, data.pass_tokens(config, groups))
     state, step = init_state(setup), 0
-    run = RunProgress(config, target, base, data, seed, mesh)
+    # As trained models are read: the same program.
+    before = lora.folded(nnx.merge(setup.graph, setup.initial, setup.frozen))
+    run = RunProgress(config, target, before, data, seed, mesh)
 
     def measure(metrics: Mapping[str, float]) -> None:
-        model = assemble(setup, state.trainable)
+        model = lora.folded(assemble(setup, state.trainable))
         run.measure(step, model, evaluate(model), metrics)
 
     saved = checkpoints.latest(_abstract(tuple(state))) if checkpoints else None

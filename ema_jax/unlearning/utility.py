@@ -16,6 +16,7 @@ from ema_jax.data.chat import TokenExample
 from ema_jax.models.decoder import Decoder
 from ema_jax.models.sharding import batch_rows, host_array, make_mesh, place_batch
 from ema_jax.unlearning.log_probs import map_chunks
+from ema_jax.unlearning.reference import response_log_probs
 
 _CHUNK = 32  # tokens whose logits, of both models, exist at a time
 
@@ -71,6 +72,8 @@ def utility(
         `benign_nll` and `kl_to_base` = KL(base ‖ model), in nats a token.
     """
     mesh = make_mesh() if mesh is None else mesh
+    if model is base:  # no divergence, and the likelihood needs no program of its own
+        return {"benign_nll": _nll(model, examples, mesh), "kl_to_base": 0.0}
     rows = batch_rows(batch_size, mesh)
     length = bucket(max(len(item.prompt) + len(item.response) for item in examples))
     totals = np.zeros(3)
@@ -85,4 +88,9 @@ def perplexity(
     model: Decoder, examples: Sequence[TokenExample], *, mesh: Mesh | None = None
 ) -> float:
     """Perplexity of responses to a model, per token of all of them together."""
-    return math.exp(utility(model, model, examples, mesh=mesh)["benign_nll"])
+    return math.exp(_nll(model, examples, make_mesh() if mesh is None else mesh))
+
+
+def _nll(model: Decoder, examples: Sequence[TokenExample], mesh: Mesh) -> float:
+    """Mean over all response tokens of −log π, in nats."""
+    return -float(np.concatenate(response_log_probs(model, examples, mesh=mesh)).mean())

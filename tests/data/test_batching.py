@@ -4,7 +4,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ema_jax.data.batching import bucket, few_rows, map_batches, pad_examples, pad_prompts
+from ema_jax.data import batching
+from ema_jax.data.batching import (
+    bucket,
+    few_lengths,
+    few_rows,
+    map_batches,
+    pad_examples,
+    pad_prompts,
+)
 from ema_jax.data.chat import TokenExample
 from ema_jax.models.sharding import make_mesh
 
@@ -55,6 +63,21 @@ def test_few_items_have_few_sizes_of_batches():
     ]
     assert {few_rows(64, n) for n in range(1, 200)} == {1, 2, 4, 8, 16, 32, 64}
     assert few_rows(1, 5) == 1
+
+
+@pytest.mark.parametrize(
+    ("cpu", "longest", "padded"),
+    [
+        (True, [300, 200, 30], [304, 208, 32]),
+        (False, [300, 200, 30], [512, 512, 512]),
+        (False, [300, *[100] * 16], [512, *[128] * 16]),
+        (False, [300, *[100] * 15], [512] * 16),
+        (False, [10], [64]),
+    ],
+)
+def test_batches_have_few_lengths_on_accelerators(monkeypatch, cpu, longest, padded):
+    monkeypatch.setattr(batching, "on_cpu", lambda mesh: cpu)
+    assert few_lengths(longest, make_mesh((1, 1, 1))) == padded
 
 
 def test_padding():

@@ -8,7 +8,7 @@ from tiny_models import our_outputs
 
 from ema_jax.data.batching import pad_examples
 from ema_jax.data.chat import TokenExample
-from ema_jax.data.packing import Item, pack, spread
+from ema_jax.data.packing import Item, fit, lay_out, pack, spread
 from ema_jax.models import checkpoint
 from ema_jax.models.attention import positions_within
 
@@ -34,6 +34,22 @@ def test_rows_are_of_much_the_same_length():
     assert spread(lengths, 3) == [[0], [4, 1, 2, 3], [5, 6]]
     assert [sum(lengths[i] for i in row) for row in spread(lengths, 3)] == [9, 8, 7]
     assert spread([2], 2) == [[0], []]
+
+
+def test_rows_with_room_for_them_are_few():
+    assert fit([9, 1, 1, 1, 5, 4, 3], 9) == [[0], [4, 5], [6, 1, 2, 3]]
+    lengths = [x.size for x in drawn(100)]
+    rows = fit(lengths, 20)
+    assert sorted(i for row in rows for i in row) == list(range(100))
+    assert max(sum(lengths[i] for i in row) for row in rows) <= 20
+    assert len(rows) <= sum(lengths) / 20 + 1
+    assert fit([], 9) == []
+
+
+def test_rows_lie_one_example_after_another():
+    tokens, segments = lay_out([[TokenExample((1, 2), (3,)), TokenExample((4,), (5,))]], 6, 2)
+    assert tokens.tolist() == [[1, 2, 3, 4, 5, 0], [0] * 6]
+    assert segments.tolist() == [[1, 1, 1, 2, 2, 0], [0] * 6]
 
 
 @pytest.mark.parametrize("groups", [1, 2])

@@ -11,6 +11,7 @@ from scipy import stats
 from tiny_models import FAMILIES, VOCABULARY, load_torch
 from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from ema_jax.data import batching
 from ema_jax.errors import UserError
 from ema_jax.generation import sampler
 from ema_jax.generation.sampler import Sampling
@@ -95,8 +96,17 @@ def test_batch_size_and_mesh_change_nothing(tiny):
     assert ours(checkpoint.load(folder, mesh=mesh), (5, 6), mesh=mesh) == expected
 
 
+def test_the_shapes_of_accelerators_change_nothing(tiny, monkeypatch):
+    model = checkpoint.load(tiny("qwen2"))
+    expected = ours(model, (5, 6))
+    for module in (sampler, batching):
+        monkeypatch.setattr(module, "on_cpu", lambda mesh: False)
+    assert ours(model, (5, 6)) == expected
+
+
 def test_rows_that_have_ended_cost_nothing(tiny, monkeypatch):
     """Row-steps of 150 prompts, of which few have a long response, and the responses themselves."""
+    monkeypatch.setattr(sampler, "_LARGE", 0)
     model = checkpoint.load(tiny("llama"))
     rng = np.random.default_rng(2)
     asked = [

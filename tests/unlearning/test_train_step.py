@@ -14,11 +14,12 @@ from flax import nnx
 from training_worker import random_examples
 
 from ema_jax.data.chat import TokenExample
+from ema_jax.data.packing import Item
 from ema_jax.errors import UserError
 from ema_jax.models import checkpoint, lora
 from ema_jax.models.sharding import batch_multiple, make_mesh, validate
 from ema_jax.refusal.evaluation import Evaluation
-from ema_jax.unlearning import log_probs, trainer
+from ema_jax.unlearning import batches, log_probs, trainer
 from ema_jax.unlearning import train_step as steps
 from ema_jax.unlearning.batches import Data
 from ema_jax.unlearning.config import UnlearnConfig
@@ -263,6 +264,31 @@ def test_batches_hold_each_example_once_in_nearly_full_rows(accumulate, groups):
     assert real / padded >= (0.88 if groups == 1 else 0.8)
     if groups == 1:
         assert len(shapes) <= 6
+
+
+@pytest.mark.parametrize(
+    ("needed", "steps", "lengths"),
+    [
+        ([160] * 127 + [176], 60, (176,)),
+        ([160] * 127 + [176], 200, (160, 176)),
+        ([100] * 64 + [150] * 32 + [200] * 32, 200, (100, 150, 200)),
+        ([100] * 64 + [150] * 32 + [200] * 32, 40, (100, 200)),
+        ([64], 1000, (64,)),
+    ],
+)
+def test_a_length_is_worth_its_program(needed, steps, lengths):
+    assert batches._few_lengths(needed, steps) == lengths
+
+
+def test_rows_are_no_longer_than_asked():
+    items = [Item(i, TokenExample((1,) * n, (2,))) for i, n in enumerate((5, 4, 3, 3, 3))]
+    assert batches._in_rows(items, 2, 5) == []
+    numbers = [
+        [[item.number for item in row] for row in batches._in_rows(items, 2, length)]
+        for length in (13, 12)
+    ]
+    assert numbers == [[[0, 3], [1, 2, 4]], [[0, 1], [2, 3, 4]]]
+    assert batches._in_rows(items, 2, 11) == []
 
 
 def test_examples_of_one_length_keep_a_row_each():

@@ -1,0 +1,26 @@
+"""What XLA is told on a machine without an accelerator."""
+
+import pytest
+
+from ema_jax.runtime import compilation, hardware
+
+LEVEL = "--xla_backend_optimization_level"
+
+
+@pytest.mark.parametrize(
+    ("given", "accelerator", "then"),
+    [
+        (None, False, f"{LEVEL}=1"),
+        ("--xla_dump_to=x", False, f"--xla_dump_to=x {LEVEL}=1"),
+        (f"{LEVEL}=3", False, f"{LEVEL}=3"),
+        (None, True, None),
+    ],
+)
+def test_a_cpu_compiles_quickly(monkeypatch, tmp_path, given, accelerator, then):
+    monkeypatch.setattr(hardware, "_GPU_DEVICES", (f"{tmp_path}/nvidia[0-9]*",))
+    if accelerator:
+        (tmp_path / "nvidia0").touch()
+    environment = {} if given is None else {"XLA_FLAGS": given}
+    monkeypatch.setattr(compilation.os, "environ", environment)
+    compilation.compile_quickly()
+    assert environment == ({} if then is None else {"XLA_FLAGS": then})
