@@ -179,7 +179,7 @@ def _layer(blocks: Any, mesh: Mesh) -> Any:
     """The shapes of one block, of those of all of them stacked."""
 
     def cut(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        sharding = NamedSharding(mesh, P(*tuple(leaf.sharding.spec)[1:]))  # type: ignore[union-attr]
+        sharding = NamedSharding(mesh, P(*tuple(leaf.sharding.spec)[1:]))
         return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype, sharding=sharding)
 
     return jax.tree.map(cut, blocks)

@@ -181,7 +181,8 @@ def invalid_reason(
         `""`, or the first that applies of `"empty"`; `"script"` and `"language"` (another one than
         asked for); `"urls"` (links and hashtags, nothing else); `"boilerplate"` (imports, nothing
         else); `"numbers"` (counters, numbers, punctuation); `"repetition"` (loops of any period,
-        alternating phrases, lists of one item, runs of a character); `"salad"` (words without grammar).
+        alternating phrases, lists of one item, runs of a character); `"salad"` (words without
+        grammar).
     """
     if is_empty(response):
         return "empty"

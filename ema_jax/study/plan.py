@@ -134,7 +134,7 @@ def _work(config: StudyConfig, source: ModelSource | None) -> Iterator[str]:
         f"  memory: {_bytes(size.parameters * _BYTES[dtype])} of weights in {dtype}, about twice "
         "that while it generates (an estimate; docs/one-gpu.md, python -m ema_jax.compile_check)"
     )
-    kinds = programs(config, folded=width == _BYTES["float32"])
+    kinds = programs(config, folded=dtype == "float32")
     yield (
         f"  programs: {sum(kinds.values())} with the model in them, compiled at first, a shape of "
         f"each ({', '.join(f'{name} {number}' for name, number in kinds.items())})"
