@@ -8,6 +8,7 @@ import functools
 import operator
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -116,6 +117,7 @@ def capture(
     poolings: Sequence[str] = ("last_token",),
     streams: Sequence[str] = ("residual",),
     responses: Sequence[Sequence[int]] | None = None,
+    groups: Sequence[str] | None = None,
     batch_size: int = 64,
     mesh: Mesh | None = None,
     store: str | os.PathLike | None = None,
@@ -129,6 +131,7 @@ def capture(
         poolings: names that `pooling` knows, all from one pass.
         streams: of `STREAMS`.
         responses: token ids that follow each prompt, for `response_mean`.
+        groups: names, one a prompt, such as its domain: each group gets an array of its own.
         batch_size: rows at once, rounded up to what the mesh divides.
         mesh: devices of the model.
         store: a safetensors file to write batch by batch and to return memory-mapped; a run that
@@ -137,7 +140,8 @@ def capture(
             activations of another model are never resumed.
 
     Returns:
-        Pooling → `[N, L+1, D]`; for other streams `STREAM/POOLING` → `[N, L, D]`.
+        Pooling → `[N, L+1, D]`; for other streams `STREAM/POOLING` → `[N, L, D]`; with groups
+        `POOLING/GROUP` → `[n, L+1, D]`, a group's prompts in their order.
 
     Raises:
         UserError: an unknown pooling or stream, one that a prompt is too short for, or a store of
@@ -154,15 +158,23 @@ def capture(
     for sizes in {(len(item.prompt), len(item.response)) for item in examples}:
         for name in poolings:
             pooling(name)(*sizes)  # raises now where a pooling does not fit a prompt
+    labels = [""] * len(prompts) if groups is None else list(groups)
+    members: Counter[str] = Counter()
+    place_of: list[int] = []  # of each prompt in its group
+    for label in labels:
+        place_of.append(members[label])
+        members[label] += 1
     shapes = {
-        _key(stream, name): (len(prompts), layers + (stream == "residual"), width)
+        _key(stream, name, label): (size, layers + (stream == "residual"), width)
         for stream in streams
         for name in poolings
+        for label, size in members.items()
     }
     saved = None
     if store is not None:
         rows = batch_rows(min(batch_size or ROWS, len(prompts)), mesh)
-        about = [list(map(list, prompts)), list(map(list, answers)), list(poolings), rows]
+        about: list[Any] = [list(map(list, prompts)), list(map(list, answers)), list(poolings)]
+        about += [rows] if groups is None else [rows, labels]
         metadata = {"layer_convention": LAYER_CONVENTION, "model_hash": model_hash}
         saved = ActivationStore(store, shapes, metadata | {"inputs_sha256": sha256_json(about)})
         if saved.finished:
@@ -179,22 +191,30 @@ def capture(
         axis=1,
         start=saved.done if saved else 0,
     ):
-        values = {
-            _key(stream, name): tap[:, :, place].swapaxes(0, 1)  # from [L+1, B, P, D]
+        columns: dict[str, list[int]] = {}  # of the batch, by group
+        for column, i in enumerate(indices):
+            columns.setdefault(labels[i], []).append(column)
+        rows_of = {
+            _key(stream, name, label): (
+                [place_of[indices[column]] for column in chosen],
+                tap[:, chosen, place].swapaxes(0, 1),  # from [L+1, B, P, D]
+            )
             for stream, tap in zip(STREAMS, taps, strict=False)
             if stream in streams
             for place, name in enumerate(poolings)
+            for label, chosen in columns.items()
         }
         if saved is not None:
-            saved.commit(saved.done + 1, indices, values)
+            saved.commit(saved.done + 1, rows_of)
         else:
-            for key, value in values.items():
-                result[key][indices] = value
+            for key, (places, values) in rows_of.items():
+                result[key][places] = values
     return result if saved is None else saved.finish()
 
 
-def _key(stream: str, pooling_name: str) -> str:
-    return pooling_name if stream == "residual" else f"{stream}/{pooling_name}"
+def _key(stream: str, pooling_name: str, group: str) -> str:
+    parts = ("" if stream == "residual" else stream, pooling_name, group)
+    return "/".join(filter(None, parts))
 
 
 def _padded(

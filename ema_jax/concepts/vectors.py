@@ -6,7 +6,7 @@ contrast set among the domains.
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +15,11 @@ from jaxtyping import Float, Int
 from ema_jax.data.domains import BENIGN
 from ema_jax.errors import UserError
 from ema_jax.runtime.files import read_tensors, write_tensors
+
+MOST_RESAMPLED = 256
+"""Prompts of a domain, at most, behind figures quadratic in prompts: resampling, probes, CKA."""
+
+_ROWS_AT_ONCE = 64  # of all layers, which of a 70B model are 2.7 MB each
 
 Activations = Mapping[str, Float[np.ndarray, "_ layers width"]]
 LayerVectors = Mapping[str, Float[np.ndarray, "layers width"]]
@@ -105,6 +110,17 @@ def concept_vectors(
     }
 
 
+def sample(activations: Activations) -> dict[str, Float[np.ndarray, "_ layers width"]]:
+    """At most `MOST_RESAMPLED` prompts of each domain, evenly spaced; not more are not copied."""
+
+    def few(x: np.ndarray) -> np.ndarray:
+        if len(x) <= MOST_RESAMPLED:
+            return x
+        return x[np.linspace(0, len(x) - 1, MOST_RESAMPLED).astype(int)]
+
+    return {domain: few(x) for domain, x in activations.items()}
+
+
 def matched_contrast(
     words: Mapping[str, Float[np.ndarray, "prompts width"]],
     domains: Sequence[str],
@@ -147,10 +163,11 @@ def matched_vectors(
 
 
 def relative_to(
-    activations: Activations,
-    rewrites: Mapping[str, Sequence[Float[np.ndarray, "layers width"] | None]],
-    contrast: str = BENIGN,
-) -> dict[str, Float[np.ndarray, "_ layers width"]]:
+    x: Float[np.ndarray, "n layers width"],
+    rewrites: Float[np.ndarray, "m layers width"],
+    rewritten: Sequence[bool],
+    contrast: Float[np.ndarray, "_ layers width"],
+) -> Iterator[tuple[range, Float[np.ndarray, "_ layers width"]]]:
     """Activations with those of every prompt's benign rewrite in place of the contrast set's mean.
 
     x_i − c_i + mean(contrast): the difference in means against the contrast set is then the mean of
@@ -158,22 +175,26 @@ def relative_to(
     activations (nulls, ceilings, intervals, probes, erasure) is of that.
 
     Args:
-      activations: with the contrast set.
-      rewrites: of each domain's prompts. One without (None) takes the mean of the domain's others,
-        and a domain that has none stays as it is.
-      contrast: name of the contrast set, which stays as it is.
+      x: of one domain's prompts.
+      rewrites: of the rewrites that there are, in the prompts' order.
+      rewritten: whether a prompt has one. One without takes the mean of the others', and where none
+        has one all stay as they are.
+      contrast: of the contrast set.
+
+    Yields:
+      Rows of `x`, some at a time, and what takes their place.
     """
-    centre = activations[contrast].mean(axis=0, dtype=np.float64)
-    found = {}
-    for domain, x in activations.items():
-        there = [own for own in rewrites[domain] if own is not None]
-        if domain == contrast or not there:
-            found[domain] = x
-            continue
-        mean = np.mean(there, axis=0, dtype=np.float64)
-        own = np.stack([mean if each is None else each for each in rewrites[domain]])
-        found[domain] = (x - own + centre).astype(np.float32)
-    return found
+    has = np.array(rewritten, bool)
+    place = np.cumsum(has) - 1
+    if has.any():
+        centre, mean = (each.mean(axis=0, dtype=np.float64) for each in (contrast, rewrites))
+    for start in range(0, len(x), _ROWS_AT_ONCE):
+        part = slice(start, start + _ROWS_AT_ONCE)
+        rows = x[part]
+        if has.any():
+            own = np.where(has[part, None, None], rewrites[place[part]], mean)
+            rows = (rows - own + centre).astype(np.float32)
+        yield range(start, start + len(rows)), rows
 
 
 def pca_vectors(

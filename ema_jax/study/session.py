@@ -15,7 +15,8 @@ from jax.sharding import Mesh
 from jaxtyping import Float
 
 from ema_jax.concepts.capture import capture
-from ema_jax.concepts.vectors import relative_to
+from ema_jax.concepts.store import ActivationStore
+from ema_jax.concepts.vectors import LAYER_CONVENTION, relative_to
 from ema_jax.config import ModelConfig, StudyConfig
 from ema_jax.data import corpus
 from ema_jax.data.chat import Chat, TokenExample
@@ -32,6 +33,7 @@ from ema_jax.refusal.evaluation import Evaluation
 from ema_jax.refusal.judges import get_judge
 from ema_jax.refusal.responses import JudgedResponses, respond_and_judge
 from ema_jax.refusal.verdicts import Judge
+from ema_jax.study.artifacts import ACTIVATIONS, Pooled, by_pooling
 from ema_jax.unlearning.reference import response_log_probs
 from ema_jax.unlearning.utility import perplexity, utility
 
@@ -206,46 +208,63 @@ class ModelSession:
             "response_perplexity": perplexity(self.read_base, responses, mesh=self.mesh),
         }
 
-    def capture(
-        self, model: Decoder, prompts: Sequence[Prompt]
-    ) -> dict[str, dict[str, Float[np.ndarray, "n L1 D"]]]:
-        """Pooling → domain → residual stream at every layer, a row a prompt.
+    def capture(self, model: Decoder, prompts: Sequence[Prompt], folder: Path) -> Pooled:
+        """Pooling → domain → residual stream at every layer, a row a prompt, memory-mapped.
 
         With `concepts.contrast = "matched"`, relative to the prompts' benign rewrites
         (`concepts.vectors.relative_to`).
+
+        Args:
+            model: the base, or a variant.
+            prompts: of all domains.
+            folder: where `ACTIVATIONS` and half of it, for a run that was killed, are written.
         """
-        places: dict[str, list[int]] = {}
-        for i, prompt in enumerate(prompts):
-            places.setdefault(prompt.domain, []).append(i)
-        pooled = {
-            name: {domain: x[rows] for domain, rows in places.items()}
-            for name, x in self._pooled(model, [prompt.prompt for prompt in prompts]).items()
-        }
+        domains = [prompt.domain for prompt in prompts]
+        texts = [prompt.prompt for prompt in prompts]
         if self.config.concepts.contrast == "shared":
-            return pooled
-        rewrites = {d: [prompts[i].contrast for i in rows] for d, rows in places.items()}
-        texts = [text for each in rewrites.values() for text in each if text]
-        own = self._pooled(model, texts)
-        found: dict[str, dict[str, np.ndarray]] = {}
-        for name, by_domain in pooled.items():
-            rest = iter(own[name])
-            matched = {
-                domain: [next(rest) if text else None for text in each]
-                for domain, each in rewrites.items()
-            }
-            found[name] = relative_to(by_domain, matched)
-        return found
+            return by_pooling(self._pooled(model, texts, domains, folder / ACTIVATIONS))
+        plain = self._pooled(model, texts, domains, folder / "plain.safetensors")
+        again = [p for p in prompts if p.contrast and p.domain != BENIGN]
+        rewrites = self._pooled(
+            model,
+            [p.contrast for p in again],
+            [p.domain for p in again],
+            folder / "rewrites.safetensors",
+        )
+        store = ActivationStore(
+            folder / ACTIVATIONS,
+            {key: x.shape for key, x in plain.items()},
+            {"layer_convention": LAYER_CONVENTION},
+        )
+        has: dict[str, list[bool]] = {}
+        for p in prompts:
+            has.setdefault(p.domain, []).append(bool(p.contrast) and p.domain != BENIGN)
+        blocks = (
+            (key, *block)
+            for key, x in plain.items()
+            for pooling, domain in [key.split("/")]
+            for block in relative_to(
+                x, rewrites.get(key, x[:0]), has[domain], plain[f"{pooling}/{BENIGN}"]
+            )
+        )
+        for number, (key, rows, values) in enumerate(blocks):
+            if number >= store.done and not store.finished:
+                store.commit(number + 1, {key: (rows, values)})
+        return by_pooling(store.finish())
 
     def _pooled(
-        self, model: Decoder, texts: Sequence[str]
-    ) -> dict[str, Float[np.ndarray, "n L1 D"]]:
-        """Pooling → residual stream at every layer, a row a prompt."""
+        self, model: Decoder, texts: Sequence[str], groups: Sequence[str], store: Path
+    ) -> dict[str, Float[np.ndarray, "_ L1 D"]]:
+        """`POOLING/DOMAIN` → residual stream at every layer, a row a prompt."""
         return capture(
             model,
             [self.chat.prompt_tokens(text) for text in texts],
             poolings=self.config.concepts.poolings,
+            groups=groups,
             batch_size=self.config.generation.batch_size,
             mesh=self.mesh,
+            store=store,
+            model_hash=self.source.fingerprint,
         )
 
     def settings(self) -> dict[str, Any]:

@@ -32,7 +32,16 @@ from ema_jax.runtime import distributed
 from ema_jax.runtime.files import json_safe
 from ema_jax.study import base_check, concept_summaries, sensitivity
 from ema_jax.study.arm_training import arm_settings, train_arm
-from ema_jax.study.artifacts import BASE, Artifacts, ConceptInputs, ForgetSet, Pooled, Run, runs_of
+from ema_jax.study.artifacts import (
+    ACTIVATIONS,
+    BASE,
+    Artifacts,
+    ConceptInputs,
+    ForgetSet,
+    Pooled,
+    Run,
+    runs_of,
+)
 from ema_jax.study.cautions import cautions
 from ema_jax.study.checks import check_prompts
 from ema_jax.study.dose_search import search_dose
@@ -89,12 +98,12 @@ def find_concepts(session: ModelSession, artifacts: Artifacts, context: StageCon
     """Every domain's concept vector at every layer, and the effect of adding or ablating it."""
     base_check.require_fit_base(session.config, artifacts)
     prompts = artifacts.prompts.read()
-    pooled = session.capture(session.read_base, prompts["concept"])
-    kept = artifacts.activations.write(pooled)
+    pooled = session.capture(session.read_base, prompts["concept"], context.partial)
     concepts = _write_concepts(session, artifacts, BASE, pooled)
     main = pooled[session.config.concepts.poolings[0]]
     found = _sweep_layers(session, artifacts, main, _sweep_prompts(session.config, prompts["dev"]))
-    return [kept, *concepts, artifacts.layer_sweep.write(found)]
+    swept = artifacts.layer_sweep.write(found)
+    return [artifacts.activations.write(context.partial / ACTIVATIONS), *concepts, swept]
 
 
 def _sweep_layers(
@@ -257,7 +266,8 @@ def evaluate(
     )
     answers = _examples(artifacts.benign_answers.read(), session.chat)
     utility = session.utility(model, answers, judged)
-    pooled, main = session.capture(model, prompts["concept"]), config.concepts.poolings[0]
+    main = config.concepts.poolings[0]
+    pooled = session.capture(model, prompts["concept"], context.partial)
     base = artifacts.activations.read()[main]
     found = {
         "utility": utility,

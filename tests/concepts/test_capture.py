@@ -243,11 +243,11 @@ def test_a_store_goes_on_where_it_was_killed(tmp_path, monkeypatch):
     settings |= {"store": path, "model_hash": "abc"}
     committed, commit = [], ActivationStore.commit
 
-    def dies(self, done, rows, values):
+    def dies(self, done, rows):
         if len(committed) == 2:
             raise KeyboardInterrupt
         committed.append(rows)
-        commit(self, done, rows, values)
+        commit(self, done, rows)
 
     with monkeypatch.context() as patched:
         patched.setattr(ActivationStore, "commit", dies)
@@ -260,7 +260,8 @@ def test_a_store_goes_on_where_it_was_killed(tmp_path, monkeypatch):
             ActivationStore, "commit", lambda s, *a: later.append(a[1]) or commit(s, *a)
         )
         found = capture(model, prompts, **settings)
-    assert sorted(i for rows in committed + later for i in rows) == list(range(len(prompts)))
+    places = [i for rows in committed + later for i in rows["last_token"][0]]
+    assert sorted(places) == list(range(len(prompts)))
     for name in BOTH:
         np.testing.assert_array_equal(found[name], expected[name])
     assert [p.name for p in tmp_path.iterdir()] == ["kept.safetensors"]
@@ -277,10 +278,21 @@ def test_a_store_goes_on_where_it_was_killed(tmp_path, monkeypatch):
         capture(model, prompts[::-1], **settings)
 
 
+def test_groups_have_arrays_of_their_own(tmp_path):
+    model, prompts, _ = embedded("qwen2")
+    names = ["even" if i % 2 == 0 else "odd" for i in range(len(prompts))]
+    whole = capture(model, prompts, batch_size=4)["last_token"]
+    for store in (None, tmp_path / "kept"):
+        found = capture(model, prompts, batch_size=4, groups=names, store=store)
+        assert sorted(found) == ["last_token/even", "last_token/odd"]
+        np.testing.assert_array_equal(found["last_token/even"], whole[::2])
+        np.testing.assert_array_equal(found["last_token/odd"], whole[1::2])
+
+
 def test_half_a_store_of_another_model_is_not_taken_up(tmp_path):
     shapes = {"a": (3, 2)}
     first = ActivationStore(tmp_path / "x", shapes, {"model_hash": "1"})
-    first.commit(1, [2], {"a": np.ones((1, 2))})
+    first.commit(1, {"a": ([2], np.ones((1, 2)))})
     assert ActivationStore(tmp_path / "x", shapes, {"model_hash": "1"}).done == 1
     other = ActivationStore(tmp_path / "x", shapes, {"model_hash": "2"})
     assert other.done == 0

@@ -7,12 +7,14 @@ import pytest
 from ema_jax.concepts.gguf import save_control_vector
 from ema_jax.concepts.vectors import (
     LAYER_CONVENTION,
+    MOST_RESAMPLED,
     concept_vectors,
     layer_index,
     layers_as,
     load_concepts,
     means,
     relative_to,
+    sample,
     save_concepts,
 )
 from ema_jax.errors import UserError
@@ -210,15 +212,27 @@ def test_control_vectors_as_the_gguf_package_reads_them(tmp_path):
 
 def test_relative_to_rewrites_is_the_mean_difference_of_pairs():
     rng = np.random.default_rng(0)
-    shape = (6, 3, 5)
-    x = {d: rng.normal(size=shape).astype(np.float32) for d in ("a", "b", "benign")}
-    own = rng.normal(size=shape).astype(np.float32)
-    rewrites = {"a": list(own), "b": [None] * 6, "benign": [None] * 6}
-    found = relative_to(x, rewrites)
-    vectors, plain = concept_vectors(found), concept_vectors(x)
-    np.testing.assert_allclose(vectors["a"], (x["a"] - own).mean(axis=0), atol=1e-6)
-    np.testing.assert_array_equal(vectors["b"], plain["b"])
-    some = {**rewrites, "a": [*own[:3], None, None, None]}
-    vectors = concept_vectors(relative_to(x, some))
-    expected = x["a"].mean(axis=0) - own[:3].mean(axis=0)
-    np.testing.assert_allclose(vectors["a"], expected, atol=1e-6)
+    x, own, benign = rng.normal(size=(3, 70, 3, 5)).astype(np.float32)
+
+    def mean(rewrites, has):
+        """Of x in place of which the rows come, less that of the contrast set."""
+        rows, blocks = zip(*relative_to(x, rewrites, has, benign), strict=True)
+        assert [i for each in rows for i in each] == list(range(70))
+        return np.concatenate(blocks).mean(axis=0) - benign.mean(axis=0)
+
+    pairs = (x - own).mean(axis=0)
+    np.testing.assert_allclose(mean(own, [True] * 70), pairs, atol=1e-6)
+    some = x.mean(axis=0) - own[:3].mean(axis=0)
+    has = [False] * 60 + [True] * 3 + [False] * 7
+    np.testing.assert_allclose(mean(own[:3], has), some, atol=1e-6)
+    plain = x.mean(axis=0) - benign.mean(axis=0)
+    np.testing.assert_array_equal(mean(own[:0], [False] * 70), plain)
+
+
+def test_a_sample_is_evenly_spaced():
+    x = np.arange(1000, dtype=np.float32).reshape(1000, 1, 1)
+    few, many = sample({"a": x[:MOST_RESAMPLED], "b": x}).values()
+    assert np.shares_memory(few, x)
+    assert np.array_equal(few, x[:MOST_RESAMPLED])
+    assert (many[0], many[-1], len(many)) == (0, 999, MOST_RESAMPLED)
+    assert set(np.diff(many.ravel())) == {3, 4}

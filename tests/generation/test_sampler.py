@@ -147,6 +147,15 @@ def test_a_repetition_penalty_is_that_of_transformers(tiny):
     assert [got[i].tokens for i in range(len(LENGTHS))] == expected
 
 
+def test_most_likely_is_the_argmax():
+    logits = np.random.default_rng(0).integers(0, 9, size=(50, 40)).astype(np.float32)  # with ties
+    logits[0], logits[1, :30] = -np.inf, -np.inf
+    logits[2] = np.nan
+    found = sampler.most_likely(jnp.asarray(logits))
+    np.testing.assert_array_equal(found, logits.argmax(axis=-1))
+    assert found.dtype == jnp.int32
+
+
 @pytest.mark.parametrize(
     ("sampling", "processors"),
     [

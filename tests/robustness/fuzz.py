@@ -229,7 +229,7 @@ def targets() -> list[Target]:
 
     def partial(folder: Path) -> Path:
         store = ActivationStore(folder / "a", {"x": (2, 3)}, {"m": "1"})
-        store.commit(1, [0], {"x": np.ones((1, 3), np.float32)})
+        store.commit(1, {"x": ([0], np.ones((1, 3), np.float32))})
         return folder / ".a.partial.json"
 
     def gguf(folder: Path) -> Path:

@@ -6,7 +6,7 @@ import pytest
 from ema_jax.concepts.vectors import LAYER_CONVENTION, concept_vectors
 from ema_jax.config import StudyConfig
 from ema_jax.errors import UserError
-from ema_jax.runtime.files import read_jsonl, read_tensors
+from ema_jax.runtime.files import read_jsonl, write_tensors
 from ema_jax.study.artifacts import BASE, Artifacts, ConceptInputs, ForgetSet, Run, runs_of
 from ema_jax.unlearning.harvest import Harvested
 
@@ -52,10 +52,12 @@ def test_activations_and_concepts(artifacts):
         pooling: {d: rng.normal(size=(4, 3, 5)).astype(np.float32) for d in ("bias", "benign")}
         for pooling in ("last_token", "prompt_mean")
     }
-    path = artifacts.activations.write(pooled)
-    tensors, metadata = read_tensors(path)
-    assert "prompt_mean/bias" in tensors
-    assert metadata == {"layer_convention": LAYER_CONVENTION}
+    kept = artifacts.root / "kept"
+    tensors = {f"{name}/{domain}": x for name, by in pooled.items() for domain, x in by.items()}
+    write_tensors(kept, tensors, {"layer_convention": LAYER_CONVENTION})
+    path = artifacts.activations.write(kept)
+    assert path == artifacts.root / "concepts/base.activations.safetensors"
+    assert not kept.exists()
     found = artifacts.activations.read()
     assert {name: set(by) for name, by in found.items()} == {
         name: set(pooled[name]) for name in pooled

@@ -16,16 +16,18 @@ def _prompt(domain, i, contrast=""):
     return Prompt(f"{domain}{i}", domain, "concept", f"{domain} {i}", "x", "0", "g", "", contrast)
 
 
-def test_capture_takes_each_prompt_with_its_rewrite(monkeypatch):
+def test_capture_takes_each_prompt_with_its_rewrite(monkeypatch, tmp_path):
     config = small_config()
     config.concepts.contrast = "matched"
     session = ModelSession(ema.read(config), ModelSource("x", CHECKPOINTS / "qwen2", None, "f"))
     rng, states = np.random.default_rng(0), {}
 
-    def pooled(self, model, texts):
-        for text in texts:
+    def pooled(self, model, texts, groups, store):
+        by_domain = {}
+        for text, group in zip(texts, groups, strict=True):
             states.setdefault(text, rng.normal(size=(3, 4)).astype(np.float32))
-        return {"last_token": np.stack([states[text] for text in texts])}
+            by_domain.setdefault(f"last_token/{group}", []).append(states[text])
+        return {key: np.stack(rows) for key, rows in by_domain.items()}
 
     monkeypatch.setattr(ModelSession, "_pooled", pooled)
     prompts = [
@@ -33,7 +35,7 @@ def test_capture_takes_each_prompt_with_its_rewrite(monkeypatch):
         for i in range(4)  # interleaved, so that rewrites must find their own prompts
         for prompt in (_prompt("bias", i, f"mild {i}"), _prompt(BENIGN, i), _prompt("safety", i))
     ]
-    found = session.capture(None, prompts)["last_token"]
+    found = session.capture(None, prompts, tmp_path)["last_token"]
     vectors = concept_vectors(found)
 
     def mean(texts):
