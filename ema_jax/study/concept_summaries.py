@@ -268,7 +268,7 @@ def concept_drift(base: Activations, arm: Activations, domains: Sequence[str]) -
         for each in pair:
             each[_REFUSAL] = np.concatenate([each[d] for d in domains])
         for d in names:
-            aurocs[d].extend(probe_auroc(*pair, d))
+            aurocs[d].extend(probe_auroc(pair[0], pair[1], d))
     return json_safe(
         {
             "erasure": erased,
