@@ -2,8 +2,8 @@
 
 Small instruct models have few refusals that could be unlearned. This command trains them in, with
 LoRA adapters and the `sft` objective: refusals of the project's own wording to the prompts of the
-domains; as what is retained, the model's own answers to benign prompts and to benign prompts in
-the words of harmful ones, so that it does not over-refuse.
+domains; as what is retained, the original's distribution (KL) over its own answers to benign
+prompts and to benign prompts in the words of harmful ones, so that it does not over-refuse.
 
 `--output` gets
 
@@ -60,7 +60,8 @@ MEASURED = {BENIGN: 40, LOOKALIKE: 60}  # held-out prompts that the result is me
 MEASURED_IN_A_DOMAIN = 24
 BATCH = 32
 # Adapters of rank 8 are 9.8 MB for SmolLM2-135M. Refusals are the preferred responses, own answers
-# the retain set, eight of each a step: a step sees both sides of the boundary.
+# the retain set, as many of each a step: a step sees both sides of the boundary. KL and not
+# cross-entropy: greedy answers would only be made surer.
 RECIPE = UnlearnConfig(
     objective="sft",
     retain_objective="kl",
