@@ -195,11 +195,12 @@ def test_the_plan_says_what_is_here(monkeypatch, tmp_path):
     assert plain.count("to download") == 4  # the model and three sets of prompts
     for name in ("jit_step-01-cache", "jit_step-01-atime"):
         (tmp_path / name).touch()
-    made = "databricks___databricks-dolly-15k/default/0.0.0/0123"
-    (tmp_path / "datasets" / made).mkdir(parents=True)
+    made = tmp_path / "datasets/databricks___databricks-dolly-15k/default/0.0.0/0123"
+    made.mkdir(parents=True)
+    (made / "dataset_info.json").touch()
     text = _plan(monkeypatch, tmp_path, "cpu")
     assert "licence CC-BY-SA-3.0, here, in the local cache" in text
-    assert f"compiled programs: 2 in {tmp_path}" in text  # its own and the folder of data sets
+    assert f"compiled programs: 1 in {tmp_path}" in text
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
     assert cli.compiled_programs() is None
 
