@@ -55,9 +55,9 @@ def check(
             the trainer would refuse an arm on this mesh (`check_arm`).
     """
     shapes, mesh = Workload.of(config, prompt_tokens, lengths), topology.mesh(config.mesh)
-    work = resolved(shapes, mesh)
     for name in config.arms:  # as the study does before it loads anything
-        check_arm(work.model, config.arm(name), mesh.shape, f"arms.{name}")
+        check_arm(shapes.model, config.arm(name), mesh.shape, f"arms.{name}")
+    work = resolved(shapes, mesh)
     compiled = {name: _figures(p, topology) for name, p in programs.lowered(work, mesh, names)}
     first = dict(compiled[names[0]])
     if "train" in compiled:

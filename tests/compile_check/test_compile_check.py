@@ -386,16 +386,16 @@ def test_a_mesh_has_to_use_the_slice():
         slice_.mesh((1, 4, 1))
 
 
-def test_what_the_trainer_refuses_is_not_said_to_fit():
+@pytest.mark.parametrize(("size", "fits"), [(12, 16), (2, 8)])
+def test_what_the_trainer_refuses_is_not_said_to_fit(size, fits):
     """A batch that the mesh does not divide: an error there, so here, and not rounded up."""
     slice_ = topology.Topology("v5e:2x4", devices.TPUS["v5e"], 8, jax.devices())
     config = small_config()
-    config.unlearn.batch_size = 12
+    config.unlearn.batch_size = config.unlearn.retain_batch_size = size
     config.mesh = (-1, 1, 1)
     for names in (("train",), ("decode",)):
-        with pytest.raises(
-            UserError, match=r"arms\.npo\.batch_size = 12 does not divide .* use 16"
-        ):
+        said = rf"arms\.npo\.batch_size = {size} does not divide .* use {fits}"
+        with pytest.raises(UserError, match=said):
             check.check(ema.read(config), slice_, 16, names)
 
 
