@@ -60,7 +60,7 @@ MEASURED = {BENIGN: 40, LOOKALIKE: 60}  # held-out prompts that the result is me
 MEASURED_IN_A_DOMAIN = 24
 BATCH = 32
 # Adapters of rank 8 are 9.8 MB for SmolLM2-135M. Refusals are the preferred responses, own answers
-# the retain set, twelve of each a step: a step sees both sides of the boundary.
+# the retain set, eight of each a step: a step sees both sides of the boundary.
 RECIPE = UnlearnConfig(
     objective="sft",
     retain_objective="kl",
