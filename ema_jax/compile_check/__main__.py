@@ -42,7 +42,8 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"--programs: {unknown or 'none'}; choose of {', '.join(PROGRAMS)}, or all")
     study, where = read_config(), topology.find(values.topology)
     if values.sweep:
-        print(check.mesh_table(check.compare_meshes(study, where, values.prompt_tokens)))
+        rows = check.compare_meshes(study, where, values.prompt_tokens, values.lengths)
+        print(check.mesh_table(rows))
     else:
         found = check.check(study, where, values.prompt_tokens, names, values.lengths)
         print(json.dumps(found, indent=2))

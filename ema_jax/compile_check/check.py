@@ -55,9 +55,9 @@ def check(
             the trainer would refuse an arm on this mesh (`check_arm`).
     """
     shapes, mesh = Workload.of(config, prompt_tokens, lengths), topology.mesh(config.mesh)
-    work = resolved(shapes, mesh)
     for name in config.arms:  # as the study does before it loads anything
-        check_arm(work.model, config.arm(name), mesh.shape, f"arms.{name}")
+        check_arm(shapes.model, config.arm(name), mesh.shape, f"arms.{name}")
+    work = resolved(shapes, mesh)
     compiled = {name: _figures(p, topology) for name, p in programs.lowered(work, mesh, names)}
     first = dict(compiled[names[0]])
     if "train" in compiled:
@@ -79,9 +79,11 @@ def check(
 
 
 def compare_meshes(
-    config: StudyConfig, topology: Topology, prompt_tokens: int
+    config: StudyConfig, topology: Topology, prompt_tokens: int, lengths: Lengths = "full"
 ) -> list[dict[str, Any]]:
     """Compiles the train step for every mesh, with one, two and four times the config's batches.
+
+    The arguments are those of `check`.
 
     Returns:
         A row per mesh and batch size that the trainer accepts: those that fit, by seconds per
@@ -90,7 +92,7 @@ def compare_meshes(
     Raises:
         UserError: the trainer would refuse every mesh and batch size.
     """
-    workload = Workload.of(config, prompt_tokens)
+    workload = Workload.of(config, prompt_tokens, lengths)
     rows, refusal = [], None
     for shape in roofline.candidate_meshes(workload, len(topology.devices)):
         mesh = topology.mesh(shape)

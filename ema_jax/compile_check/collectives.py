@@ -5,11 +5,11 @@ import math
 import re
 from collections.abc import Sequence
 
-from ema_jax.compile_check.hlo import Module, array_bytes
+from ema_jax.compile_check.hlo import Module, array_bytes, operands
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
-_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?[\w.-]+ = (.*?) ([\w-]+)\(")
+_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?[\w.-]+ = (.*?) ([\w-]+)\((.*)$")
 _CHANNEL = re.compile(r"channel_id=(\d+)")
 # Replica groups are written in one of three ways.
 _LISTED = re.compile(r"replica_groups=\{\{([\d,]*)\}")
@@ -66,7 +66,7 @@ def by_loop(hlo: str, devices: int) -> dict[str, list[Collective]]:
             kind = match[2].removesuffix("-start") if match else ""
             if match is None or kind not in KINDS:
                 continue
-            size = _result_bytes(match[1], kind, match[2].endswith("-start"))
+            size = _result_bytes(match[1], max(len(operands(match[3])), 1))
             channel = _CHANNEL.search(line)
             key = (kind, channel[1], size) if channel else (name, len(here))
             one = Collective(kind, size, _group(line, devices), times)
@@ -94,13 +94,13 @@ def summary(collectives: Sequence[Collective]) -> dict[str, dict[str, int]]:
     return result
 
 
-def _result_bytes(shape: str, kind: str, started: bool) -> int:
+def _result_bytes(shape: str, count: int) -> int:
+    """Bytes of the results, as many as there are operands: compilers combine collectives.
+
+    An asynchronous start returns them alone, or (operands, results, …).
+    """
     sizes = array_bytes(shape)
-    if not started or len(sizes) == 1:
-        return sum(sizes)
-    # An asynchronous start returns (operands, results, …): the result is the largest of these, or
-    # the smallest for a reduce-scatter.
-    return min(s for s in sizes if s) if kind == "reduce-scatter" else max(sizes)
+    return sum(sizes[count : 2 * count] if len(sizes) >= 2 * count else sizes)
 
 
 def _group(line: str, devices: int) -> int:

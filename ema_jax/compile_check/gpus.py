@@ -9,8 +9,9 @@ from ema_jax.runtime.devices import GIB, GPUS, Accelerator
 class Card:
     """What the compiler asks of a card.
 
-    Sources: NVIDIA's CUDA C++ Programming Guide (limits by compute capability), the data sheets
-    (bandwidth), and what `nvidia-smi` and the driver's device query say of such a card.
+    Sources: the target configurations in XLA's own repository
+    (`xla/backends/gpu/target_config/specs`: memory, cores, caches, clocks), NVIDIA's CUDA C++
+    Programming Guide (limits by compute capability), and the data sheets (bandwidth).
 
     Attributes:
         sheet: its row in `GPUS`: peak FLOP/s, bandwidth and links.

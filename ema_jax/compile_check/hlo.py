@@ -14,6 +14,7 @@ _CONSTANT = re.compile(r"= [su]32\[\]\S* constant\((\d+)\)")
 _ELEMENT = re.compile(r"get-tuple-element\(.*\), index=(\d+)")
 _ROOT_TUPLE = re.compile(r"ROOT \S+ = .* tuple\((.*?)\)")
 _ADDITION = re.compile(r" add\((?:.* )?%?([\w.-]+), (?:.* )?%?([\w.-]+)\)")
+_OPERAND = re.compile(r"%([\w.-]+)")
 _ARRAY = re.compile(r"\b(pred|[a-z]+\d+(?:e\dm\d\w*)?)\[([\d,]*)\]")
 
 
@@ -59,6 +60,16 @@ class Module:
 def called_by(line: str) -> list[str]:
     """Computations that an instruction runs: a fusion's, or the body of a loop."""
     return _CALLED.findall(line)
+
+
+def operands(text: str) -> list[str]:
+    """Names of an instruction's operands, from what follows the parenthesis that opens them."""
+    depth = 1
+    for i, character in enumerate(text):
+        depth += (character == "(") - (character == ")")
+        if depth == 0:
+            return _OPERAND.findall(text[:i])
+    return _OPERAND.findall(text)
 
 
 def array_bytes(shape: str) -> list[int]:

@@ -11,10 +11,9 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from ema_jax.compile_check.hlo import Module, array_bytes, called_by, dimensions
+from ema_jax.compile_check.hlo import Module, array_bytes, called_by, dimensions, operands
 
 _INSTRUCTION = re.compile(r"^\s*(ROOT )?%?([\w.-]+) = (.*?) ([\w-]+)\((.*)$")
-_OPERAND = re.compile(r"%([\w.-]+)")
 _CONTRACTED = re.compile(r'lhs_contracting_dim(?:s=\{|ensions":\[)([\d",]*)[\]}]')
 # What runs no kernel of its own, or one that is counted where it starts.
 _FREE = {
@@ -80,18 +79,8 @@ def _lines(lines: Sequence[str]) -> Iterator[_Line]:
     for text in lines:
         match = _INSTRUCTION.match(text)
         if match:
-            operands = tuple(_OPERAND.findall(_inside_parentheses(match[5])))
-            yield _Line(bool(match[1]), match[2], match[3], match[4], operands, match[5])
-
-
-def _inside_parentheses(text: str) -> str:
-    """The text up to the parenthesis that closes one opened before it."""
-    depth = 1
-    for i, character in enumerate(text):
-        depth += (character == "(") - (character == ")")
-        if depth == 0:
-            return text[:i]
-    return text
+            names = tuple(operands(match[5]))
+            yield _Line(bool(match[1]), match[2], match[3], match[4], names, match[5])
 
 
 def _flops(line: _Line, shapes: Mapping[str, str], bodies: Mapping[str, Sequence[_Line]]) -> float:

@@ -68,7 +68,7 @@ def train_bound(work: Workload, topology: Topology, mesh: Mesh, sent_bytes: floa
 
     Args:
         work: the shapes.
-        topology: the slice.
+        topology: the slice or the GPUs.
         mesh: over its devices.
         sent_bytes: by one device per step (`collectives.summary`).
     """

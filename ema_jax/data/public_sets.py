@@ -95,9 +95,11 @@ def is_cached(name: str) -> bool:
     import datasets
     from datasets.naming import camelcase_to_snakecase
 
-    owner, _, rest = (SOURCES[name].hub_id or "").rpartition("/")
+    source = SOURCES[name]
+    owner, _, rest = (source.hub_id or "").rpartition("/")
     folder = Path(datasets.config.HF_DATASETS_CACHE) / f"{owner}___{camelcase_to_snakecase(rest)}"
-    return any(path.is_dir() for path in folder.glob("*/*/*"))
+    # The library writes this file last.
+    return any(folder.glob(f"{source.config or '*'}/*/*/dataset_info.json"))
 
 
 def _published(name: str, source: Source, path: str | Path | None) -> list[Path]:

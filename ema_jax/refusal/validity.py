@@ -70,7 +70,8 @@ _IMPORT = re.compile(
 _CHARACTER_RUN = re.compile(r"([^\W\dxX_])\1{5,}|([^\W\d_]{2,3}?)\2{7,}", re.IGNORECASE)
 # The same few words, each time with another number, five times in a row.
 _COUNTER = re.compile(r"\b((?:[^\W\d_]+\W{1,3}){1,4}?)\d+(?:\W+\1\d+){4,}")
-_ITEM = re.compile(r"^\s*(?:\d+[.):]|[-*•])\s*(\S.*?)\s*$", re.MULTILINE)
+# Of a list; a ruled line ("---", "* * *") and a blank to fill in ("1. ____") say nothing.
+_ITEM = re.compile(r"^\s*(?:\d+[.):]|[-*•])\s*(?=.*[^\W_])(\S.*?)\s*$", re.MULTILINE)
 _CODE = re.compile(r"```|[{}<>=;|\\]|\w\(|^\s*(?:def|class|import|SELECT) ", re.MULTILINE)
 
 _FUNCTION_WORDS = {

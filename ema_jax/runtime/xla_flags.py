@@ -27,7 +27,16 @@ def check() -> None:
     flags = os.environ.get("XLA_FLAGS", "")
     if all(map(_KNOWN.fullmatch, flags.split())):
         return
-    own = {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "2"}
+    log = _tried(flags)
+    if log is not None and _tried("") is None:  # else it is not the flags that JAX fails at
+        raise UserError(
+            f"XLA_FLAGS={flags!r:.200}: {complaint(log)}; correct the variable, or unset it"
+        )
+
+
+def _tried(flags: str) -> str | None:
+    """What a process writes that ends as JAX starts with these flags; None where JAX starts."""
+    own = {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "2", "XLA_FLAGS": flags}
     command = [sys.executable, "-c", "import jax; jax.devices()"]
     try:
         done = subprocess.run(
@@ -41,11 +50,8 @@ def check() -> None:
             check=False,
         )
     except subprocess.TimeoutExpired:
-        return  # a machine that busy says nothing of the flags
-    if done.returncode:
-        raise UserError(
-            f"XLA_FLAGS={flags!r:.200}: {complaint(done.stderr)}; correct the variable, or unset it"
-        )
+        return None  # a machine that busy says nothing of the flags
+    return done.stderr if done.returncode else None
 
 
 def complaint(log: str) -> str:

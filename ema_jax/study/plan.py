@@ -168,7 +168,7 @@ def _compiled(folder: Path | None) -> str:
     """What is kept of earlier runs. Which of it serves this one only compiling shows."""
     if folder is None:
         return "not kept (JAX_COMPILATION_CACHE_DIR is empty)"
-    found = sum(not file.name.endswith("-atime") for file in folder.glob("*"))
+    found = sum(1 for _ in folder.glob("*-cache"))  # beside them are times of access and locks
     if not found:
         return f"none yet in {folder}"
     return f"{found} in {folder}, which serve again for the same model, settings and shapes"

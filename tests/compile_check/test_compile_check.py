@@ -194,6 +194,27 @@ def test_collectives_as_a_tpu_program_writes_them():
     }
 
 
+@pytest.mark.parametrize(
+    ("instruction", "size"),
+    [
+        ("f32[6] all-reduce(%a)", 24),
+        ("(f32[6], bf16[4,8]) all-reduce(%a, %b)", 24 + 64),
+        ("f32[6] all-reduce-start(%a)", 24),
+        ("(f32[6], bf16[4,8]) all-reduce-start(%a, %b)", 24 + 64),
+        ("(f32[6], f32[6], f32[6]) all-reduce-start(%a, %b, /*index=2*/%c)", 3 * 24),
+        ("((f32[6], bf16[4,8]), (f32[24], bf16[16,8])) all-gather-start(%a, %b)", 96 + 256),
+        ("((f32[24], bf16[16,8]), (f32[6], bf16[4,8])) reduce-scatter-start(%a, %b)", 24 + 64),
+        ("(bf16[4,8]{1,0:T(8,128)}, bf16[4,8], u32[], u32[]) collective-permute-start(%a)", 64),
+        ("(f32[6], f32[6]) all-to-all(f32[6]{0} %a, f32[6]{0:T(256)} %b)", 48),
+    ],
+)
+def test_combined_collectives_count_every_result(instruction, size):
+    """XLA makes one all-reduce of many adapters' gradients: a tuple, as all its results are."""
+    line = f"  %x = {instruction}, channel_id=1, replica_groups={{{{0,1}}}}"
+    (found,) = collectives.read(f"ENTRY %main (a: f32[6]) -> f32[6] {{\n{line}\n}}\n", 8)
+    assert (found.bytes, found.group) == (size, 2)
+
+
 WINDOWED_TEXT = """HloModule jit_f
 
 %body (t: (bf16[64,8], bf16[8,4], u32[], /*index=3*/u32[])) -> (bf16[64,8], bf16[8,4], u32[]) {
@@ -312,6 +333,11 @@ def test_compared_meshes_begin_with_the_cheapest_that_fits(compiler):
     assert len(lines) == 1 + len(rows)
     assert "   1    4      1" in lines[1]
     assert "NO" in lines[-1]
+    full, drawn = (
+        check.compare_meshes(ema.read(small_config()), slice_, 64, lengths)
+        for lengths in ("full", "drawn")
+    )
+    assert drawn[-1]["compute"] < 0.8 * full[-1]["compute"]
 
 
 def test_what_does_not_fit_says_by_how_much():
@@ -360,16 +386,16 @@ def test_a_mesh_has_to_use_the_slice():
         slice_.mesh((1, 4, 1))
 
 
-def test_what_the_trainer_refuses_is_not_said_to_fit():
+@pytest.mark.parametrize(("size", "fits"), [(12, 16), (2, 8)])
+def test_what_the_trainer_refuses_is_not_said_to_fit(size, fits):
     """A batch that the mesh does not divide: an error there, so here, and not rounded up."""
     slice_ = topology.Topology("v5e:2x4", devices.TPUS["v5e"], 8, jax.devices())
     config = small_config()
-    config.unlearn.batch_size = 12
+    config.unlearn.batch_size = config.unlearn.retain_batch_size = size
     config.mesh = (-1, 1, 1)
     for names in (("train",), ("decode",)):
-        with pytest.raises(
-            UserError, match=r"arms\.npo\.batch_size = 12 does not divide .* use 16"
-        ):
+        said = rf"arms\.npo\.batch_size = {size} does not divide .* use {fits}"
+        with pytest.raises(UserError, match=said):
             check.check(ema.read(config), slice_, 16, names)
 
 

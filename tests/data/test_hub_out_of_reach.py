@@ -25,3 +25,25 @@ def test_a_set_out_of_reach_is_said_in_seconds(monkeypatch, tmp_path, kind):
         public_sets.load_rows("xstest", ["benign"])
     assert time.monotonic() - before < 10
     assert datasets.config.HF_HUB_OFFLINE is (kind == "offline")
+
+
+@pytest.mark.parametrize(
+    ("made", "name", "found"),
+    [
+        ("bench-llm___or-bench/or-bench-toxic/0.0.0/0123/dataset_info.json", "or_bench", False),
+        (
+            "bench-llm___or-bench/or-bench-toxic/0.0.0/0123/dataset_info.json",
+            "or_bench_toxic",
+            True,
+        ),
+        ("Paul___xs_test/default/0.0.0/0123/dataset_info.json", "xstest", True),
+        ("Paul___xs_test/default/0.0.0/0123.incomplete/part.arrow", "xstest", False),
+    ],
+)
+def test_a_set_is_in_the_cache_once_all_of_its_own_part_is(
+    monkeypatch, tmp_path, made, name, found
+):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path))
+    (tmp_path / made).parent.mkdir(parents=True)
+    (tmp_path / made).touch()
+    assert public_sets.is_cached(name) is found

@@ -61,6 +61,15 @@ def test_flags_that_are_known_cost_no_process(monkeypatch, flags, tried):
     assert started == ["cpu"] * tried
 
 
+def test_flags_are_not_blamed_for_what_fails_without_them(monkeypatch):
+    def run(command, **options):
+        return subprocess.CompletedProcess(command, 1, "", "ValueError: JAX_ENABLE_X64=perhaps")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=true")
+    xla_flags.check()
+
+
 def test_a_flag_that_xla_does_not_know(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_nonsense=1")
     with pytest.raises(UserError, match=r"XLA_FLAGS='--xla_nonsense=1': Unknown flag .*; correct"):
