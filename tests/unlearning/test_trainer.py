@@ -308,13 +308,13 @@ def test_it_evaluates_the_model_being_trained(base, reference):
     seen = []
 
     def evaluate(model):
-        seen.append(np.asarray(model.blocks.q_proj.lora_b[...]))
+        seen.append(np.asarray(model.blocks.q_proj.kernel[...]))  # adapters are merged to be read
         return never(model)
 
     trained = run(base, reference, evaluate=evaluate)
-    assert not seen[0].any()
-    assert seen[1].any()
-    np.testing.assert_array_equal(seen[1], trained.model.blocks.q_proj.lora_b[...])
+    np.testing.assert_array_equal(seen[0], base.blocks.q_proj.kernel[...])
+    assert not np.array_equal(seen[1], seen[0])
+    np.testing.assert_array_equal(seen[1], lora.merge(trained.model).blocks.q_proj.kernel[...])
 
 
 @pytest.mark.parametrize("restored", [True, False])
@@ -322,14 +322,14 @@ def test_a_damaged_run_gives_back_its_last_undamaged_model(base, reference, rest
     seen = []
 
     def evaluate(model):
-        seen.append(np.asarray(model.blocks.q_proj.lora_b[...]))
+        seen.append(np.asarray(model.blocks.q_proj.kernel[...]))
         return Evaluation({"t": 1.0}, 0.9 if len(seen) > 2 else 0.0)
 
     config = dataclasses.replace(SMALL, max_steps=3, eval_every=1)
     trained = run(base, reference, config, evaluate=evaluate, restore_valid=restored)
     assert (trained.stopped, trained.last_step) == ("invalid", 2)
     assert trained.steps == (1 if restored else 2)
-    given = trained.model.blocks.q_proj.lora_b[...]
+    given = lora.merge(trained.model).blocks.q_proj.kernel[...]
     np.testing.assert_array_equal(given, seen[trained.steps])
     assert not np.array_equal(seen[1], seen[2])
 
