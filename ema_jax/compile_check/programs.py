@@ -54,7 +54,7 @@ def _train(work: Workload, mesh: Mesh) -> Any:
 
 def _capture(work: Workload, mesh: Mesh) -> Any:
     rows, tokens = batch_rows(work.prompt_rows, mesh), work.prompt_tokens
-    graph, state = _split(work, mesh, _base)
+    graph, state = _split(work, mesh, _evaluated)
     return capture._pooled.lower(
         graph,
         state,
@@ -102,7 +102,7 @@ def _prefill(work: Workload, mesh: Mesh) -> Any:
 def _reference(work: Workload, mesh: Mesh) -> Any:
     rows, length = reference.pass_shape(work.train_tokens, mesh)
     packed = _rows((batch_rows(rows, mesh), length), jnp.int32, mesh)
-    return reference._token_log_probs.lower(*_split(work, mesh, _base), packed, packed)
+    return reference._token_log_probs.lower(*_split(work, mesh, _evaluated), packed, packed)
 
 
 def _utility(work: Workload, mesh: Mesh) -> Any:
@@ -157,7 +157,10 @@ def _base(work: Workload) -> Decoder:
 
 
 def _evaluated(work: Workload) -> Decoder:
-    """The model that the arm trains and its evaluation runs: with adapters, if it has any."""
+    """The model that the arm trains and its evaluation runs: with adapters, if it has any.
+
+    The base is read by the same programs, with adapters that change nothing.
+    """
     base, arm = _base(work), work.arm
     return lora.attach(base, arm.lora, jax.random.key(0)) if arm.trainable == "lora" else base
 
