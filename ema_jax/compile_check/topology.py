@@ -39,7 +39,7 @@ class Topology:
 
     @property
     def compiler_options(self) -> dict[str, str]:
-        """What XLA's compiler is told: without a GPU it cannot try which kernel is faster."""
+        """Options of XLA's compiler: without a GPU it cannot try which kernel is faster."""
         return {} if self.card is None else {"xla_gpu_autotune_level": "0"}
 
     @property

@@ -174,7 +174,7 @@ class ModelSession:
     def _known_log_probs(self, examples: Sequence[TokenExample]) -> Float[np.ndarray, "N"]:
         """`log_probs` for rates alone: half of a model's responses are those of some steps before.
 
-        What is written in full is computed anew: how examples share rows shows in the last digit.
+        What is written in full is computed again: how examples share rows shows in the last digit.
         """
         known = self._log_probs
         if len(known) > _MOST_KNOWN:

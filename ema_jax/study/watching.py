@@ -67,7 +67,7 @@ def _seconds(
 ) -> float | None:
     """A stage's seconds as this study's own: of the same arm, else of any, else None.
 
-    From the config alone they cannot be told: training stops early, responses end before their cap,
+    They do not follow from the config alone: training stops early, responses end before their cap,
     and of a small model most of the time goes into compiling. Medians, as the first stage of a kind
     compiles for those after it.
     """

@@ -1,4 +1,4 @@
-"""What XLA is told on a machine without an accelerator."""
+"""Flags that XLA gets on a machine without an accelerator."""
 
 import pytest
 
