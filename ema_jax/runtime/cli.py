@@ -79,7 +79,10 @@ def exit_codes(kept: str) -> Iterator[None]:
     asked: list[type[signals.StopRequested]] = []
     try:
         asked = signals.raise_on_signals()
-        yield
+        try:
+            yield
+        finally:
+            sys.stdout.flush()  # at the interpreter's end nobody handles what it raises
     except UserError as error:
         exit_with("error", error, UserError.exit_code)
     except RunStoppedError as error:
