@@ -112,8 +112,8 @@ def _gpu_devices(card: Card, count: int) -> Sequence[jax.Device]:
     """The GPUs of one host, by XLA's compiler for them, which needs none."""
     if not any(importlib.util.find_spec(f"jax_cuda{n}_plugin") for n in (13, 12)):
         raise UserError(
-            "--topology: XLA's compiler for NVIDIA GPUs is not installed; pip install "
-            "'ema_jax[cuda-check]' with Python 3.12 or later (5 GB)"
+            "--topology: XLA's compiler for NVIDIA GPUs is not installed; in a clone, pip install "
+            "-e '.[cuda-check]' with Python 3.12 or later (5 GB)"
         )
     from jax.experimental import topologies
 

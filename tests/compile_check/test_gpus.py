@@ -71,7 +71,7 @@ def test_other_names_are_refused(plugin, name):
 
 def test_without_the_plugin_one_line_says_what_to_install(monkeypatch):
     monkeypatch.setattr(topology.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"ema_jax\[cuda-check\]' with Python 3\.12") as error:
+    with pytest.raises(UserError, match=r"-e '\.\[cuda-check\]' with Python 3\.12") as error:
         topology.find("h100")
     assert "\n" not in str(error.value)
 
