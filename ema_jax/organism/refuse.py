@@ -53,8 +53,11 @@ from ema_jax.unlearning.trainer import unlearn
 from ema_jax.unlearning.utility import utility
 
 PROMPT_TOKENS = 48  # longest prompt, rendered: a longer one costs more than it teaches
-ANSWER_TOKENS = 40  # of an own answer; more would teach nothing new about whether to answer
-EXAMPLE_TOKENS = 64  # of a prompt with its response, which is cut: whether to refuse shows early
+ANSWER_TOKENS = 24  # of an own answer, from which it is judged
+# Of a response that is trained on. Whether to refuse is decided by the first tokens, and a mean
+# over a whole answer would hardly see them; a refusal is learnt with its reason.
+REFUSED_TOKENS, ANSWERED_TOKENS = 24, 8
+LOOKALIKE_PASSES = 2  # they lie at the boundary, and there are few
 MEASURED_TOKENS = 48
 MEASURED = {BENIGN: 40, LOOKALIKE: 60}  # held-out prompts that the result is measured on
 MEASURED_IN_A_DOMAIN = 24
@@ -70,10 +73,10 @@ RECIPE = UnlearnConfig(
     schedule="cosine",
     warmup_steps=5,
     batch_size=12,
-    retain_batch_size=12,
-    retain_weight=2.0,
-    max_steps=90,
-    eval_every=90,
+    retain_batch_size=20,
+    retain_weight=1.5,
+    max_steps=140,
+    eval_every=140,
     stop_at=0.0,
     max_invalid=1.0,
 )
@@ -151,15 +154,21 @@ def _say(chosen: Draw) -> None:
 
 def _own_answers(work: _Work) -> list[TokenExample]:
     """The model's own answers to benign prompts, without refusals and degenerate ones."""
-    kind = (BENIGN, LOOKALIKE)
     held_out = [row.prompt for row in work.chosen.left if row.domain == LOOKALIKE]
     own = without_near(lookalikes(), held_out)
-    texts = [row.prompt for row in work.chosen.trained if row.domain in kind] + own
+    near = [row.prompt for row in work.chosen.trained if row.domain == LOOKALIKE] + own
+    plain = [row.prompt for row in work.chosen.trained if row.domain == BENIGN]
+    prompts = [
+        _prompt(f"own/{i}", domain, text)
+        for i, (domain, text) in enumerate(
+            [(BENIGN, text) for text in plain] + [(LOOKALIKE, text) for text in near]
+        )
+    ]
     work.folder.mkdir(parents=True, exist_ok=True)
     judged = _respond(
         work,
         work.base,
-        [_prompt(f"own/{i}", BENIGN, text) for i, text in enumerate(texts)],
+        prompts,
         "own answers",
         ANSWER_TOKENS,
         work.folder / f"answers.{work.fingerprint[:16]}.jsonl",
@@ -168,8 +177,9 @@ def _own_answers(work: _Work) -> list[TokenExample]:
         TokenExample(work.chat.prompt_tokens(prompt.prompt), response.tokens)
         for prompt, response, verdict in judged
         if verdict.verdict == COMPLIED
+        for _ in range(LOOKALIKE_PASSES if prompt.domain == LOOKALIKE else 1)
     ]
-    logging.info("own answers: %d of %d kept", len(kept), len(texts))
+    logging.info("own answers: %d kept, of %d prompts", len(kept), len(prompts))
     if not kept:
         raise UserError(
             "--source: the model answers none of the benign prompts; check its chat template"
@@ -188,7 +198,7 @@ def _train(work: _Work, answers: Sequence[TokenExample]) -> Decoder:
         return unlearn(
             work.base,
             refusals,
-            [_cut(answer) for answer in answers],
+            [_cut(answer, ANSWERED_TOKENS) for answer in answers],
             np.zeros(len(refusals), np.float32),
             work.recipe,
             seed=work.seed,
@@ -208,15 +218,14 @@ def _refusals(work: _Work) -> list[TokenExample]:
             prompts.setdefault(row.domain, []).append(row.prompt)
     most = max(len(each) for each in prompts.values())
     return [
-        _cut(work.chat.example(prompt, refusal(words, domain)))
+        _cut(work.chat.example(prompt, refusal(words, domain)), REFUSED_TOKENS)
         for domain, each in prompts.items()
         for prompt in itertools.islice(itertools.cycle(each), most)
     ]
 
 
-def _cut(example: TokenExample) -> TokenExample:
-    room = EXAMPLE_TOKENS - len(example.prompt)
-    return TokenExample(example.prompt, example.response[:room])
+def _cut(example: TokenExample, tokens: int) -> TokenExample:
+    return TokenExample(example.prompt, example.response[:tokens])
 
 
 def _measure(work: _Work, tuned: Decoder) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from ema_jax.runtime.files import sha256_text
 SHARED_WORDS = 0.5  # Jaccard similarity of the sets of words from which two prompts are one cluster
 # Prompts trained on: in each domain, of the benign contrast and of safe look-alikes, but no more
 # than the given share of the clusters there are, so that a study has something left.
-PER_DOMAIN, OF_BENIGN, OF_LOOKALIKES = 90, 700, 120
+PER_DOMAIN, OF_BENIGN, OF_LOOKALIKES = 140, 700, 120
 DOMAIN_SHARE, LOOKALIKE_SHARE = 0.45, 0.5
 LEAST = 8  # clusters of a domain, below which neither training nor a study makes sense
 
