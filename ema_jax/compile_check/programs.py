@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 from ema_jax.compile_check.workload import Workload
 from ema_jax.concepts import capture, interventions
 from ema_jax.data.batching import Batch
+from ema_jax.data.packing import Branched
 from ema_jax.generation import sampler
 from ema_jax.models import checkpoint, lora
 from ema_jax.models.decoder import Decoder
@@ -101,8 +102,8 @@ def _prefill(work: Workload, mesh: Mesh) -> Any:
 
 def _reference(work: Workload, mesh: Mesh) -> Any:
     rows, length = reference.pass_shape(work.train_tokens, mesh)
-    packed = _rows((batch_rows(rows, mesh), length), jnp.int32, mesh)
-    return reference._token_log_probs.lower(*_split(work, mesh, _evaluated), packed, packed)
+    listed = [_rows((batch_rows(rows, mesh), length), jnp.int32, mesh)] * len(Branched._fields)
+    return reference._token_log_probs.lower(*_split(work, mesh, _evaluated), Branched(*listed))
 
 
 def _utility(work: Workload, mesh: Mesh) -> Any:

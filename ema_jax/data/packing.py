@@ -50,6 +50,31 @@ class Packed(NamedTuple):
         return jnp.sum(jnp.where(self.examples == numbers, values, 0.0), axis=(1, 2))
 
 
+class Branch(NamedTuple):
+    """A prompt, and responses each of which continues it."""
+
+    prompt: tuple[int, ...]
+    responses: tuple[tuple[int, ...], ...]
+
+    @property
+    def size(self) -> int:
+        """Room in a row for its tokens, of which nothing follows a response's last, and places."""
+        within = sum(len(response) - 1 for response in self.responses)
+        return within + max(len(self.prompt), len(self.responses))
+
+
+class Branched(NamedTuple):
+    """Rows of branches: each prompt is there once, and its responses see it and not one another."""
+
+    tokens: Int[Array, "B T"]
+    segments: Int[Array, "B T"]  # a prompt's or a response's, from 1; 0 at padding
+    continued: Int[Array, "B T"]  # of a response's tokens, the segment of its prompt; else 0
+    places: Int[
+        Array, "B T"
+    ]  # the token that a response's next one follows, in the branches' order
+    targets: Int[Array, "B T"]  # that next token; 0, as the place, where there is none
+
+
 class Item(NamedTuple):
     """An example with its number in the batch."""
 
@@ -99,6 +124,29 @@ def lay_out(
             segments[row, start:end] = segment
             start = end
     return tokens, segments
+
+
+def lay_out_branches(rows: Sequence[Sequence[Branch]], length: int, number: int) -> Branched:
+    """Lays branches out in NumPy, in `number` rows of some length."""
+    laid = Branched(*np.zeros((5, number, length), np.int32))
+    for row, branches in enumerate(rows):
+        start = segment = listed = 0
+        for prompt, responses in branches:
+            prompt_segment = segment = segment + 1
+            end = last = start + len(prompt)
+            laid.tokens[row, start:end] = prompt
+            laid.segments[row, start:end] = segment
+            for response in responses:
+                segment += 1
+                start, end = end, end + len(response) - 1
+                laid.tokens[row, start:end] = response[:-1]
+                laid.segments[row, start:end] = segment
+                laid.continued[row, start:end] = prompt_segment
+                here = slice(listed, listed := listed + len(response))
+                laid.places[row, here] = [last - 1, *range(start, end)]
+                laid.targets[row, here] = response
+            start = end
+    return laid
 
 
 def pack(rows: Sequence[Sequence[Item]], length: int, places: int, groups: int = 1) -> Packed:

@@ -29,6 +29,7 @@ def causal_mask(
     keys: Int[Array, "B S"],
     window: Int[Array, ""] | int | None,
     segments: Int[Array, "B T"] | None = None,
+    continued: Int[Array, "B T"] | None = None,
 ) -> Bool[Array, "B 1 T S"]:
     """True where a query attends to a key: a real token, not after it, within the window.
 
@@ -38,6 +39,7 @@ def causal_mask(
         window: tokens that a query attends to, itself included; None for all before it.
         segments: in packed rows, the example of each token, from 1: of query and key the same one.
             Padding, of segment 0, sees all before it, as it does without segments.
+        continued: the segment that each token's own one continues, and so sees too; 0 for none.
     """
     distance = queries[:, :, None] - keys[:, None, :]  # [B, T, S]
     visible = (keys[:, None, :] >= 0) & (distance >= 0)
@@ -45,20 +47,30 @@ def causal_mask(
         visible &= distance < window
     if segments is not None:
         own = segments[:, :, None]
-        visible &= (own == segments[:, None, :]) | (own == 0)
+        seen = (own == segments[:, None, :]) | (own == 0)
+        if continued is not None:
+            seen |= continued[:, :, None] == segments[:, None, :]
+        visible &= seen
     return visible[:, None]
 
 
-def positions_within(segments: Int[Array, "B T"]) -> Int[Array, "B T"]:
+def positions_within(
+    segments: Int[Array, "B T"], continued: Int[Array, "B T"] | None = None
+) -> Int[Array, "B T"]:
     """Positions of right-padded rows: each segment of equal numbers counts from zero.
 
-    Padding, which is of segment zero, has the position of the last token before it.
+    A segment that continues another one (see `causal_mask`) counts from that one's length. Padding,
+    which is of segment zero, has the position of the last token before it.
     """
     places = jnp.arange(segments.shape[1])
     starts = (jnp.diff(segments, axis=1, prepend=segments[:, :1]) != 0) & (segments > 0)
     real = jnp.where(segments > 0, places, 0)
     first = jax.lax.cummax(jnp.where(starts, places, 0), axis=1)
-    return jax.lax.cummax(real, axis=1) - first
+    positions = jax.lax.cummax(real, axis=1) - first
+    if continued is None:
+        return positions
+    before = (continued[:, :, None] == segments[:, None, :]) & (continued > 0)[:, :, None]
+    return positions + jnp.sum(before, axis=2)
 
 
 def faster_by_cudnn(platform: str, dtype: Any, head_dim: int, length: int) -> bool:

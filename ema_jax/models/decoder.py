@@ -176,6 +176,7 @@ class Decoder(nnx.Module):
         *,
         right_padded: bool = False,
         segments: Int[Array, "B T"] | None = None,
+        continued: Int[Array, "B T"] | None = None,
         return_keys_values: bool = False,
         tap: Callable[[Float[Array, "B T D"]], Any] | None = None,
         tap_branches: bool = False,
@@ -190,6 +191,8 @@ class Decoder(nnx.Module):
                 attention may be used.
             segments: for packed rows, the example of each token: positions start again with each,
                 and none sees another.
+            continued: the segment of its row that each token's segment continues, which it sees,
+                and from whose length its positions start; 0 for none.
             return_keys_values: also return every layer's keys and values, for a cache.
             tap: applied to the residual stream entering each block and to the one leaving the
                 last; its results are stacked over `L + 1`.
@@ -201,12 +204,12 @@ class Decoder(nnx.Module):
         if segments is None:
             positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
         else:
-            positions = positions_within(segments)
+            positions = positions_within(segments, continued)
         key_positions = jnp.where(mask, positions, -1)
         cos, sin = self._rotary(positions)
 
         def visible_in(window: Int[Array, ""] | None) -> Bool[Array, "B 1 T T"]:
-            return causal_mask(positions, key_positions, window, segments)
+            return causal_mask(positions, key_positions, window, segments, continued)
 
         # A window that no row fills hides nothing.
         windowed = any(window is not None and window < tokens.shape[1] for window in c.windows)

@@ -8,7 +8,15 @@ from tiny_models import our_outputs
 
 from ema_jax.data.batching import pad_examples
 from ema_jax.data.chat import TokenExample
-from ema_jax.data.packing import Item, fit, lay_out, pack, spread
+from ema_jax.data.packing import (
+    Branch,
+    Item,
+    fit,
+    lay_out,
+    lay_out_branches,
+    pack,
+    spread,
+)
 from ema_jax.models import checkpoint
 from ema_jax.models.attention import positions_within
 
@@ -50,6 +58,22 @@ def test_rows_lie_one_example_after_another():
     tokens, segments = lay_out([[TokenExample((1, 2), (3,)), TokenExample((4,), (5,))]], 6, 2)
     assert tokens.tolist() == [[1, 2, 3, 4, 5, 0], [0] * 6]
     assert segments.tolist() == [[1, 1, 1, 2, 2, 0], [0] * 6]
+
+
+def test_responses_that_continue_one_prompt_have_it_once():
+    both = Branch((1, 2), ((3, 4), (5,), (6, 7, 8)))
+    rows = lay_out_branches([[both, Branch((9,), ((10, 11),))]], 9, 2)
+    assert both.size == 6  # of three responses the places, of which the prompt has two
+    listed = {name: field.tolist() for name, field in rows._asdict().items()}
+    assert listed == {
+        "tokens": [[1, 2, 3, 6, 7, 9, 10, 0, 0], [0] * 9],
+        "segments": [[1, 1, 2, 4, 4, 5, 6, 0, 0], [0] * 9],
+        "continued": [[0, 0, 1, 1, 1, 0, 5, 0, 0], [0] * 9],
+        "places": [[1, 2, 1, 1, 3, 4, 5, 6, 0], [0] * 9],
+        "targets": [[3, 4, 5, 6, 7, 8, 10, 11, 0], [0] * 9],
+    }
+    positions = positions_within(jnp.asarray(rows.segments), jnp.asarray(rows.continued))
+    assert positions[0, :7].tolist() == [0, 1, 2, 2, 3, 0, 1]
 
 
 @pytest.mark.parametrize("groups", [1, 2])
