@@ -13,4 +13,5 @@ def get_config():
     config.cells = {
         f"smollm2_{target}": {"target": target} for target in ("cybersecurity", "safety")
     }
+    config.seeds = (0, 1, 2)
     return config

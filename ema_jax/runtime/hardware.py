@@ -16,12 +16,14 @@ _CUDA = ("jax_cuda13_plugin", "jax_cuda12_plugin")
 def at_hand() -> str:
     """What JAX would run on here: `cpu`, `TPU`, or a GPU by its name.
 
-    Read from `JAX_PLATFORMS`, the installed packages and the system's files.
+    Read from JAX's and CUDA's variables, the installed packages and the system's files.
     """
     platforms = os.environ.get("JAX_PLATFORMS", "").lower()
     if platforms.startswith("cpu"):
         return "cpu"
-    if any(map(importlib.util.find_spec, _CUDA)) and (gpus := sorted(glob.glob(_NVIDIA))):
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    installed = any(map(importlib.util.find_spec, _CUDA))
+    if installed and not hidden and (gpus := sorted(glob.glob(_NVIDIA))):
         found = re.search(r"^Model:\s*(.+)$", Path(gpus[0]).read_text(errors="replace"), re.M)
         return found[1].strip() if found else "a GPU"
     if importlib.util.find_spec("libtpu") and has_tpu():

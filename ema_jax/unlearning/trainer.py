@@ -173,9 +173,9 @@ class RunProgress:
 
         Steps are a pure function of the seed, so no state needs to be kept for it.
         """
-        state = init_state(setup)
+        state, groups = init_state(setup), batch_multiple(self._mesh)
         for step in range(self.valid_step):
-            batch = self._data.host_batch(self.config, self._seed, step)
+            batch = self._data.host_batch(self.config, self._seed, step, groups)
             state, _ = train_step(setup, state, batch.placed(self._mesh))
         return state
 

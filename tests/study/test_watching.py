@@ -207,7 +207,8 @@ def test_the_plan_says_what_is_here(monkeypatch, tmp_path):
 
 # A study of SmolLM2-135M took 37 minutes of processor time (docs/real-model.md, 26 November 2026).
 _AS_MEASURED = [
-    *(("prompts.counts.dev", "4"), ("harvest.samples", "1"), ("unlearn.max_steps", "12")),
+    *(("seeds", "(0, 1, 2)"), ("prompts.counts.dev", "4")),
+    *(("harvest.samples", "1"), ("unlearn.max_steps", "12")),
     *((f"arms.npo_retain.{name}_steps", "16") for name in ("min", "max")),
     ("arms.npo_retain.eval_every", "4"),
 ]
@@ -243,7 +244,10 @@ def test_the_device_at_hand(monkeypatch, tmp_path, platforms, plugin, gpus, tpus
     for number, text in enumerate(gpus):
         (tmp_path / str(number)).mkdir()
         (tmp_path / str(number) / "information").write_text(text)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert hardware.at_hand() == found
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # hides GPUs
+    assert hardware.at_hand() == (found if found == "TPU" else "cpu")
 
 
 def test_the_plan_of_a_model_that_is_not_here(monkeypatch):

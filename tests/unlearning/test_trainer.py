@@ -317,8 +317,10 @@ def test_it_evaluates_the_model_being_trained(base, reference):
     np.testing.assert_array_equal(seen[1], lora.merge(trained.model).blocks.q_proj.kernel[...])
 
 
-@pytest.mark.parametrize("restored", [True, False])
-def test_a_damaged_run_gives_back_its_last_undamaged_model(base, reference, restored):
+@pytest.mark.parametrize(
+    ("restored", "devices"), [(True, (1, 1, 1)), (False, (1, 1, 1)), (True, (2, 2, 1))]
+)
+def test_a_damaged_run_gives_back_its_last_undamaged_model(tiny, reference, restored, devices):
     seen = []
 
     def evaluate(model):
@@ -326,7 +328,10 @@ def test_a_damaged_run_gives_back_its_last_undamaged_model(base, reference, rest
         return Evaluation({"t": 1.0}, 0.9 if len(seen) > 2 else 0.0)
 
     config = dataclasses.replace(SMALL, max_steps=3, eval_every=1)
-    trained = run(base, reference, config, evaluate=evaluate, restore_valid=restored)
+    mesh = make_mesh(devices)
+    base = checkpoint.load(tiny("qwen2"), mesh=mesh)
+    more = {"restore_valid": restored, "mesh": mesh}
+    trained = run(base, reference, config, evaluate=evaluate, **more)
     assert (trained.stopped, trained.last_step) == ("invalid", 2)
     assert trained.steps == (1 if restored else 2)
     given = lora.merge(trained.model).blocks.q_proj.kernel[...]
