@@ -38,7 +38,7 @@ def get_config():
     config.unlearn.max_steps = 20
     config.unlearn.eval_every = 2
     # The same time for every seed: the other domains come back after the target has fallen.
-    retain = {"retain_weight": 4.0, "min_steps": 64, "max_steps": 64, "eval_every": 8}
+    retain = {"retain_weight": 4.0, "min_steps": 56, "max_steps": 56, "eval_every": 8}
     config.arms = {"npo": {}, "npo_retain": retain}
     config.seeds = (0,)  # smollm2_replication.py has three
     return config

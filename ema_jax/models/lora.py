@@ -134,6 +134,14 @@ def detach(model: Decoder) -> Decoder:
     return model
 
 
+def scaled(model: Decoder, factor: float) -> Decoder:
+    """The model with the change that its adapters make multiplied, sharing its arrays."""
+    model = nnx.merge(*nnx.split(model))
+    for name in TARGETS:
+        getattr(model.blocks, name).lora_scale *= factor
+    return model
+
+
 def merge(model: Decoder) -> Decoder:
     """Adds the adapters to the base's kernels, in float32, and casts them back."""
     merged = detach(model)

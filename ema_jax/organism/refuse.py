@@ -57,6 +57,9 @@ ANSWER_TOKENS = 24  # of an own answer, from which it is judged
 # Of a response that is trained on. Whether to refuse is decided by the first tokens, and a mean
 # over a whole answer would hardly see them; a refusal is learnt with its reason.
 REFUSED_TOKENS, ANSWERED_TOKENS = 24, 8
+# Share of the adapters' change that is kept. All of it refuses a little more, benign prompts too;
+# and there, once the refusals are unlearned, no answers but the words of refusals come out.
+STRENGTH = 0.9
 LOOKALIKE_PASSES = 2  # they lie at the boundary, and there are few
 MEASURED_TOKENS = 48
 MEASURED = {BENIGN: 40, LOOKALIKE: 60}  # held-out prompts that the result is measured on
@@ -135,7 +138,7 @@ def refuse(
     base = checkpoint.load(found.folder)
     work = _Work(base, chat, chosen, folder / "training", fingerprint, recipe, seed)
 
-    tuned = _train(work, _own_answers(work))
+    tuned = lora.scaled(_train(work, _own_answers(work)), STRENGTH)
     behaviour = _measure(work, tuned)
     _write(work, tuned, behaviour, folder, found)
     shutil.rmtree(work.folder, ignore_errors=True)
@@ -277,12 +280,13 @@ def _write(
     )
     files.write_jsonl(folder / "trained_on.jsonl", hashes)
     files.write_json(folder / "behaviour.json", behaviour)
-    lora.save_peft(tuned, folder / "adapter", work.recipe.lora, found.id)
+    kept = dataclasses.replace(work.recipe.lora, alpha=STRENGTH * work.recipe.lora.alpha)
+    lora.save_peft(tuned, folder / "adapter", kept, found.id)
     card = refusing_card(
         base=found.id,
         revision=found.revision,
         fingerprint=found.fingerprint,
-        recipe=dataclasses.asdict(work.recipe) | {"seed": work.seed},
+        recipe=dataclasses.asdict(work.recipe) | {"seed": work.seed, "strength": STRENGTH},
         sources=dict(sorted(Counter(row.source for row in trained).items())),
         behaviour=dict(figures(behaviour)),
         quantisation=work.base.config.hf.get(DEQUANTISED_FROM),

@@ -94,6 +94,14 @@ class AnswerScreen:
         topic, fluency = self.margins(signals) < 0
         return [SALAD if s else OFF_TOPIC if o else "" for s, o in zip(fluency, topic, strict=True)]
 
+    def of_drawn(self) -> "AnswerScreen":
+        """The screen for responses drawn at a temperature, which are less likely than greedy ones.
+
+        It is without fluency, whose floor comes from greedy answers: of a small model it would call
+        a third of the drawn ones salad.
+        """
+        return dataclasses.replace(self, fluency=(_NO_FLOOR, self.fluency[1]))
+
     def to_json(self) -> dict[str, Any]:
         """All fields as plain values: the entry `validity` of `evaluations/base.json`."""
         return dataclasses.asdict(self)

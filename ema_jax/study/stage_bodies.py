@@ -180,6 +180,8 @@ def _harvested(
     screen: AnswerScreen | None,
 ) -> list[Harvested]:
     config = session.config.harvest
+    if screen is not None and config.samples > 1:
+        screen = screen.of_drawn()
     draws = [
         session.respond_and_judge(
             session.read_base,
