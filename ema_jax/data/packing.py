@@ -69,10 +69,8 @@ class Branched(NamedTuple):
     tokens: Int[Array, "B T"]
     segments: Int[Array, "B T"]  # a prompt's or a response's, from 1; 0 at padding
     continued: Int[Array, "B T"]  # of a response's tokens, the segment of its prompt; else 0
-    places: Int[
-        Array, "B T"
-    ]  # the token that a response's next one follows, in the branches' order
-    targets: Int[Array, "B T"]  # that next token; 0, as the place, where there is none
+    places: Int[Array, "B T"]  # time of the token before each one of a response, in their order
+    targets: Int[Array, "B T"]  # that one of a response; 0, as its place, where there is none
 
 
 class Item(NamedTuple):
