@@ -69,10 +69,8 @@ class Branched(NamedTuple):
     tokens: Int[Array, "B T"]
     segments: Int[Array, "B T"]  # a prompt's or a response's, from 1; 0 at padding
     continued: Int[Array, "B T"]  # of a response's tokens, the segment of its prompt; else 0
-    places: Int[
-        Array, "B T"
-    ]  # the token that a response's next one follows, in the branches' order
-    targets: Int[Array, "B T"]  # that next token; 0, as the place, where there is none
+    places: Int[Array, "B T"]  # time of the token before each one of a response, in their order
+    targets: Int[Array, "B T"]  # that one of a response; 0, as its place, where there is none
 
 
 class Item(NamedTuple):
@@ -84,14 +82,37 @@ class Item(NamedTuple):
 
 
 def spread(lengths: Sequence[int], rows: int) -> list[list[int]]:
-    """Indices in `rows` rows of much the same length: longest first, each into the shortest row."""
+    """Indices in `rows` rows of much the same length.
+
+    Longest first, each into the shortest row; then the longest row and another one exchange two, or
+    one moves over, as long as that shortens it.
+    """
     chosen: list[list[int]] = [[] for _ in range(rows)]
     heap = [(0, row) for row in range(rows)]
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         filled, row = heapq.heappop(heap)
         chosen[row].append(i)
         heapq.heappush(heap, (filled + lengths[i], row))
-    return chosen
+    while True:
+        *others, longest = sorted(chosen, key=lambda row: sum(lengths[i] for i in row))
+        if not any(_exchange(longest, row, lengths) for row in others):
+            return chosen
+
+
+def _exchange(longer: list[int], row: list[int], lengths: Sequence[int]) -> bool:
+    """Exchanges two indices, or moves one, where that leaves the rows closest; False if nowhere."""
+    gap = sum(lengths[i] for i in longer) - sum(lengths[i] for i in row)
+    moves = [(abs(gap - 2 * lengths[i]), i, -1) for i in longer]
+    moves += [(abs(gap - 2 * (lengths[i] - lengths[k])), i, k) for i in longer for k in row]
+    left, over, back = min(moves, default=(0, -1, -1))
+    if left >= gap:
+        return False
+    longer.remove(over)
+    row.append(over)
+    if back >= 0:
+        row.remove(back)
+        longer.append(back)
+    return True
 
 
 def fit(lengths: Sequence[int], room: int) -> list[list[int]]:

@@ -60,7 +60,7 @@ def positions_within(
     """Positions of right-padded rows: each segment of equal numbers counts from zero.
 
     A segment that continues another one (see `causal_mask`) counts from that one's length. Padding,
-    which is of segment zero, has the position of the last token before it.
+    which is of segment zero, has the place in its segment of the last token before it.
     """
     places = jnp.arange(segments.shape[1])
     starts = (jnp.diff(segments, axis=1, prepend=segments[:, :1]) != 0) & (segments > 0)

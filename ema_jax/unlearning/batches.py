@@ -5,7 +5,6 @@ A batch is the same whatever the number of devices or processes, and wherever a 
 
 import dataclasses
 import functools
-import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -16,7 +15,7 @@ from jaxtyping import Array, Float, UInt32
 
 from ema_jax.data.batching import bucket
 from ema_jax.data.chat import TokenExample
-from ema_jax.data.packing import Item, Packed, fit, pack, spread
+from ema_jax.data.packing import Item, Packed, pack, spread
 from ema_jax.models.sharding import place_batch
 from ema_jax.unlearning.config import UnlearnConfig
 from ema_jax.unlearning.objectives import FORGET, RETAIN
@@ -71,7 +70,6 @@ class _Layout(NamedTuple):
     """What the rows of all batches of a run have in common."""
 
     rows: int  # in a part
-    most: int | None  # length of the longest, with an example in each
     lengths: tuple[int, ...] = ()  # of rows, in ascending order; a rare batch needs a longer one
     share: int = 1  # of the tokens that may be places, in eighths
 
@@ -180,10 +178,10 @@ class Data:
         tokens = sum(rows * self._sizes[name].mean() / config.accumulate for name, rows in parts)
         most = bucket(max(int(self._sizes[name].max()) for name, _ in parts))
         if everywhere or tokens >= _FULL * examples * most:
-            return _Layout(examples, most)
+            return _Layout(examples)
         # No more rows than share the examples evenly: 16 in 5 rows are as long as in 4.
         each = math.ceil(examples / math.ceil(tokens / (_LONGEST_PER_ROW * most)))
-        return _Layout(bucket(math.ceil(examples / each), groups), None)
+        return _Layout(bucket(math.ceil(examples / each), groups))
 
     @functools.cached_property
     def _sizes(self) -> dict[str, np.ndarray]:
@@ -207,13 +205,14 @@ class _Spread(NamedTuple):
     @classmethod
     def of(cls, parts: Sequence[Sequence[Item]], layout: _Layout, groups: int) -> "_Spread":
         """In rows of the least of the layout's lengths that does, or longer ones."""
-        longest = max(item.example.size for items in parts for item in items)
-        beyond = itertools.count(bucket(longest), MULTIPLE)
-        for length in itertools.chain(layout.lengths, beyond):
-            length = min(length, layout.most or length)
-            rows = [_in_rows(items, layout.rows, length) for items in parts]
-            if all(rows):
-                break
+
+        def in_rows(items: Sequence[Item]) -> list[list[Item]]:
+            chosen = spread([item.example.size for item in items], layout.rows)
+            return [[items[i] for i in row] for row in chosen]
+
+        rows = [in_rows(items) for items in parts]
+        longest = max(sum(item.example.size for item in row) for part in rows for row in part)
+        length = next((n for n in layout.lengths if n >= longest), bucket(longest, MULTIPLE))
 
         def places(row: Sequence[Item]) -> int:
             return length if row[0].everywhere else sum(len(x.example.response) for x in row)
@@ -225,18 +224,6 @@ class _Spread(NamedTuple):
             for first in range(0, layout.rows, each)
         )
         return cls(rows, length, max(math.ceil(_SHARES * needed / (each * length)), 1))
-
-
-def _in_rows(items: Sequence[Item], rows: int, length: int) -> list[list[Item]]:
-    """Items in rows no longer than that, of much the same length if possible; [] where none is."""
-    sizes = [item.example.size for item in items]
-    if max(sizes) > length:
-        return []
-    chosen = spread(sizes, rows)
-    if max(sum(sizes[i] for i in row) for row in chosen) > length:
-        chosen = fit(sizes, length)
-        chosen += [[] for _ in range(rows - len(chosen))]
-    return [[items[i] for i in row] for row in chosen] if len(chosen) == rows else []
 
 
 def _few_lengths(sample: Sequence[int], steps: int) -> tuple[int, ...]:

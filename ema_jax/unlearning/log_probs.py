@@ -30,17 +30,11 @@ def token_log_probs(
     tokens: Int[Array, "B T"],
     mask: Bool[Array, "B T"],
     *,
-    segments: Int[Array, "B T"] | None = None,
     remat: bool | str = False,
 ) -> Float[Array, "B T-1"]:
-    """log π(token t | tokens before t) in nats, float32, for t = 1 … T−1; padding on the right.
-
-    In packed rows, with `segments`, before t are those of its own segment; where t is the first of
-    one the value means nothing.
-    """
-    out = model(tokens, mask, right_padded=True, segments=segments, remat=remat)
-    hidden = out.hidden[:, :-1]
-    return target_log_probs(model, hidden, tokens[:, 1:])
+    """log π(token t | tokens before t) in nats, float32, for t = 1 … T−1; padding on the right."""
+    out = model(tokens, mask, right_padded=True, remat=remat)
+    return target_log_probs(model, out.hidden[:, :-1], tokens[:, 1:])
 
 
 def target_log_probs(

@@ -42,6 +42,8 @@ def test_rows_are_of_much_the_same_length():
     assert spread(lengths, 3) == [[0], [4, 1, 2, 3], [5, 6]]
     assert [sum(lengths[i] for i in row) for row in spread(lengths, 3)] == [9, 8, 7]
     assert spread([2], 2) == [[0], []]
+    lengths = [5, 5, 4, 4, 3, 3, 3]  # longest first alone: 11, 8 and 8
+    assert [sum(lengths[i] for i in row) for row in spread(lengths, 3)] == [9, 9, 9]
 
 
 def test_rows_with_room_for_them_are_few():

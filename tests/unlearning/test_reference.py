@@ -34,7 +34,7 @@ def test_a_shared_prompt_changes_nothing(tiny, monkeypatch, variant):
     model = checkpoint.load(tiny(variant))
     batch = pad_examples(examples, 32, len(examples))
     alone = np.asarray(jax.jit(token_log_probs)(model, batch.tokens, batch.mask))
-    for mesh in (make_mesh(), make_mesh((2, 2, 1))):
+    for mesh in (make_mesh(), make_mesh((2, 2, 2))):
         spread = checkpoint.load(tiny(variant), mesh=mesh)
         found = response_log_probs(spread, examples, mesh=mesh)
         for example, ours, row in zip(examples, found, alone, strict=True):

@@ -14,7 +14,6 @@ from flax import nnx
 from training_worker import random_examples
 
 from ema_jax.data.chat import TokenExample
-from ema_jax.data.packing import Item
 from ema_jax.errors import UserError
 from ema_jax.models import checkpoint, lora
 from ema_jax.models.sharding import batch_multiple, make_mesh, validate
@@ -261,7 +260,7 @@ def test_batches_hold_each_example_once_in_nearly_full_rows(accumulate, groups):
         shapes.add((batch.rows.tokens.shape, batch.rows.places.shape))
         real += np.count_nonzero(batch.rows.segments)
         padded += batch.rows.tokens.size
-    assert real / padded >= (0.88 if groups == 1 else 0.8)
+    assert real / padded >= (0.9 if groups == 1 else 0.8)
     if groups == 1:
         assert len(shapes) <= 6
 
@@ -278,17 +277,6 @@ def test_batches_hold_each_example_once_in_nearly_full_rows(accumulate, groups):
 )
 def test_a_length_is_worth_its_program(needed, steps, lengths):
     assert batches._few_lengths(needed, steps) == lengths
-
-
-def test_rows_are_no_longer_than_asked():
-    items = [Item(i, TokenExample((1,) * n, (2,))) for i, n in enumerate((5, 4, 3, 3, 3))]
-    assert batches._in_rows(items, 2, 5) == []
-    numbers = [
-        [[item.number for item in row] for row in batches._in_rows(items, 2, length)]
-        for length in (13, 12)
-    ]
-    assert numbers == [[[0, 3], [1, 2, 4]], [[0, 1], [2, 3, 4]]]
-    assert batches._in_rows(items, 2, 11) == []
 
 
 def test_examples_of_one_length_keep_a_row_each():
