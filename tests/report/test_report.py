@@ -687,6 +687,16 @@ def test_many_first_sentences_are_a_list(tmp_path):
     assert many.count("<li>With retain data, arm ") == 6
 
 
+def test_a_figure_is_drawn_once_for_each_format(tmp_path, monkeypatch):
+    """Drawing is what a small study's report takes its time for."""
+    from matplotlib.figure import Figure
+
+    draw, drawn = Figure.draw, []
+    monkeypatch.setattr(Figure, "draw", lambda *given: drawn.append(draw(*given)))
+    assert drawing.save(lambda: drawing.panels(2, 2, 1.0)[0], tmp_path, "two", "Two panels.")
+    assert len(drawn) == len(list(tmp_path.iterdir())) == 3
+
+
 def test_arms_that_share_a_colour_differ_in_their_marker():
     looks = drawing.looks(f"arm {i}" for i in range(36))
     assert len(set(looks.values())) == 36
