@@ -25,20 +25,21 @@ def get_config():
     # Drawn, so that the forget set has more than the one opening that the base prefers.
     config.harvest.samples = 2
     config.harvest.min_examples = 6
-    config.harvest.response_cap = 24
+    # The opening: of a whole response NPO pushes the end, and the model rewords its refusals.
+    config.harvest.response_cap = 8
     config.concepts.sweep_prompts = 0
     config.concepts.permutations = 200
     # A rate at which the target's refusals fall over several evaluations, and not within one, and
     # a push that ends some ten nats a response below the base: enough to uncover an answer.
-    config.unlearn.learning_rate = 3e-4
+    config.unlearn.learning_rate = 4e-4
     config.unlearn.beta = 0.25
     config.unlearn.stop_at = 0.15
-    config.unlearn.batch_size = 4
+    config.unlearn.batch_size = 12  # what their refusals have in common, and not each one's wording
     config.unlearn.retain_batch_size = 8
     config.unlearn.max_steps = 20
     config.unlearn.eval_every = 2
     # The same time for every seed: the other domains come back after the target has fallen.
-    retain = {"retain_weight": 4.0, "min_steps": 56, "max_steps": 56, "eval_every": 8}
+    retain = {"retain_weight": 4.0, "min_steps": 48, "max_steps": 48, "eval_every": 8}
     config.arms = {"npo": {}, "npo_retain": retain}
     config.seeds = (0,)  # smollm2_replication.py has three
     return config
