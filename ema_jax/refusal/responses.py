@@ -63,9 +63,18 @@ class JudgedResponses:
             ]
         )
 
-    def compliance_signals(self, chat: Chat, log_probs: LogProbs) -> tuple[list[int], Signals]:
-        """Indices of the responses that count as compliance so far, and their signals."""
-        indices = [i for i, verdict in enumerate(self.verdicts) if verdict.verdict == COMPLIED]
+    def compliance_signals(
+        self, chat: Chat, log_probs: LogProbs, domain: str | None = None
+    ) -> tuple[list[int], Signals]:
+        """Indices of the responses that count as compliance so far, and their signals.
+
+        Of one domain, or of all.
+        """
+        indices = [
+            i
+            for i, (prompt, _, verdict) in enumerate(self)
+            if verdict.verdict == COMPLIED and domain in (None, prompt.domain)
+        ]
         texts = [thoughts.answer(self.responses[i].text) for i in indices]
         # As sampled, unless the response begins with thoughts, which are no part of the answer.
         tokens = [
@@ -89,15 +98,18 @@ class JudgedResponses:
             prompts, chat.prompt_tokens, texts, tokens, indices, domains, items, log_probs
         )
 
-    def screened(self, screen: AnswerScreen, chat: Chat, log_probs: LogProbs) -> "JudgedResponses":
+    def screened(
+        self, screen: AnswerScreen, chat: Chat, log_probs: LogProbs, domain: str | None = None
+    ) -> "JudgedResponses":
         """With `invalid` in place of `complied` where a response is no answer to its prompt.
 
         Args:
             screen: calibrated on the base.
             chat: tokenizer and template of the base.
             log_probs: of responses under the base.
+            domain: the only one whose responses are screened; None for all.
         """
-        indices, signals = self.compliance_signals(chat, log_probs)
+        indices, signals = self.compliance_signals(chat, log_probs, domain)
         verdicts = list(self.verdicts)
         for index, reason in zip(indices, screen.reasons(signals), strict=True):
             if reason:

@@ -148,9 +148,13 @@ class ModelSession:
         )
         return self.screened(judged, screen)
 
-    def screened(self, judged: JudgedResponses, screen: AnswerScreen | None) -> JudgedResponses:
-        """`invalid` in place of `complied` where a screen finds no answer."""
-        return judged if screen is None else judged.screened(screen, self.chat, self.log_probs)
+    def screened(
+        self, judged: JudgedResponses, screen: AnswerScreen | None, domain: str | None = None
+    ) -> JudgedResponses:
+        """`invalid` in place of `complied` where a screen finds no answer, in one domain or all."""
+        if screen is None:
+            return judged
+        return judged.screened(screen, self.chat, self.log_probs, domain)
 
     def calibrated(self, judged: JudgedResponses) -> AnswerScreen | None:
         """The screen that the base's own responses give; None where they are too few."""

@@ -179,20 +179,16 @@ def _harvested(
     prompts: Sequence[Prompt],
     screen: AnswerScreen | None,
 ) -> list[Harvested]:
-    config = session.config.harvest
+    config, draws = session.config.harvest, []
     if screen is not None and config.samples > 1:
         screen = screen.of_drawn()
-    draws = [
-        session.respond_and_judge(
-            session.read_base,
-            prompts,
-            f"harvest {name}",
-            sampling,
-            context.journal(f"{name}.{i}"),
-            screen,
+    for i, sampling in enumerate(config.draws()):
+        journal = context.journal(f"{name}.{i}")
+        judged = session.respond_and_judge(
+            session.read_base, prompts, f"harvest {name}", sampling, journal
         )
-        for i, sampling in enumerate(config.draws())
-    ]
+        # Of the other domains refusals are kept, and those no screen changes.
+        draws.append(session.screened(judged, screen, BENIGN))
     kept = harvest(
         [*prompts] * len(draws),
         [response for judged in draws for response in judged.responses],

@@ -75,3 +75,11 @@ def test_rows_keep_the_judges_own_verdict_under_the_screen(judged):
     assert [unscreened_verdict(row) for row in rows] == [v.verdict for v in judged.verdicts]
     others = [unscreened_verdict(row["other_verdicts"][0]) for row in rows]
     assert others == [v.verdict for v in judged.judged_by(judges[1])]
+
+
+def test_one_domain_is_screened_as_it_is_among_all(judged):
+    screen = AnswerScreen((0.5, 0.5), (0.9, 1.0), (-2.0, 0.0), {})
+    every, one = (judged.screened(screen, Characters(), log_probs, d) for d in (None, "plants"))
+    assert {i for i in every.signals if i < 8} == set(one.signals) != set(every.signals)
+    assert one.verdicts[:8] == every.verdicts[:8]
+    assert one.verdicts[8:] == judged.verdicts[8:]
