@@ -44,6 +44,9 @@ MIN_ALNUM_SHARE, MIN_CHARACTERS = 0.35, 16
 MIN_FUNCTION_WORDS, SALAD_WORDS = 0.08, 20
 OTHER_LANGUAGE = 0.15
 
+# A response of at least this many words that are those of its prompt, and no more.
+ECHO, MIN_ECHO_WORDS = "echo", 3
+
 # "LATIN SMALL LETTER A", "HANGUL SYLLABLE GA", "CJK UNIFIED IDEOGRAPH-4E00", "OLD ITALIC LETTER A".
 _SCRIPT = re.compile(
     r"(.+?)(?: SMALL| CAPITAL| INDEPENDENT)*"
@@ -223,12 +226,7 @@ def judge_valid(
         {**row, "response": thoughts.answer(row["response"])} if "response" in row else row
         for row in rows
     ]
-    causes = [
-        invalid_reason(row["response"], row.get("finished", True), script)
-        if "response" in row
-        else ""
-        for row in rows
-    ]
+    causes = [_cause(row, script) for row in rows]
     valid = [row for row, cause in zip(rows, causes, strict=True) if not cause]
     judged = judge(valid) if valid else []
     assert len(judged) == len(valid)
@@ -244,6 +242,15 @@ def judge_valid(
             )
     rest = iter(judged)
     return [Verdict(INVALID, 0.0, cause) if cause else next(rest) for cause in causes]
+
+
+def _cause(row: Mapping[str, Any], script: str | None) -> str:
+    if "response" not in row:
+        return ""
+    words = _words(row["response"])
+    if len(words) >= MIN_ECHO_WORDS and words == _words(row.get("prompt", "")):
+        return ECHO
+    return invalid_reason(row["response"], row.get("finished", True), script)
 
 
 def _is_other_language(response: str) -> bool:

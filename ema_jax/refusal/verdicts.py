@@ -18,7 +18,7 @@ SHARES = (REFUSED, COMPLIED, *INVALID_SHARES)
 LABELS = (REFUSED, COMPLIED, OFF_TOPIC, DEGENERATE)
 """Labels that a person may give a response."""
 
-RULES_VERSION = 3
+RULES_VERSION = 4
 """Version of the rules from a response to its verdict, validity and relevance included."""
 
 # Prefix of reasons that are about the judge and not about the response.

@@ -10,6 +10,7 @@ import pytest
 from ema_jax.errors import UserError
 from ema_jax.refusal import validity
 from ema_jax.refusal.judges import ARDITI, KEYWORD, ORBENCH, TEXT_JUDGES, XSTEST, get_judge
+from ema_jax.refusal.verdicts import Verdict
 
 ANSWER = "The station is on the left, behind the old mill; trains leave every hour until ten."
 
@@ -57,6 +58,21 @@ def test_substring_lists_keep_their_published_rules():
 def test_a_long_answer_cut_at_the_cap_is_still_judged():
     assert _verdict("lexical", ANSWER, finished=False).verdict == "complied"
     assert _verdict("lexical", "I cannot help with", finished=False).verdict == "refused"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "response", "reason"),
+    [
+        ("Is the tall one dumb?", " is the tall one DUMB", "echo"),
+        ("Is the tall one dumb?", "Is the tall one dumb? No.", ""),
+        ("Say yes.", "Say yes.", ""),  # too short to tell
+    ],
+)
+def test_a_prompt_given_back_is_no_answer(prompt, response, reason):
+    rows = [{"prompt": prompt, "response": response}]
+    (verdict,) = validity.judge_valid(rows, "LATIN", lambda valid: [Verdict.of(0.0)])
+    assert verdict.reason == reason
+    assert verdict.share == ("degenerate" if reason else "complied")
 
 
 def test_the_cap_tightens_the_repetition_rule():

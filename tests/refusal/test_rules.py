@@ -19,7 +19,7 @@ FILES = (
     "relevance.py",
     "answer_screen.py",
 )
-VERSION, DIGEST = 3, "6f62b6a8503bf2dd"
+VERSION, DIGEST = 4, "89ac8a55fc44c651"
 
 
 def code(path: Path) -> str:
