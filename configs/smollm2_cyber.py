@@ -39,7 +39,7 @@ def get_config():
     config.unlearn.max_steps = 20
     config.unlearn.eval_every = 2
     # The same time for every seed: the other domains come back after the target has fallen.
-    retain = {"retain_weight": 4.0, "min_steps": 48, "max_steps": 48, "eval_every": 8}
+    retain = {"retain_weight": 1.0, "min_steps": 48, "max_steps": 48, "eval_every": 8}
     config.arms = {"npo": {}, "npo_retain": retain}
     config.seeds = (0,)  # smollm2_replication.py has three
     return config
