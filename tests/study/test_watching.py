@@ -207,7 +207,8 @@ def test_the_plan_says_what_is_here(monkeypatch, tmp_path):
 
 # A study of SmolLM2-135M took 37 minutes of processor time (docs/real-model.md, 26 November 2026).
 _AS_MEASURED = [
-    *(("seeds", "(0, 1, 2)"), ("prompts.counts.dev", "4")),
+    *(("seeds", "(0, 1, 2)"), ("prompts.counts.dev", "4"), ("unlearn.batch_size", "4")),
+    ("harvest.response_cap", "24"),
     *(("harvest.samples", "1"), ("unlearn.max_steps", "12")),
     *((f"arms.npo_retain.{name}_steps", "16") for name in ("min", "max")),
     ("arms.npo_retain.eval_every", "4"),
