@@ -44,12 +44,12 @@ def draw(rows: Sequence[Row], seed: int) -> Draw:
     """
     rows, _ = screen(rows)
     rows = sorted(rows, key=lambda row: (sha256_text(f"{seed}\n{row.prompt}"), row.domain))
-    sizes = Counter(row.domain for row in rows)
-    _check(sizes)
     of = word_clusters([row.prompt for row in rows], SHARED_WORDS)
-    placed: dict[str, dict[int, list[Row]]] = {domain: {} for domain in sizes}
+    placed: dict[str, dict[int, list[Row]]] = {row.domain: {} for row in rows}
     for row, cluster in zip(rows, of.tolist(), strict=True):
         placed[row.domain].setdefault(cluster, []).append(row)
+    sizes = Counter({domain: len(clusters) for domain, clusters in placed.items()})
+    _check(sizes)
 
     used: set[int] = set()
     trained: list[Row] = []
@@ -93,8 +93,8 @@ def _check(sizes: Counter[str]) -> None:
     for domain, n in sizes.items():
         if n < LEAST:
             raise UserError(
-                f"--prompts: domain {domain!r} has {n} usable prompts and {LEAST} are needed; "
-                "add more or leave the domain out"
+                f"--prompts: domain {domain!r} has {n} usable prompts, near copies counted once, "
+                f"and {LEAST} are needed; add more or leave the domain out"
             )
 
 

@@ -21,7 +21,7 @@ from ema_jax.data.local import read_local
 from ema_jax.data.similarity import word_clusters
 from ema_jax.errors import UserError
 from ema_jax.models import checkpoint, lora
-from ema_jax.organism import CHECKPOINTS, refuse, refuse_words
+from ema_jax.organism import CHECKPOINTS, refuse, refuse_data, refuse_words
 from ema_jax.organism.refuse_data import draw, without_near
 from ema_jax.organism.refuse_words import OPENINGS, REASONS, lookalikes, refusal
 from ema_jax.refusal.judges import get_judge
@@ -101,6 +101,11 @@ def test_a_large_cluster_is_left_to_studies():
             + [row("privacy", "one two three", 0)],
             "'privacy' has 1 usable prompts",
         ),
+        (
+            [row("bias", f"a{i} b{i}", i) for i in range(20)]
+            + [row(BENIGN, f"please tell me now how to do thing{i}", i) for i in range(20)],
+            "'benign' has 1 usable prompts, near copies counted once",
+        ),
     ],
 )
 def test_prompts_that_will_not_do(rows, message):
@@ -177,6 +182,8 @@ def test_the_command_leaves_a_model_its_adapter_and_prompts_for_studies(tmp_path
     monkeypatch.setattr(refuse, "MEASURED_TOKENS", 16)
     monkeypatch.setattr(refuse, "MEASURED", {BENIGN: 4, LOOKALIKE: 4})
     monkeypatch.setattr(refuse, "MEASURED_IN_A_DOMAIN", 4)
+    # Prompts of the corpus are worded alike.
+    monkeypatch.setattr(refuse_data, "SHARED_WORDS", 0.95)
     # Its tokenizer knows none of the words of our look-alikes.
     monkeypatch.setattr(refuse, "lookalikes", list)
     records = [
