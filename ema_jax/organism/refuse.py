@@ -182,7 +182,7 @@ def _own_answers(work: _Work) -> list[TokenExample]:
         if verdict.verdict == COMPLIED
         for _ in range(LOOKALIKE_PASSES if prompt.domain == LOOKALIKE else 1)
     ]
-    logging.info("own answers: %d kept, of %d prompts", len(kept), len(prompts))
+    logging.info("own answers to train on: %d, of %d prompts", len(kept), len(prompts))
     if not kept:
         raise UserError(
             "--source: the model answers none of the benign prompts; check its chat template"
