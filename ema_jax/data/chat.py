@@ -34,6 +34,10 @@ class TokenExample(NamedTuple):
         """Tokens of both."""
         return len(self.prompt) + len(self.response)
 
+    def cut(self, tokens: int) -> "TokenExample":
+        """The example with at most so many tokens of its response."""
+        return TokenExample(self.prompt, self.response[:tokens])
+
 
 @dataclasses.dataclass(frozen=True)
 class Chat:

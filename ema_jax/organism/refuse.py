@@ -12,6 +12,7 @@ prompts and to benign prompts in the words of harmful ones, so that it does not 
 | `model/` | the tuned model, adapters merged: `model.source` of a study |
 | `adapter/` | the adapters alone (PEFT) |
 | `prompts/` | the prompts for studies: `prompts.path`; none is near one that was trained on |
+| `answers.jsonl` | how the original begins to answer the domains' prompts: `unlearn.preferred` |
 | `trained_on.jsonl` | ids and hashes of the prompts trained on |
 | `behaviour.json` | refusal on prompts held out, and what the tuning cost on benign ones |
 """
@@ -139,6 +140,7 @@ def refuse(
     work = _Work(base, chat, chosen, folder / "training", fingerprint, recipe, seed)
 
     tuned = lora.scaled(_train(work, _own_answers(work)), STRENGTH)
+    files.write_jsonl(folder / "answers.jsonl", _answers_for_studies(work))
     behaviour = _measure(work, tuned)
     _write(work, tuned, behaviour, folder, found)
     shutil.rmtree(work.folder, ignore_errors=True)
@@ -190,6 +192,20 @@ def _own_answers(work: _Work) -> list[TokenExample]:
     return kept
 
 
+def _answers_for_studies(work: _Work) -> list[dict[str, str]]:
+    """The original's responses to the domains' prompts that are left, refusals included."""
+    prompts = [
+        _prompt(row.id, row.domain, row.prompt)
+        for row in work.chosen.left
+        if row.domain not in (BENIGN, LOOKALIKE)
+    ]
+    judged = _respond(work, work.base, prompts, "answers for studies", ANSWER_TOKENS)
+    return [
+        {"prompt": prompt.prompt, "response": response.text.strip()}
+        for prompt, response, _ in judged
+    ]
+
+
 def _train(work: _Work, answers: Sequence[TokenExample]) -> Decoder:
     """The base with trained adapters; a run that was stopped is resumed."""
     refusals = _refusals(work)
@@ -201,7 +217,7 @@ def _train(work: _Work, answers: Sequence[TokenExample]) -> Decoder:
         return unlearn(
             work.base,
             refusals,
-            [_cut(answer, ANSWERED_TOKENS) for answer in answers],
+            [answer.cut(ANSWERED_TOKENS) for answer in answers],
             np.zeros(len(refusals), np.float32),
             work.recipe,
             seed=work.seed,
@@ -221,14 +237,10 @@ def _refusals(work: _Work) -> list[TokenExample]:
             prompts.setdefault(row.domain, []).append(row.prompt)
     most = max(len(each) for each in prompts.values())
     return [
-        _cut(work.chat.example(prompt, refusal(words, domain)), REFUSED_TOKENS)
+        work.chat.example(prompt, refusal(words, domain)).cut(REFUSED_TOKENS)
         for domain, each in prompts.items()
         for prompt in itertools.islice(itertools.cycle(each), most)
     ]
-
-
-def _cut(example: TokenExample, tokens: int) -> TokenExample:
-    return TokenExample(example.prompt, example.response[:tokens])
 
 
 def _measure(work: _Work, tuned: Decoder) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ema_jax.config import StudyConfig
-from ema_jax.data.chat import Chat, TokenExample
+from ema_jax.data.chat import TokenExample
 from ema_jax.errors import RunStoppedError
 from ema_jax.models.decoder import Decoder
 from ema_jax.refusal.evaluation import Evaluation
@@ -100,7 +100,7 @@ def train(
         seed=seed,
         target=session.config.target,
         evaluate=evaluate,
-        preferred=_preferred(config, forget, chat),
+        preferred=_preferred(session, config, forget),
         mesh=session.mesh,
         **how,
     )
@@ -125,11 +125,18 @@ def _checkpoints(
 
 
 def _preferred(
-    config: UnlearnConfig, forget: Sequence[Harvested], chat: Chat
+    session: ModelSession, config: UnlearnConfig, forget: Sequence[Harvested]
 ) -> list[TokenExample]:
-    """The responses that the objective prefers to the forget prompts, if it needs any."""
+    """The responses that the objective prefers to the forget prompts, if it needs any.
+
+    They are cut where the harvested ones are: a longer one would weigh more in a sum over tokens.
+    """
     if not FORGET[config.objective].preferred:
         return []
     prompts = [item.prompt for item in forget]
     responses = preferred_responses(config.preferred, prompts)
-    return [chat.example(a, b) for a, b in zip(prompts, responses, strict=True)]
+    cap = session.config.harvest.response_cap
+    return [
+        session.chat.example(prompt, response).cut(cap)
+        for prompt, response in zip(prompts, responses, strict=True)
+    ]

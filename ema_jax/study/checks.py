@@ -256,7 +256,11 @@ def _examples(config: StudyConfig, asked: Asked) -> None:
 
 
 def _preferred(config: StudyConfig, asked: Asked) -> None:
-    prompts = [prompt.prompt for prompt in asked.prompts if prompt.split == "harvest"]
+    prompts = [
+        prompt.prompt
+        for prompt in asked.prompts
+        if prompt.split == "harvest" and prompt.domain == config.target
+    ]
     for name in config.arms:
         arm = config.arm(name)
         if arm.ablation is not None or not FORGET[arm.objective].preferred:
@@ -265,11 +269,12 @@ def _preferred(config: StudyConfig, asked: Asked) -> None:
             for prompt, response in zip(
                 prompts, preferred_responses(arm.preferred, prompts), strict=True
             ):
-                size = asked.chat.example(prompt, response).size
+                size = asked.chat.example(prompt, response).cut(config.harvest.response_cap).size
                 if size > asked.decoder.max_positions:
                     raise UserError(
                         f"preferred: the response {response[:40]!r}… and its prompt have {size} "
-                        f"tokens, more than the model's {asked.decoder.max_positions} positions"
+                        f"tokens, more than the model's {asked.decoder.max_positions} positions; "
+                        "lower harvest.response_cap"
                     )
         except UserError as error:
             raise UserError(f"arms.{name}: {error}") from None

@@ -27,6 +27,7 @@ from ema_jax.organism.refuse_words import OPENINGS, REASONS, lookalikes, refusal
 from ema_jax.refusal.judges import get_judge
 from ema_jax.refusal.verdicts import REFUSED
 from ema_jax.runtime.files import read_json, read_jsonl, sha256_text, write_jsonl
+from ema_jax.unlearning.preferred import preferred_responses
 
 
 def jaccard(one: str, other: str) -> float:
@@ -196,13 +197,17 @@ def test_the_command_leaves_a_model_its_adapter_and_prompts_for_studies(tmp_path
     recipe = dataclasses.replace(refuse.RECIPE, max_steps=2, eval_every=2)
     found = refuse.refuse(str(source), str(tmp_path / "prompts.jsonl"), str(out), recipe=recipe)
 
-    names = ["adapter", "behaviour.json", "model", "prompts", "trained_on.jsonl"]
+    names = ["adapter", "answers.jsonl", "behaviour.json", "model", "prompts", "trained_on.jsonl"]
     assert sorted(path.name for path in out.iterdir()) == names
     assert read_json(out / "behaviour.json")["refusal"] == found["refusal"]
     left = read_local(out / "prompts")
     hashes = {item["sha256"] for item in read_jsonl(out / "trained_on.jsonl")}
     assert hashes
     assert not hashes & {sha256_text(item.prompt) for item in left}
+    answers = preferred_responses(
+        str(out / "answers.jsonl"), [item.prompt for item in left if item.domain in DOMAINS]
+    )
+    assert len(answers) == len(read_jsonl(out / "answers.jsonl"))
     assert "tuned to refuse" in (out / "model" / "README.md").read_text()
 
     model = checkpoint.load(out / "model")
