@@ -1,4 +1,4 @@
-"""R1 to R5 on SmolLM2-135M with real prompts: two targets, both arms, three seeds, one folder.
+"""R1 to R5 on SmolLM2-135M with real prompts: two targets, three arms and seeds, one folder.
 
 python -m ema_jax.main --config=configs/smollm2_replication.py --workdir=runs/smollm2_replication
 
@@ -12,6 +12,12 @@ def get_config():
     config = ema.beside(__file__, "smollm2_cyber")
     config.cells = {
         f"smollm2_{target}": {"target": target} for target in ("cybersecurity", "safety")
+    }
+    # What to say beside what not to say: how the original answers.
+    config.arms["dpo_retain"] = {
+        **config.arms["npo_retain"],
+        "objective": "dpo",
+        "preferred": "runs/smollm2/answers.jsonl",
     }
     config.seeds = (0, 1, 2)
     return config

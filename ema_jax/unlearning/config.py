@@ -69,7 +69,7 @@ class UnlearnConfig:
         margin: simnpo's δ, in nats a token.
         preferred: the preferred responses of dpo and sft to forget prompts: `idk` (the project's
             "I don't know" answers), `organism` (the embedded corpus's own answers), or a JSONL
-            file with `prompt` and `response`.
+            file with `prompt` and `response`; cut after `harvest.response_cap` tokens.
         feature_layer: l of the residual stream h_l that rmu and l2 look at; 0 for a quarter of
             the depth.
         steering: length of the vector that rmu pulls h_l towards.

@@ -3,18 +3,23 @@
 import dataclasses
 import json
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from small_study import EMBEDDED
 from tiny_models import our_outputs, random_batch
 
 from ema_jax import config
 from ema_jax.data import corpus
+from ema_jax.data.chat import Chat
 from ema_jax.errors import UserError
 from ema_jax.models import checkpoint
+from ema_jax.organism import CHECKPOINTS
 from ema_jax.refusal.evaluation import Evaluation
 from ema_jax.refusal.judges import get_judge
 from ema_jax.refusal.verdicts import COMPLIED
+from ema_jax.study.arm_training import _preferred
 from ema_jax.unlearning.ablation import ablate, orthogonalise
 from ema_jax.unlearning.config import AblationArm, UnlearnConfig
 from ema_jax.unlearning.harvest import Harvested, retained
@@ -45,6 +50,20 @@ def test_responses_from_a_file(tmp_path):
     path.write_text(json.dumps({"prompt": "p", "response": " "}) + "\n")
     with pytest.raises(UserError, match="row 1: response is missing or empty"):
         preferred_responses(str(path), ["p"])
+
+
+def test_preferred_responses_are_as_long_as_harvested_ones():
+    """A whole answer beside the opening of a refusal would weigh more in a sum over tokens."""
+    chat = Chat.load(CHECKPOINTS / EMBEDDED[0])
+    forget = [Harvested("a", "cybersecurity", "p", "r", (1,))] * 2
+    whole = [chat.example("p", text).response for text in preferred_responses("idk", ["p"] * 2)]
+    for cap in (2, 100):
+        study = config.read({"harvest": {"response_cap": cap}})
+        session = SimpleNamespace(config=study, chat=chat)
+        made = _preferred(session, UnlearnConfig(objective="dpo"), forget)
+        assert [example.response for example in made] == [tokens[:cap] for tokens in whole]
+    assert min(len(tokens) for tokens in whole) > 2
+    assert _preferred(session, UnlearnConfig(), forget) == []
 
 
 def test_the_retain_set_is_composed_by_domain():
