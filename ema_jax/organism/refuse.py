@@ -176,7 +176,7 @@ def _own_answers(work: _Work) -> list[TokenExample]:
         prompts,
         "own answers",
         ANSWER_TOKENS,
-        work.folder / f"answers.{work.fingerprint[:16]}.jsonl",
+        _journal(work, "answers"),
     )
     kept = [
         TokenExample(work.chat.prompt_tokens(prompt.prompt), response.tokens)
@@ -199,7 +199,14 @@ def _answers_for_studies(work: _Work) -> list[dict[str, str]]:
         for row in work.chosen.left
         if row.domain not in (BENIGN, LOOKALIKE)
     ]
-    judged = _respond(work, work.base, prompts, "answers for studies", ANSWER_TOKENS)
+    judged = _respond(
+        work,
+        work.base,
+        prompts,
+        "answers for studies",
+        ANSWER_TOKENS,
+        _journal(work, "answers_for_studies"),
+    )
     return [
         {"prompt": prompt.prompt, "response": response.text.strip()}
         for prompt, response, _ in judged
@@ -324,6 +331,11 @@ def figures(behaviour: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _prompt(name: str, domain: str, text: str) -> Prompt:
     return Prompt(name, domain, "eval", text, "", files.sha256_text(text), name)
+
+
+def _journal(work: _Work, name: str) -> Path:
+    """Where responses are kept until the command is done; those of other settings lie beside."""
+    return work.folder / f"{name}.{work.fingerprint[:16]}.jsonl"
 
 
 def _respond(
