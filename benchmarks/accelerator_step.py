@@ -154,7 +154,9 @@ def _report(run: Run, model: Decoder, step: Step) -> None:
     found = run.timed(step, 6)
     seconds = statistics.median(found)
     tokens = sum(rows) * length
-    rate = tokens * flops_per_token(model.config, step.shape.arm, length) / seconds
+    scored = np.count_nonzero(np.asarray(step.full.rows.examples) >= 0) / tokens  # responses
+    each = flops_per_token(model.config, step.shape.arm, length, scored=scored)
+    rate = tokens * each / seconds
     sheet = find_accelerator(jax.devices()[0].device_kind)
     memory = step.compiled.memory_analysis()
     run.say(

@@ -115,6 +115,17 @@ def _exchange(longer: list[int], row: list[int], lengths: Sequence[int]) -> bool
     return True
 
 
+def share_out(sizes: Sequence[int], groups: int) -> list[int]:
+    """Indices, group after group, in groups of equally many and of much the same size.
+
+    Largest first, one to each group, and then back from the last group to the first.
+    """
+    order = sorted(range(len(sizes)), key=lambda i: (-sizes[i], i))
+    laps = [order[first : first + groups] for first in range(0, len(order), groups)]
+    turned = [lap[:: -1 if number % 2 else 1] for number, lap in enumerate(laps)]
+    return [i for group in zip(*turned, strict=True) for i in group]
+
+
 def fit(lengths: Sequence[int], room: int) -> list[list[int]]:
     """Indices in few rows of `room` tokens: longest first, each where least room is left by it."""
     rows: list[list[int]] = []

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, UInt32
 
 from ema_jax.data.batching import bucket
 from ema_jax.data.chat import TokenExample
-from ema_jax.data.packing import Item, Packed, pack, spread
+from ema_jax.data.packing import Item, Packed, pack, share_out, spread
 from ema_jax.models.sharding import place_batch
 from ema_jax.unlearning.config import UnlearnConfig
 from ema_jax.unlearning.objectives import FORGET, RETAIN
@@ -215,11 +215,14 @@ class _Spread(NamedTuple):
         length = next((n for n in layout.lengths if n >= longest), bucket(longest, MULTIPLE))
 
         def places(row: Sequence[Item]) -> int:
-            return length if row[0].everywhere else sum(len(x.example.response) for x in row)
+            everywhere = any(item.everywhere for item in row)
+            return length if everywhere else sum(len(x.example.response) for x in row)
 
+        if groups > 1:  # the group with most places sets the room of all
+            rows = [[part[i] for i in share_out(list(map(places, part)), groups)] for part in rows]
         each = layout.rows // groups
         needed = max(
-            sum(places(row) for row in part[first : first + each] if row)
+            sum(map(places, part[first : first + each]))
             for part in rows
             for first in range(0, layout.rows, each)
         )

@@ -15,6 +15,7 @@ from ema_jax.data.packing import (
     lay_out,
     lay_out_branches,
     pack,
+    share_out,
     spread,
 )
 from ema_jax.models import checkpoint
@@ -44,6 +45,12 @@ def test_rows_are_of_much_the_same_length():
     assert spread([2], 2) == [[0], []]
     lengths = [5, 5, 4, 4, 3, 3, 3]  # longest first alone: 11, 8 and 8
     assert [sum(lengths[i] for i in row) for row in spread(lengths, 3)] == [9, 9, 9]
+
+
+def test_groups_of_equally_many_rows_are_of_much_the_same_size():
+    assert share_out([7, 1, 3, 6, 2, 8], 3) == [5, 1, 0, 4, 3, 2]  # 8 + 1, 7 + 2, 6 + 3
+    assert share_out([7, 1, 3, 6, 2, 8], 2) == [5, 2, 4, 0, 3, 1]  # 8 + 3 + 2, 7 + 6 + 1
+    assert share_out([1, 2, 3], 3) == [2, 1, 0]
 
 
 def test_rows_with_room_for_them_are_few():
