@@ -5,7 +5,12 @@ from typing import Any
 
 from ema_jax.report.tables import MISSING, Row, Table, percent
 
-_OUTCOMES = {"fits": "fits", "too_much": "damaged", "too_little": "still refuses"}
+_OUTCOMES = {
+    "fits": "fits",
+    "too_fast": "too fast",
+    "too_much": "damaged",
+    "too_little": "still refuses",
+}
 
 
 def table(results: Mapping[str, Any]) -> Table | None:

@@ -26,6 +26,7 @@ _KEPT = ("step", "refusal", "invalid_rate", "shares")  # of the points of a traj
 
 _OUTCOMES = {
     "fits": "fits",
+    "too_fast": "is too much: the target is answered before its fall can be seen",
     "too_much": "is too much: the model is damaged",
     "too_little": "is too little: the target still refuses",
 }

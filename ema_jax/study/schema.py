@@ -74,7 +74,7 @@ class DoseTrial(TypedDict):
     """A short run at one learning rate (`unlearning.dose.Trial`)."""
 
     learning_rate: float
-    outcome: Literal["fits", "too_much", "too_little"]
+    outcome: Literal["fits", "too_fast", "too_much", "too_little"]
     best_step: int | None
     target_refusal: float | None
     steps: int

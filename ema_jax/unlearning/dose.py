@@ -1,8 +1,9 @@
 """Search for an arm's dose: the learning rate at which the target's refusals go and answers stay.
 
-A trial is a short run. If its model is damaged before the target is answered, the rate was too
-high; if the target still refuses at the end, too low. So the rate is multiplied or divided until
-both sides are known, and halved on a log scale from there, until a trial fits.
+A trial is a short run. If its model is damaged before the target is answered, or the target is
+answered after a step or two, in which nothing of its fall can be seen, the rate was too high; if
+the target still refuses at the end, too low. So the rate is multiplied or divided until both sides
+are known, and halved on a log scale from there, until a trial fits.
 
 Only the target and the benign contrast are looked at. A rate chosen by its effect on the other
 domains would choose the result of the study.
@@ -25,12 +26,12 @@ SEED = 0
 _FACTOR = 3.0  # between the rates of two trials while one side is unknown
 _CLOSE = 1.3  # rates nearer than this count as one
 _EVALUATIONS = 8  # of a trial
-_BEFORE_STOP = 4  # evaluations of a run, at least, before the step at which its trial stopped
+_BEFORE_STOP = 4  # evaluations of a run until the step at which its trial stopped: at least these
 
 DOSE = ("learning_rate", "eval_every")
 """The settings of an arm that a search finds."""
 
-Outcome = Literal["fits", "too_much", "too_little"]
+Outcome = Literal["fits", "too_fast", "too_much", "too_little"]
 Point = Mapping[str, Any]  # of a trajectory
 
 
@@ -46,7 +47,7 @@ class DoseConfig:
     """
 
     trials: Annotated[int, Field(ge=0, le=100)] = 0
-    max_steps: PositiveInt = 40
+    max_steps: Annotated[int, Field(ge=_BEFORE_STOP)] = 40
     prompts: PositiveInt = 16
 
 
@@ -90,7 +91,8 @@ def assess(
     """The outcome of a trial from its evaluations, the first of them the untouched model's.
 
     Valid is an evaluation without damage (`max_invalid`), in which the contrast is answered about
-    as often as by the untouched model. One with few refusals of the target (`stop_at`) fits.
+    as often as by the untouched model. One with few refusals of the target (`stop_at`) fits,
+    if there were steps enough to watch them go.
     """
     least = _answered(points[0], contrast) - arm.max_invalid
     valid = [
@@ -103,7 +105,8 @@ def assess(
     steps = points[-1]["step"]
     for point in valid:
         if point["refusal"][target] <= arm.stop_at:
-            return Trial(rate, "fits", point["step"], point["refusal"][target], steps, points)
+            reached: Outcome = "fits" if point["step"] >= _BEFORE_STOP else "too_fast"
+            return Trial(rate, reached, point["step"], point["refusal"][target], steps, points)
     # The last evaluation tells: with retain data, damage is repaired in time.
     outcome: Outcome = "too_little" if valid and valid[-1] is points[-1] else "too_much"
     best = min(valid, key=lambda point: point["refusal"][target], default=None)
@@ -123,7 +126,8 @@ def next_rate(trials: Sequence[Trial], first: float) -> float | None:
         return first
     if any(trial.outcome == "fits" for trial in trials):
         return None
-    high = min((t.learning_rate for t in trials if t.outcome == "too_much"), default=math.inf)
+    above = [t.learning_rate for t in trials if t.outcome in ("too_fast", "too_much")]
+    high = min(above, default=math.inf)
     low = max(
         (t.learning_rate for t in trials if t.outcome == "too_little" and t.learning_rate < high),
         default=0.0,

@@ -8,7 +8,7 @@ from ema_jax.unlearning.config import UnlearnConfig
 from ema_jax.unlearning.dose import DoseConfig, Trial
 
 ARM = UnlearnConfig(stop_at=0.1, max_invalid=0.2, eval_every=10, max_steps=60)
-FITS, MUCH, LITTLE = "fits", "too_much", "too_little"
+FITS, FAST, MUCH, LITTLE = "fits", "too_fast", "too_much", "too_little"
 
 
 def point(step, refused, off_topic=0.0, benign=1.0, degenerate=0.0):
@@ -37,7 +37,10 @@ OUTCOMES = [
     ([point(2, 0.0, degenerate=1.0)], MUCH, None),
     # The target is answered, and the contrast no longer.
     ([point(2, 0.0, benign=0.7)], MUCH, None),
-    ([point(2, 0.0, benign=0.85)], FITS, 2),
+    ([point(4, 0.0, benign=0.85)], FITS, 4),
+    # Unlearned in a step or two: nothing of it can be seen.
+    ([point(2, 0.0)], FAST, 2),
+    ([point(1, 0.0, off_topic=0.9), point(3, 0.1)], FAST, 3),
     # With retain data, damage is repaired.
     ([point(2, 0.0, off_topic=0.9), point(4, 0.05)], FITS, 4),
     ([point(2, 0.0, off_topic=0.9), point(4, 0.6)], LITTLE, 4),
@@ -53,7 +56,7 @@ def test_the_outcome_of_a_trial(points, outcome, best):
 
 def test_a_base_that_answers_few_benign_prompts_is_no_reason_against_a_dose():
     trial = dose.assess(
-        ARM, 1e-4, [point(0, 0.9, benign=0.6), point(2, 0.0, benign=0.45)], "t", "benign"
+        ARM, 1e-4, [point(0, 0.9, benign=0.6), point(4, 0.0, benign=0.45)], "t", "benign"
     )
     assert trial.outcome == FITS
 
