@@ -436,11 +436,6 @@ def _validate_arm(name: str, arm: UnlearnConfig, study: StudyConfig) -> None:
             f"arms.{name}: retain_counts {{{domain!r}: {count!r}}} is not a number above zero for "
             f"one of {', '.join(domains)}",
         )
-    if FORGET[arm.objective].preferred and arm.preferred not in ("idk", "organism"):
-        _check(
-            Path(arm.preferred).is_file(),
-            f"arms.{name}: preferred {arm.preferred!r} is neither 'idk', 'organism' nor a file",
-        )
     for field in ("batch_size", "retain_batch_size"):
         rows = getattr(arm, field)
         _check(

@@ -32,6 +32,8 @@ def preferred_responses(kind: str, prompts: Sequence[str]) -> list[str]:
         from ema_jax.data.corpus import answer
 
         return [answer(prompt) for prompt in prompts]
+    if not Path(kind).is_file():
+        raise UserError(f"preferred {kind!r} is neither 'idk', 'organism' nor a file")
     given = _read(Path(kind))
     missing = [prompt for prompt in prompts if prompt not in given]
     if missing:

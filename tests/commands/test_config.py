@@ -190,7 +190,6 @@ BAD = [
     (arm(trainable="full", modules=("mlp",)), r"arms\.npo: .*modules \['mlp'\]"),
     (arm(retain_counts={"poetry": 3}), r"arms\.npo: retain_counts \{'poetry': 3\}"),
     (arm(retain_counts={"bias": 0}), r"arms\.npo: retain_counts \{'bias': 0\}"),
-    (arm(objective="dpo", preferred="gone.jsonl"), r"arms\.npo: preferred 'gone\.jsonl'"),
     (arm(accumulate=3), r"arms\.npo: batch_size = 16 is no multiple of accumulate = 3"),
     ({"checkpoints": {"keep": 0}}, r"checkpoints\.keep = 0"),
     ({"profile": -1}, "profile = -1"),

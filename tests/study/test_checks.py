@@ -233,6 +233,10 @@ VARIANTS = {
         preferred('{"prompt": "a", "response": "b"}\n'),
         "no response to 16 of 16",
     ),
+    "preferred that is not there": (
+        arm(objective="dpo", preferred="gone.jsonl"),
+        "arms.npo: preferred 'gone.jsonl' is neither",
+    ),
     "preferred without a response": (preferred('{"prompt": "a"}\n'), "response is missing"),
     "preferred of nothing": (preferred("", "sft"), "no response to 16"),
     "preferred that is no JSON": (preferred("prompt,response\n"), "not valid JSON"),
