@@ -256,11 +256,7 @@ def _examples(config: StudyConfig, asked: Asked) -> None:
 
 
 def _preferred(config: StudyConfig, asked: Asked) -> None:
-    prompts = [
-        prompt.prompt
-        for prompt in asked.prompts
-        if prompt.split == "harvest" and prompt.domain == config.target
-    ]
+    prompts = [prompt.prompt for prompt in asked.prompts if prompt.split == "harvest"]
     for name in config.arms:
         arm = config.arm(name)
         if arm.ablation is not None or not FORGET[arm.objective].preferred:

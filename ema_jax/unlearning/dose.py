@@ -26,7 +26,9 @@ SEED = 0
 _FACTOR = 3.0  # between the rates of two trials while one side is unknown
 _CLOSE = 1.3  # rates nearer than this count as one
 _EVALUATIONS = 8  # of a trial
-_BEFORE_STOP = 4  # evaluations of a run until the step at which its trial stopped: at least these
+# Evaluations of a run until the step at which its trial stopped, at least; so a trial that fits has
+# as many steps.
+_BEFORE_STOP = 4
 
 DOSE = ("learning_rate", "eval_every")
 """The settings of an arm that a search finds."""
@@ -91,8 +93,8 @@ def assess(
     """The outcome of a trial from its evaluations, the first of them the untouched model's.
 
     Valid is an evaluation without damage (`max_invalid`), in which the contrast is answered about
-    as often as by the untouched model. One with few refusals of the target (`stop_at`) fits,
-    if there were steps enough to watch them go.
+    as often as by the untouched model. One with few refusals of the target (`stop_at`) fits, or
+    came too fast if a run could not be evaluated `_BEFORE_STOP` times until then.
     """
     least = _answered(points[0], contrast) - arm.max_invalid
     valid = [
