@@ -44,7 +44,7 @@ from accelerator_run import Run
 LIMITS = {
     "machine": 30,
     "parity": 140,
-    "train": 170,
+    "train": 190,
     "decode": 120,
     "theirs": 80,
     "capture": 45,

@@ -7,7 +7,7 @@ import re
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any, Literal, NamedTuple
 
@@ -57,44 +57,31 @@ class Shape(NamedTuple):
         )
 
 
-# The first is the paper's cells' own, and what `theirs` and `trace` measure.
+# The first is the paper's cells' own, as 80 GB take it, and what `theirs` and `trace` measure.
 SHAPES = (
-    Shape("full", ROWS, LENGTH),
     Shape("projections", ROWS, LENGTH),
-    Shape("projections", (8, 16), 512),
+    Shape("full", ROWS, LENGTH),
     Shape("none", (4, 8), 256),
 )
 
 
 def shapes(tiny: bool) -> Sequence[Shape]:
     if tiny:
-        return (Shape("full", TINY_ROWS, TINY_LENGTH), Shape("projections", (2, 2), TINY_LENGTH))
+        return (Shape("projections", TINY_ROWS, TINY_LENGTH), Shape("full", (2, 2), TINY_LENGTH))
     return SHAPES
 
 
 class Step:
-    """A compiled train step with its state: a call takes one step and waits for it."""
+    """A train step with its state, and two batches of its shape: full rows, and drawn lengths."""
 
     def __init__(self, model: Decoder, shape: Shape):
         self.shape, self._words = shape, model.config.vocab_size
         self._mesh = make_mesh()
         self.setup = steps.prepare(model, shape.arm, 0, self._mesh)
         self.state = steps.init_state(self.setup)
+        rows = enumerate(shape.rows)
         self.full = self._batch([full_lengths(n, shape.length) for n in shape.rows])
-        begin = time.time()
-        self.compiled = self._compile(self.full)
-        self.compile_s = round(time.time() - begin, 1)
-
-    def drawn(self) -> tuple[Callable[[], None], StepBatch]:
-        """A step on a batch of drawn lengths, which packs it, compiled for it; and that batch."""
-        rows = enumerate(self.shape.rows)
-        sizes = [drawn_lengths(n, self.shape.length, seed) for seed, n in rows]
-        batch = self._batch(sizes)
-        program = self._compile(batch)
-        return lambda: self._take(program, batch), batch
-
-    def _compile(self, batch: StepBatch) -> Any:
-        return steps.train_step.lower(self.setup, self.state, batch).compile()
+        self.drawn = self._batch([drawn_lengths(n, shape.length, seed) for seed, n in rows])
 
     def _batch(self, sizes: Sequence[Sequence[tuple[int, int]]]) -> StepBatch:
         """A step's batch as training makes it; it holds every example once."""
@@ -107,11 +94,22 @@ class Step:
         data = Data(forget, np.zeros(len(forget), np.float32), retain)
         return data.host_batch(self.shape.arm, 0, 0).placed(self._mesh)
 
-    def __call__(self) -> None:
-        self._take(self.compiled, self.full)
+    def compile(self, batch: StepBatch) -> "Program":
+        begin = time.time()
+        program = steps.train_step.lower(self.setup, self.state, batch).compile()
+        return Program(self, batch, program, round(time.time() - begin, 1))
 
-    def _take(self, program: Any, batch: StepBatch) -> None:
-        self.state, metrics = program(self.setup, self.state, batch)
+
+class Program(NamedTuple):
+    """A step compiled for a batch: a call takes one step on it and waits for it."""
+
+    step: Step
+    batch: StepBatch
+    compiled: Any
+    compile_s: float
+
+    def __call__(self) -> None:
+        self.step.state, metrics = self.compiled(self.step.setup, self.step.state, self.batch)
         jax.block_until_ready(metrics)
 
 
@@ -121,76 +119,60 @@ def train(run: Run) -> None:
     model = jax.block_until_ready(random_model(run))
     run.say(weights_made_s=round(time.time() - begin, 1), peak_gib=peak_gib())
     first, *others = shapes(run.tiny)
-
-    def measure(step: Step) -> None:
-        _report(run, model, step)
-
-    def measure_first(shape: Shape) -> None:
-        # Alone, so that its figure is there even if nothing else compiles in time.
-        step = Step(model, shape)
-        measure(step)
-        run.attempt(packed, step, seconds=40)
-
-    def packed(step: Step) -> None:
-        _report_real(run, step)
-
-    run.attempt(measure_first, first, seconds=20)
-    # Compiled side by side. Nothing is timed meanwhile, as XLA's autotuner runs kernels too.
-    pool = ThreadPoolExecutor(len(others))
-    jobs = {shape: pool.submit(Step, model, shape) for shape in others}
-    wait(jobs.values(), timeout=max(run.left - 12 * len(others), 1))
-    for shape, job in jobs.items():
-        if not job.done():
-            run.say(skipped=["measure", str(shape)], why="not compiled in time")
-        elif job.exception():
-            run.say(failed=["measure", str(shape)], error=str(job.exception())[:400])
-        else:
-            run.attempt(measure, job.result(), seconds=8)
+    step = Step(model, first)
+    # Two by themselves, so that their figures are there even if nothing else compiles in time.
+    _compile_and_report(run, model, [(step, step.drawn), (step, step.full)])
+    rest = [Step(model, shape) for shape in others]
+    _compile_and_report(run, model, [(step, step.full) for step in rest])
     os._exit(0)  # whatever still compiles is not waited for
 
 
-def _report(run: Run, model: Decoder, step: Step) -> None:
-    remat, rows, length = step.shape
-    found = run.timed(step, 6)
+def _compile_and_report(run: Run, model: Decoder, wanted: Sequence[tuple[Step, StepBatch]]) -> None:
+    """Compiles side by side. Nothing is timed meanwhile, as XLA's autotuner runs kernels too."""
+    pool = ThreadPoolExecutor(len(wanted))
+    jobs = [(step, pool.submit(step.compile, batch)) for step, batch in wanted]
+    wait([job for _, job in jobs], timeout=max(run.left - 12 * len(jobs), 1))
+
+    def measure(program: Program) -> None:
+        _report(run, model, program)
+
+    for step, job in jobs:
+        if not job.done():
+            run.say(skipped=["measure", str(step.shape)], why="not compiled in time")
+        elif job.exception():
+            run.say(failed=["measure", str(step.shape)], error=str(job.exception())[:400])
+        else:
+            run.attempt(measure, job.result(), seconds=8)
+
+
+def _report(run: Run, model: Decoder, program: Program) -> None:
+    shape, batch = program.step.shape, program.batch
+    found = run.timed(program, 5)
     seconds = statistics.median(found)
-    tokens = sum(rows) * length
-    scored = np.count_nonzero(np.asarray(step.full.rows.examples) >= 0) / tokens  # responses
-    each = flops_per_token(model.config, step.shape.arm, length, scored=scored)
-    rate = tokens * each / seconds
+    real, padded = int(np.count_nonzero(np.asarray(batch.rows.segments))), batch.rows.tokens.size
+    scored = np.count_nonzero(np.asarray(batch.rows.examples) >= 0) / real  # responses
+    rate = real * flops_per_token(model.config, shape.arm, shape.length, scored=scored) / seconds
     sheet = find_accelerator(jax.devices()[0].device_kind)
-    memory = step.compiled.memory_analysis()
+    memory = program.compiled.memory_analysis()
     run.say(
-        remat=remat,
-        rows=rows,
-        length=length,
+        remat=shape.remat,
+        rows=shape.rows,
+        length=shape.length,
+        lengths="full" if batch is program.step.full else "drawn",
+        packed=batch.rows.tokens.shape[1:],
+        places=batch.rows.places.shape[2],
+        fill=round(real / padded, 3),
         **summary(found),
-        tokens_per_s=round(tokens / seconds),
+        tokens_per_s=round(padded / seconds),
+        real_tokens_per_s=round(real / seconds),
+        # Of real tokens: what padding costs is not counted as work.
         tflops=round(rate / 1e12, 2),
         mfu=sheet and round(rate / sheet.flops, 3),
         mfu_of_measured=round(rate / run.ceiling("flops"), 3),
         peak_gib=peak_gib(),
         argument_gib=round(memory.argument_size_in_bytes / GIB, 2),
         temp_gib=round(memory.temp_size_in_bytes / GIB, 2),
-        compile_s=step.compile_s,
-    )
-
-
-def _report_real(run: Run, step: Step) -> None:
-    """As many examples of drawn lengths, packed."""
-    take, batch = step.drawn()
-    real, padded = int(np.count_nonzero(np.asarray(batch.rows.segments))), batch.rows.tokens.size
-    found = run.timed(take, 4)
-    seconds = statistics.median(found)
-    run.say(
-        rows=step.shape.rows,
-        length=step.shape.length,
-        lengths="drawn",
-        packed=batch.rows.tokens.shape[1:],
-        places=batch.rows.places.shape[2],
-        **summary(found),
-        tokens_per_s=round(padded / seconds),
-        real_tokens_per_s=round(real / seconds),
-        fill=round(real / padded, 3),
+        compile_s=program.compile_s,
     )
 
 
@@ -262,13 +244,14 @@ def _covered(events: Iterable[Mapping[str, Any]]) -> float:
 
 
 def trace(run: Run) -> None:
-    """One step of the first shape under the profiler."""
+    """One step of the first shape under the profiler, on drawn lengths."""
     step = Step(random_model(run), shapes(run.tiny)[0])
-    step()
+    take = step.compile(step.drawn)
+    take()
     folder, options = run.out / "trace", jax.profiler.ProfileOptions()
     options.python_tracer_level = 0
     with jax.profiler.trace(str(folder), profiler_options=options):
-        step()
+        take()
     newest = max(folder.rglob("*.trace.json.gz"), key=lambda path: path.stat().st_mtime)
     with gzip.open(newest) as file:
         events = json.load(file)["traceEvents"]
