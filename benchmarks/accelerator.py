@@ -6,8 +6,8 @@ that whatever ends the run costs only what was not measured yet. A table of all 
 
     machine   versions, and the device's own ceilings: a large product, a copy
     parity    embedded models on the device against the CPU
-    train     the step at Qwen2.5-7B's shape: full rows in four variants, and rows of drawn lengths
-    decode    64 and 256 rows, base and adapters, against the memory's bound
+    train     the step at Qwen2.5-7B's shape: rows of drawn lengths, and full rows in three variants
+    decode    64 and 256 rows, base and adapters, against the device's bound
     theirs    transformers + PEFT: the first step of `train`, and `generate`
     capture   pooled activations against a bare forward pass, and the loop over batches
     pieces    attention and the loss head in variants
@@ -18,10 +18,11 @@ that whatever ends the run costs only what was not measured yet. A table of all 
 figure was measured, 1 if any failed or was left out; the table says which.
 
 It runs from a checkout. An image with JAX for its device, Flax, Optax, NumPy and safetensors needs
-six more wheels, if it has not got them: absl-py, jaxtyping, wadler-lindig, annotated-types and
+more wheels, if it has not got them: absl-py, jaxtyping, wadler-lindig, gguf, annotated-types and
 typing-inspection, which are pure Python, and pydantic with its compiled pydantic-core (of the
 image's version of Python). `parity` also reads a tokenizer with transformers, and `theirs` needs
-PyTorch, transformers and PEFT; without these the two fail and the others go on.
+PyTorch, transformers and PEFT; without these the two fail and the others go on. A whole study needs
+datasets (with multiprocess and dill), ml_collections, tensorboardX, tenacity and httpx as well.
 """
 
 import argparse

@@ -91,22 +91,22 @@ def _step(
         drawn_lengths(n, length, side) if lengths == "drawn" else full_lengths(n, length)
         for side, n in enumerate(rows)
     ]
-    batches = [_batch(found, length, words, device) for found in sizes]
+    # Each part of a side padded to its longest example, as a data collator pads.
+    batches = [[_batch(part, words, device) for part in _parts(found, parts)] for found in sizes]
 
     def log_probs(ids, mask, response):
         # Full rows need no mask, which lets PyTorch choose its fastest attention.
         given = {"attention_mask": mask} if lengths == "drawn" else {}
         # A full row's response is its second half: logits of the first are not made.
-        kept = length // 2 + 1 if lengths == "full" else length
+        kept = length // 2 + 1 if lengths == "full" else ids.shape[1]
         logits = model(ids, logits_to_keep=kept, **given).logits[:, :-1]
         targets = ids[:, -(kept - 1) :]
         found = logits.float().log_softmax(-1).gather(-1, targets[..., None])[..., 0]
         return found * response[:, -(kept - 1) :]
 
     def step() -> None:
-        total = batches[1][2][:, 1:].sum() / parts
-        pairs = zip(*(zip(*(x.chunk(parts) for x in b), strict=True) for b in batches), strict=True)
-        for forget, retain in pairs:
+        total = sum(response[:, 1:].sum() for _, _, response in batches[1]) / parts
+        for forget, retain in zip(*batches, strict=True):
             ratio = log_probs(*forget).sum(-1)
             loss = -2 / BETA * torch.nn.functional.logsigmoid(-BETA * ratio).mean()
             loss = loss - log_probs(*retain).sum() / total
@@ -119,13 +119,14 @@ def _step(
     found = run.timed(step, 5)
     seconds = float(np.median(found))
     real = sum(map(sum, sizes[0] + sizes[1]))
-    padded = sum(rows) * length
+    padded = sum(ids.numel() for side in batches for ids, _, _ in side)
     run.say(
         recompute=recompute,
         rows=rows,
         length=length,
         lengths=lengths,
         parts=parts,
+        fill=round(real / padded, 3),
         **summary(found),
         tokens_per_s=round(padded / seconds),
         real_tokens_per_s=round(real / seconds),
@@ -133,10 +134,17 @@ def _step(
     )
 
 
+def _parts(sizes: list[tuple[int, int]], parts: int) -> list[list[tuple[int, int]]]:
+    """The lengths of examples in equal parts."""
+    rows = len(sizes) // parts
+    return [sizes[i * rows : (i + 1) * rows] for i in range(parts)]
+
+
 def _batch(
-    sizes: list[tuple[int, int]], length: int, words: int, device: str
+    sizes: list[tuple[int, int]], words: int, device: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Random tokens, real ones and those of responses `[rows, length]`, padded on the right."""
+    """Random tokens, real ones and those of responses `[rows, longest]`, padded on the right."""
+    length = max(map(sum, sizes))
     at = torch.arange(length, device=device)
     prompts, ends = (
         torch.tensor(column, device=device)[:, None]

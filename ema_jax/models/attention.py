@@ -74,10 +74,10 @@ def positions_within(
 
 
 def faster_by_cudnn(platform: str, dtype: Any, head_dim: int, length: int) -> bool:
-    """Whether causal attention of whole rows is cuDNN's: where it can, and was measured faster.
+    """Whether attention is cuDNN's: where it can, and was measured faster.
 
-    On one H100 it took half of XLA's time at 256 tokens, a fifth at 1,024 and a twelfth at 4,096
-    (benchmarks/accelerators.md).
+    On an H100 and an H200 causal rows took half of XLA's time at 256 tokens, a fifth at 1,024 and a
+    tenth at 4,096; packed rows, with their mask, 0.8, 0.4 and 0.4 (benchmarks/accelerators.md).
     """
     narrow = dtype in (jnp.bfloat16, jnp.float16)
     return platform == "gpu" and narrow and head_dim % 8 == 0 and head_dim <= 128 and length >= 256
@@ -90,6 +90,7 @@ def attend(
     mask: Bool[Array, "B 1 T S"],
     *,
     causal: bool = False,
+    packed: bool = False,
 ) -> Float[Array, "B T N H"]:
     """Grouped-query attention, softmax in float32; rows without a visible key stay finite.
 
@@ -101,12 +102,16 @@ def attend(
         causal: the mask hides what comes after, and padding on the right. There causality hides
             padding from real tokens by itself, so that the mask need not be read; what padding
             gets is arbitrary.
+        packed: rows of several examples. On one GPU alone the faster attention takes their mask,
+            as that is where it was tried: with rows on several, XLA would have to split it.
     """
-    length, head_dim = query.shape[1], query.shape[3]
-    if causal and faster_by_cudnn(jax.default_backend(), query.dtype, head_dim, length):
-        attention = jax.nn.dot_product_attention
-        return attention(query, key, value, is_causal=True, implementation="cudnn")
-    return jax.nn.dot_product_attention(query, key, value, mask=mask)
+    attention, seen = jax.nn.dot_product_attention, {"mask": mask}
+    fast = faster_by_cudnn(jax.default_backend(), query.dtype, query.shape[3], query.shape[1])
+    if fast and causal:
+        seen = {"is_causal": True}
+    elif not packed or jax.device_count() > 1:
+        fast = False
+    return attention(query, key, value, **seen, implementation="cudnn" if fast else None)
 
 
 def attend_cached(

@@ -222,7 +222,8 @@ class Decoder(nnx.Module):
             tapped = None if tap is None else tap(x)
             query, key, value = block.queries_keys_values(x, cos, sin)
             visible = visible_in(window) if shared is None else shared
-            mixed = attend(query, key, value, visible, causal=causal)
+            packed = segments is not None
+            mixed = attend(query, key, value, visible, causal=causal, packed=packed)
             mixed = checkpoint_name(mixed, _KEPT)
             x, *added = block.add_branches(x, mixed)
             branches = None if tap is None or not tap_branches else tuple(map(tap, added))

@@ -2,13 +2,14 @@
 
 import types
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from ema_jax.compile_check.workload import architecture
 from ema_jax.config import ModelConfig
-from ema_jax.models.attention import faster_by_cudnn
+from ema_jax.models.attention import attend, faster_by_cudnn
 from ema_jax.models.cache import rows_that_fit
 from ema_jax.unlearning.config import UnlearnConfig
 from ema_jax.unlearning.remat import choose_remat, saved_values
@@ -78,3 +79,23 @@ def test_rows_that_decode_at_once(kind, least, most):
 )
 def test_attention_is_cudnns_where_it_was_faster(platform, dtype, head_dim, length, faster):
     assert faster_by_cudnn(platform, jnp.dtype(dtype), head_dim, length) == faster
+
+
+@pytest.mark.parametrize(
+    ("kind", "devices", "asked"),
+    [
+        ({"causal": True}, 1, {"implementation": "cudnn", "is_causal": True}),
+        ({"causal": True}, 8, {"implementation": "cudnn", "is_causal": True}),
+        ({"packed": True}, 1, {"implementation": "cudnn", "mask": "mask"}),
+        ({"packed": True}, 8, {"implementation": None, "mask": "mask"}),
+        ({}, 1, {"implementation": None, "mask": "mask"}),
+    ],
+)
+def test_what_attention_asks_for_on_a_gpu(kind, devices, asked, monkeypatch):
+    given = []
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "device_count", lambda: devices)
+    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *_, **asked: given.append(asked))
+    x = jnp.zeros((2, 512, 4, 128), jnp.bfloat16)
+    attend(x, x, x, "mask", **kind)
+    assert given == [asked]
