@@ -17,7 +17,7 @@ def get_config():
     config.target = "cybersecurity"
     config.prompts.source = "file"
     config.prompts.path = "runs/smollm2/prompts"
-    # As many as bias allows, which has fewest: about 60 prompts of the public sets are left of it.
+    # As many as bias allows: it has fewest, about 60 prompts of the public sets.
     config.prompts.counts = {"harvest": 48, "retain": 12, "dev": 10, "eval": 14, "concept": 20}
     # Whether a model refuses shows in its first words.
     config.generation.max_new_tokens = 24
