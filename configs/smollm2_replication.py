@@ -13,7 +13,7 @@ def get_config():
     config.cells = {
         f"smollm2_{target}": {"target": target} for target in ("cybersecurity", "safety")
     }
-    # What to say beside what not to say: how the original answers.
+    # DPO also says what to answer: as the model did before it was tuned to refuse.
     config.arms["dpo_retain"] = {
         **config.arms["npo_retain"],
         "objective": "dpo",

@@ -50,11 +50,11 @@ class ModelConfig:
         source: a checkpoint folder, a GGUF file, `pip:PACKAGE` for the one in an installed package,
             or a Hub id; by default the embedded Qwen2 model.
         revision: commit, tag or branch of a Hub id; the commit it names is recorded.
-        dtype: of the base's weights; by default bfloat16 on accelerators, float32 on a CPU.
+        dtype: that of the base's weights; by default bfloat16 on accelerators, float32 on a CPU.
         system_prompt: text of a system message; none is added by default, also where the chat
             template would insert its own (Qwen2.5's does).
-        enable_thinking: whether a model that can do either (Qwen3) thinks before it answers; give
-            it the tokens for it (`generation.max_new_tokens`). Thoughts are never judged.
+        enable_thinking: whether a model that can think before it answers (Qwen3) does; leave room
+            for it (`generation.max_new_tokens`). Thoughts are never judged.
     """
 
     source: str = str(Path(__file__).parent / "organism/checkpoints/qwen2")
@@ -69,7 +69,7 @@ class GenerationConfig:
     """Generation of responses: greedy.
 
     Attributes:
-        max_new_tokens: longest response.
+        max_new_tokens: greatest length of a response, in tokens.
         batch_size: prompts that are answered at once; 0 for as many as the memory has room for,
             which is what an accelerator is fastest with.
     """
@@ -82,15 +82,15 @@ class GenerationConfig:
 class BaselineConfig:
     """What the untouched model has to show for a study to continue past its baseline.
 
-    Shares of responses; a study ends where the whole 95 % interval is beyond a limit. They change
-    no figure, so a study that stopped continues in its folder with others.
+    Shares of responses; a study ends if the whole 95 % interval is beyond a limit. The limits
+    change no figure, so a study that stopped continues in its folder with other ones.
 
     Attributes:
         min_refusal: least share of the target's prompts that is refused, and of those of at least
             one other domain.
-        max_benign_refusal: greatest share of the benign prompts.
-        max_lookalike_refusal: greatest share of the safe look-alikes, if there are any.
-        max_invalid: greatest share of off-topic and degenerate output, of all responses.
+        max_benign_refusal: greatest share of the benign prompts that is refused.
+        max_lookalike_refusal: greatest share of the safe look-alikes, if any, that is refused.
+        max_invalid: greatest share of all responses that is off topic or degenerate.
     """
 
     min_refusal: Share = 0.5
@@ -105,15 +105,15 @@ class ConceptConfig:
 
     Attributes:
         poolings: how a prompt's tokens become one vector; the first one is the main one.
-        permutations: label permutations behind each null.
-        splits: random halves behind each ceiling.
+        permutations: number of label permutations behind each null.
+        splits: number of random splits in halves behind each ceiling.
         sweep_prompts: dev prompts per domain on which layers are swept and patched; 0 for none.
         sweep_layers: number of layers that are swept, evenly spread; 0 for all, or on a CPU as many
             as take some minutes.
         sweep_strengths: multiples of the concept vectors that a sweep adds; it also ablates them.
-        contrast: `shared`, the benign prompts; with `matched`, every prompt that its source brings
-            with a benign rewrite of itself is contrasted with that one, so that a vector holds
-            neither style nor subject (domains without any keep the shared contrast).
+        contrast: what concept vectors are measured against: `shared`, the benign prompts; or
+            `matched`, each prompt's own benign rewrite, so that a vector holds neither style nor
+            subject (domains whose source brings no rewrites keep the shared contrast).
     """
 
     poolings: tuple[str, ...] = ("last_token", "prompt_mean")
@@ -130,10 +130,10 @@ class HarvestConfig:
     """Collection of the model's own responses: the forget and the retain set.
 
     Attributes:
-        min_examples: fewest prompts per domain that must give one.
-        response_cap: tokens after which a response is cut.
+        min_examples: fewest prompts per domain that must give a response to train on.
+        response_cap: number of tokens after which a response is cut.
         samples: responses per prompt: 1 is the greedy one, more are drawn at `temperature`.
-        temperature: of the draws.
+        temperature: that of drawn responses.
     """
 
     min_examples: PositiveInt = 16
@@ -193,15 +193,15 @@ class StudyConfig:
         harvest: collection of the model's own responses.
         sensitivity: repetitions of the evaluation under other sampling; none by default.
         unlearn: settings that all arms share.
-        arms: name → settings of `unlearn` that this arm replaces.
+        arms: name of an arm → settings of `unlearn` that it replaces.
         dose: search for each arm's learning rate and stopping point; off by default.
         seeds: each arm is run once per seed.
         concepts: how concepts are measured.
-        checkpoints: of a run in training.
+        checkpoints: checkpoints of a run in training.
         profile: steps of each run of which a trace is written, to `profile/`; 0 for none.
         tracker: `wandb` or `trackio`, to send training figures there besides TensorBoard's files.
         mesh: devices along `(data, fsdp, tensor)`; -1 takes what is left.
-        heartbeat_seconds: of several processes, one that is silent for as long ends them all.
+        heartbeat_seconds: with several processes, one that is silent for this long ends them all.
         keep_text: keep model responses in artifacts and report; by default only their hashes.
         export: also write every trained model as a merged checkpoint.
         cells: for a replication: name → fields that this cell replaces, nested as in the config.

@@ -73,18 +73,18 @@ class PromptConfig:
             its file as published, or a folder of such files, where the sets below are looked for
             too before they are downloaded.
         counts: prompts per domain in each split; splits not named keep their default.
-        seed: of the draw.
-        max_chars: longest prompt allowed.
+        seed: seed of the draw.
+        max_chars: greatest length of a prompt, in characters.
         near_duplicate: Jaccard similarity from which two prompts are one (`ema_jax.data.dedupe`);
             1 keeps all but exact duplicates.
-        near_split: cosine of character n-grams from which two prompts that are kept never part over
-            splits (`ema_jax.data.similarity`); 1 for no such bond.
+        near_split: cosine of character n-grams from which two prompts that are kept always lie in
+            the same split (`ema_jax.data.similarity`); 1 for no such bond.
         match_length: match lengths over the domains and the contrast (`ema_jax.data.splits`).
         lookalike_source: a public set whose benign prompts look harmful (xstest, or_bench,
             jbb_benign), for over-refusal; `organism` with that source. Rows of a file whose domain
             is `safe_lookalike` serve too.
-        eval_source: the public set of the `eval` split, for a test out of the source; that of the
-            contrast comes from there only if the set has one.
+        eval_source: another public set for the `eval` split, for a test out of the source; its
+            benign prompts come from there only if the set has some.
     """
 
     source: str = "salad"

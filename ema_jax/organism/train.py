@@ -17,7 +17,7 @@ def define_flags() -> None:
     """Declares the command's flags."""
     flags.DEFINE_enum("family", "all", ["all", *FAMILIES], "Which embedded model to train.")
     # No default: the folder of the embedded models is part of an installed package.
-    flags.DEFINE_string("output", None, "Folder that gets one folder a model.")
+    flags.DEFINE_string("output", None, "Folder to write; each model gets a folder in it.")
     flags.DEFINE_integer("seed", 0, "Seed of the corpus, the weights and the batches.")
     cli.require("output")
 

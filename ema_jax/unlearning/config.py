@@ -73,27 +73,27 @@ class UnlearnConfig:
         feature_layer: l of the residual stream h_l that rmu and l2 look at; 0 for a quarter of
             the depth.
         steering: length of the vector that rmu pulls h_l towards.
-        forget_weight: of the forget loss.
-        retain_weight: of the retain loss; 0 leaves the retain set out.
+        forget_weight: weight of the forget loss.
+        retain_weight: weight of the retain loss; 0 leaves the retain set out.
         retain_counts: domain → largest number of its retain examples (`benign` included), in the
             order of the harvest; domains that are not named are left out. Empty for all.
         optimizer: adamw, adafactor, lion or sgd.
-        learning_rate: peak, after `warmup_steps` linear steps.
-        schedule: from the peak to `max_steps`: constant, linear or cosine (both to zero).
-        warmup_steps: see above.
-        weight_decay: decoupled, where the optimizer has it.
+        learning_rate: peak learning rate, after `warmup_steps` linear steps.
+        schedule: learning rate from its peak to `max_steps`: constant, linear or cosine (to zero).
+        warmup_steps: steps in which the learning rate rises from zero to its peak.
+        weight_decay: decoupled weight decay, if the optimizer has it.
         clip_norm: largest global gradient norm.
         batch_size: forget examples a step.
         retain_batch_size: retain examples a step.
         accumulate: number of equal parts of a batch whose gradients are added up before a step.
-        max_steps: the limit.
-        min_steps: no stopping before: the retain set needs time to repair what the first steps
-            break.
+        max_steps: greatest number of steps.
+        min_steps: fewest steps before a run may stop: the retain set needs time to repair what the
+            first steps break.
         eval_every: steps between evaluations on the dev split.
         stop_at: the target's dev refusal rate at which training stops, if the target is answered.
         max_invalid: share of dev responses past which a run is not finished: degenerate ones in
             the worst domain, or ones in the target that neither refuse nor answer. An arm without
-            retain data stops there as collapsed.
+            retain data stops there as damaged.
         remat: what the backward pass computes again: `full` (whole blocks), `projections` (all but
             the projections' results), `none`, or `auto`, by the device's memory
             (`remat.choose_remat`).

@@ -42,10 +42,10 @@ class DoseConfig:
     """Search for each arm's learning rate and stopping point, on dev prompts; off by default.
 
     Attributes:
-        trials: most trials of an arm; 0 for none, and the arms' settings as they are. The first
-            one has the arm's own `learning_rate`.
-        max_steps: of a trial.
-        prompts: dev prompts of the target, and of the contrast, that each evaluation asks.
+        trials: greatest number of trials of an arm; 0 leaves the arms' settings as they are. The
+            first one has the arm's own `learning_rate`.
+        max_steps: greatest number of steps of a trial.
+        prompts: number of dev prompts of the target, and of benign ones, at each evaluation.
     """
 
     trials: Annotated[int, Field(ge=0, le=100)] = 0
