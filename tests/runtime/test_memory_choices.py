@@ -82,20 +82,27 @@ def test_attention_is_cudnns_where_it_was_faster(platform, dtype, head_dim, leng
 
 
 @pytest.mark.parametrize(
-    ("kind", "devices", "asked"),
+    ("kind", "devices", "cudnn", "masked"),
     [
-        ({"causal": True}, 1, {"implementation": "cudnn", "is_causal": True}),
-        ({"causal": True}, 8, {"implementation": "cudnn", "is_causal": True}),
-        ({"packed": True}, 1, {"implementation": "cudnn", "mask": "mask"}),
-        ({"packed": True}, 8, {"implementation": None, "mask": "mask"}),
-        ({}, 1, {"implementation": None, "mask": "mask"}),
+        ({"causal": True}, 1, True, False),
+        ({"causal": True}, 8, True, False),
+        ({"packed": True}, 1, True, True),
+        ({"packed": True}, 8, False, True),
+        ({}, 1, False, True),
     ],
 )
-def test_what_attention_asks_for_on_a_gpu(kind, devices, asked, monkeypatch):
+def test_what_attention_asks_for_on_a_gpu(kind, devices, cudnn, masked, monkeypatch):
     given = []
+
+    def attention(query, *_, **asked):
+        given.append(asked)
+        return query
+
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax, "device_count", lambda: devices)
-    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *_, **asked: given.append(asked))
-    x = jnp.zeros((2, 512, 4, 128), jnp.bfloat16)
-    attend(x, x, x, "mask", **kind)
-    assert given == [asked]
+    monkeypatch.setattr(jax.nn, "dot_product_attention", attention)
+    x, mask = jnp.zeros((2, 256, 4, 128), jnp.bfloat16), jnp.ones((2, 1, 256, 256), bool)
+    attend(x, x, x, mask, **kind)
+    implementation = given[0].pop("implementation")
+    assert implementation == ("cudnn" if cudnn else None)
+    assert given == [{"mask": mask} if masked else {"is_causal": True}]
