@@ -123,9 +123,14 @@ def _fields(found: griffe.Class, prefix: str, meaning: dict[str, str]) -> str:
 
 
 def _default(text: str) -> str:
-    """A default as one would write it in a config."""
+    """A default as one would write it in a config; one that is computed is left to its meaning."""
     factory = re.search(r"default_factory=(?:lambda: )?(.*?)(?:, hash=False)?\)$", text)
-    return {"dict": "{}"}.get(factory[1], factory[1]) if factory else text
+    shown = {"dict": "{}"}.get(factory[1], factory[1]) if factory else text
+    try:
+        ast.literal_eval(shown)
+    except ValueError:
+        return "…"
+    return shown
 
 
 def _api_page() -> str:
