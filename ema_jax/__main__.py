@@ -89,7 +89,7 @@ def _usage() -> str:
             *lines,
             "",
             "ema-jax COMMAND --help lists a command's flags; ema-jax --version the version.",
-            "First study, five minutes on a laptop: ema-jax run --config=tiny --workdir=runs/tiny",
+            "First study, minutes on a laptop: ema-jax run --config=tiny --workdir=runs/tiny",
         ]
     )
 
