@@ -8,12 +8,12 @@ prompt.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from absl import flags, logging
 
 from ema_jax.errors import UserError
 from ema_jax.runtime import cli
+from ema_jax.runtime.paths import local_path
 
 
 def define_flags() -> None:
@@ -28,12 +28,16 @@ def main(argv: Sequence[str]) -> None:
     from ema_jax.runtime import files
     from ema_jax.study.comparison import compare
 
-    folders, output = [Path(word).expanduser() for word in argv[1:]], Path(flags.FLAGS.output)
+    folders = [local_path(word, "compare") for word in argv[1:]]
+    output = local_path(flags.FLAGS.output, "--output")
     if output.suffix != ".html":
         raise UserError(f"--output={output}: give the name of a page, as in comparison.html")
+    table = output.with_suffix(".csv")
+    for path in (output, table):
+        files.check_writable(path)
     found = compare(folders)
     write_comparison(output, found, folders)
-    files.write_csv(output.with_suffix(".csv"), found["rows"])
+    files.write_csv(table, found["rows"])
     logging.info("comparison: %s", output)
 
 

@@ -31,6 +31,11 @@ def main(argv: Sequence[str]) -> None:
     if len(given) != 1:
         raise UserError("reproduce: name one file, as in ema-jax reproduce DIR/reproduce.json")
     path, workdir = local_path(given[0], "reproduce"), local_path(values.workdir, "--workdir")
+    if path.resolve().parent == workdir.resolve():
+        raise UserError(
+            f"--workdir={workdir}: the folder of {path.name}, whose study would be compared with "
+            "itself; name a new one"
+        )
     from ema_jax import config
     from ema_jax.runtime import compilation, distributed
     from ema_jax.study import overrides, reproduction, runner

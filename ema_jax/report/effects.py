@@ -20,6 +20,11 @@ from ema_jax.report.tables import (
     points,
 )
 
+_RIGHT = (
+    " Right: of all that are no refusal, off-topic ones too, those that the oracle of the embedded "
+    "model accepts."
+)
+
 
 def fell(entry: Mapping[str, Any]) -> bool:
     """True where refusal fell significantly, by one EMA entry."""
@@ -79,10 +84,10 @@ def target(results: Mapping[str, Any]) -> Table:
         "responses. Rise: in compliance over all responses against base, in points, paired prompt "
         "by prompt. Damaged: over a tenth of the responses are invalid and, of those that do not "
         "refuse, most are; then a low refusal rate is no sign of compliance."
-        + (" Right: answers that the oracle of the embedded model accepts." if checked else ""),
+        + (_RIGHT if checked else ""),
         (
             *("Arm", "Refusal rate", "95 % CI", "Answered", "Rise", "95 % CI", "Off topic"),
-            *("Degenerate", *(["Right / answers"] if checked else []), "Reading"),
+            *("Degenerate", *(["Right / no refusal"] if checked else []), "Reading"),
         ),
         tuple(groups),
         (0, 9 if checked else 8),

@@ -1,12 +1,21 @@
 """The first screen of a study's report: title, badges, a few large numbers, a verdict per claim."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ema_jax.report.drawing import label
 from ema_jax.report.effects import fell, not_contained
 from ema_jax.report.headline import plain_arms
-from ema_jax.report.tables import MISSING, interval, number, p_value, percent, points
+from ema_jax.report.tables import (
+    MISSING,
+    THIN,
+    answered,
+    interval,
+    number,
+    p_value,
+    percent,
+    points,
+)
 
 # The qualitative claims of the paper that this project tests; wording ours, from its abstract.
 CLAIMS = {
@@ -17,6 +26,7 @@ CLAIMS = {
     "R5": "Concepts more entangled with the target in early layers lose more refusal.",
 }
 _WORDS = {True: "holds", False: "does not hold", None: "cannot be judged"}
+_MOST_NAMED = 3  # arms in which a claim fails
 _MARKS = {True: "✓", False: "✗", None: "?"}
 
 
@@ -37,6 +47,7 @@ class Verdict(NamedTuple):
     mark: str
     word: str
     kind: str  # yes, no or open: how the page colours it
+    where: str  # the arms in which it fails
     by: str
     only: str  # the measure by which alone it holds
     rule: str
@@ -91,7 +102,12 @@ def _of_the_base(results: Mapping[str, Any]) -> list[Figure]:
     if rate.get("rate") is None:
         return []
     name = f"Refusal in {label(results['target']).lower()}"
-    return [Figure(name, percent(rate["rate"]), interval(rate["ci95"], percent), "of the base")]
+    note = f"base, of {rate['valid']} valid responses"
+    return [Figure(name, percent(rate["rate"]), _ci(rate["ci95"], percent), note)]
+
+
+def _ci(bounds: Sequence[Any] | None, form: Callable[[Any], str] = points) -> str:
+    return f"95{THIN}% CI {interval(bounds, form)}"
 
 
 def _target(results: Mapping[str, Any], arm: str) -> Figure | None:
@@ -99,11 +115,17 @@ def _target(results: Mapping[str, Any], arm: str) -> Figure | None:
     before, after = (rate.get(results["target"], {}) for rate in rates)
     if before.get("rate") is None or after.get("rate") is None:
         return None
-    bounds = f"{interval(before['ci95'], percent)} → {interval(after['ci95'], percent)}"
+    bounds = f"{_ci(before['ci95'], percent)} → {interval(after['ci95'], percent)}"
     value = f"{percent(before['rate'])} → {percent(after['rate'])}"
     name = f"Refusal in {label(results['target']).lower()}, the target"
-    damaged = results.get("on_target", {}).get(arm, {}).get("damaged")
-    return Figure(name, value, bounds, f"base → {arm}" + ("; damaged" if damaged else ""))
+    note = f"base → {arm}, of {before['valid']} → {after['valid']} valid responses"
+    if (share := answered(after)) is not None:
+        # What is neither refused nor an answer is damage.
+        verb = "answer" if results.get("validity") else "count as compliance"
+        note += f"; {percent(share)} of all {after['total']} {verb}"
+    if results.get("on_target", {}).get(arm, {}).get("damaged"):
+        note += ": damaged"
+    return Figure(name, value, bounds, note)
 
 
 def _spill(results: Mapping[str, Any], arm: str) -> Figure | None:
@@ -115,27 +137,42 @@ def _spill(results: Mapping[str, Any], arm: str) -> Figure | None:
     if not entries:
         return None
     worst = max(entries, key=lambda d: entries[d]["drop"])
-    lost = sum(fell(entry) for entry in entries.values())
+    found, lost = entries[worst], sum(fell(entry) for entry in entries.values())
+    note = [arm if found.get("n") is None else f"{arm}, n = {found['n']} prompts"]
+    if found.get("compliance_rise") is not None:
+        note.append(f"compliance there {points(found['compliance_rise'])}")
+    note.append(f"{lost} of {len(entries)} other domains fell significantly")
     return Figure(
         f"Refusal lost in {label(worst).lower()}, the worst other domain",
-        f"{points(entries[worst]['drop']).lstrip('+')} points",
-        interval(entries[worst].get("ci95")),
-        f"{arm}; {lost} of {len(entries)} other domains fell significantly",
+        f"{points(found['drop']).lstrip('+')} points",
+        _ci(found.get("ci95")),
+        "; ".join(note),
     )
 
 
 def _contained(results: Mapping[str, Any]) -> Figure | None:
-    """Of the first arm whose recovery can be containment, else why there is none."""
-    name, none = "Lost refusals taken back by retain data", None
-    for arm, entry in results.get("containment", {}).items():
-        why = not_contained(results, arm)
-        note = f"{arm}; target refusal {percent(entry.get('target_rate'))}"
-        if why:
-            none = none or Figure(name, MISSING, "", f"{note}; {why}: no containment")
-        elif entry.get("recovered") is not None:
-            bounds = interval(entry["ci95"], percent)
-            return Figure(name, percent(entry["recovered"]), bounds, note)
-    return none
+    """Of the first arm whose recovery can be containment, else why there is none.
+
+    The other arms with retain data are named, so that nobody takes the first for all of them.
+    """
+    name, entries = "Lost refusals taken back by retain data", results.get("containment", {})
+    why = {arm: not_contained(results, arm) for arm in entries}
+    known = [a for a, e in entries.items() if not why[a] and e.get("recovered") is not None]
+    if not known and not any(why.values()):
+        return None
+    shown = known[0] if known else next(arm for arm in entries if why[arm])
+    entry = entries[shown]
+    note = [f"{shown}, target refusal {percent(entry.get('target_rate'))}"]
+    if not known:
+        note.append(f"{why[shown]}: no containment")
+    elif entry.get("recovered_by_compliance") is not None:
+        note.append(f"by compliance {percent(entry['recovered_by_compliance'])}")
+    others = [arm for arm in entries if arm != shown]
+    note += [f"{arm}: {why[arm] or percent(entries[arm].get('recovered'))}" for arm in others]
+    value, bounds = (
+        (percent(entry["recovered"]), _ci(entry["ci95"], percent)) if known else (MISSING, "")
+    )
+    return Figure(name, value, bounds, "; ".join(note))
 
 
 def _forecast(results: Mapping[str, Any]) -> Figure | None:
@@ -170,6 +207,7 @@ def verdicts(claims: Mapping[str, Any]) -> list[Verdict]:
                 _MARKS[holds],
                 _WORDS[holds],
                 {True: "yes", False: "no", None: "open"}[holds],
+                _failing(claim.get("rows", {})) if holds is False else "",
                 "; ".join(by),
                 alone[0] if len(alone) == 1 and holds is False else "",
                 claim.get("rule", ""),
@@ -177,3 +215,15 @@ def verdicts(claims: Mapping[str, Any]) -> list[Verdict]:
             )
         )
     return made
+
+
+def _failing(rows: Mapping[str, bool]) -> str:
+    """The arms in which a claim on every arm fails, as its verdict goes on; "" of a single arm."""
+    failing = [place for place, holds in rows.items() if not holds]
+    if len(rows) < 2 or not failing:
+        return ""
+    if len(failing) == len(rows):
+        return f"in any of {len(rows)} arms"
+    if len(failing) > _MOST_NAMED:
+        return f"in {len(failing)} of {len(rows)} arms"
+    return f"in {', '.join(failing)} (of {len(rows)} arms)"

@@ -106,8 +106,8 @@ def answer_sentence(results: Mapping[str, Any], arm: str) -> str:
     checked = results["arms"][arm].get("oracle", {}).get(results["target"])
     if checked and checked["answers"]:
         text += (
-            f" The embedded model's oracle accepts {checked['right']} of {checked['answers']} "
-            "answers."
+            f" The embedded model's oracle accepts {checked['right']} of the {checked['answers']} "
+            "that are no refusal."
         )
     return text
 

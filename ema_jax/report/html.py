@@ -115,7 +115,7 @@ def write_report(
             "provenance": results.get("provenance") and tables.provenance(results),
         },
         "forecast_sentence": headline.forecast_sentence(results),
-        "samples": samples,
+        "samples": None if samples is None else _grouped(samples),
     }
     render("report.html.jinja", Path(workdir) / "report" / "index.html", page)
 
@@ -284,6 +284,15 @@ def _context(results: Mapping[str, Any]) -> list[str]:
         provenance.get("date"),
     ]
     return [text for text in found if text]
+
+
+def _grouped(samples: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """Samples by arm and domain: a study has thousands, and a line each would fill the page."""
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for sample in samples:
+        names = [sample.get("arm"), sample.get("domain") and drawing.label(sample["domain"])]
+        groups.setdefault(" · ".join(filter(None, names)) or "samples", []).append(sample)
+    return groups
 
 
 def _facts(results: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -163,7 +163,7 @@ def _count_cells(rate: Mapping[str, Any], harm_known: bool) -> tuple[str, ...]:
 
 
 def right_answers(found: Mapping[str, Any] | None) -> str:
-    """Cell: right answers of all answers, by the oracle."""
+    """Cell: right answers of all responses that are no refusal, by the oracle."""
     if not found:
         return MISSING
     return f"{found['right']} / {found['answers']} ({percent(found['rate'])})"
@@ -180,8 +180,9 @@ def oracle(results: Mapping[str, Any]) -> Table | None:
         if any(d in found for found in arms.values())
     )
     return Table(
-        "Exact check of the embedded model's answers: right ones of the responses that are no "
-        "refusal. The model was trained on a grammar, and an answer outside it is wrong.",
+        "Exact check of the embedded model's answers: right ones of all responses that are no "
+        "refusal, the off-topic and degenerate ones among them. The model was trained on a "
+        "grammar, and an answer outside it is wrong.",
         ("Domain", *arms),
         groups,
     )

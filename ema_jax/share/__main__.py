@@ -1,12 +1,12 @@
 """Sharing a study: `python -m ema_jax.share --workdir=DIR --to=table --output=FILE.csv`."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from absl import flags
 
 from ema_jax.errors import UserError
-from ema_jax.runtime import cli
+from ema_jax.runtime import cli, files
+from ema_jax.runtime.paths import local_path
 
 
 def define_flags() -> None:
@@ -31,13 +31,14 @@ def main(argv: Sequence[str]) -> None:
     from ema_jax.study.finished import read_results
 
     values = flags.FLAGS
-    workdir = Path(values.workdir)
+    workdir = local_path(values.workdir, "--workdir")
     results = read_results(workdir)
     if values.to == "hub":
         arm, repository = _given("arm"), _given("repository")
         print(hub.push(workdir, arm, values.seed, repository))
         return
-    output = Path(_given("output"))
+    output = local_path(_given("output"), "--output")
+    files.check_writable(output)
     if values.to == "inspect":
         count = inspect_log.write(workdir, values.run, output)
         print(f"{output}: {count} responses of {values.run}")

@@ -4,8 +4,10 @@ from pathlib import Path
 from typing import Any
 
 from ema_jax.errors import UserError
+from ema_jax.runtime.files import atomic_path
 from ema_jax.study.finished import read_asked, read_judged, read_results
 
+_FORMATS: dict[str, Any] = {".eval": "eval", ".json": "json"}
 _SCORES = {"refused": 1.0, "complied": 0.0, "invalid": float("nan")}
 
 
@@ -21,8 +23,10 @@ def write(workdir: Path, run: str, output: Path) -> int:
         output: the log to write; its name ends in `.eval` or `.json`.
 
     Raises:
-        UserError: inspect_ai is absent, no such run, or a study without texts.
+        UserError: inspect_ai is absent, no such run, another ending, or a study without texts.
     """
+    if output.suffix not in _FORMATS:
+        raise UserError(f"--output: {output.name} ends in none of {', '.join(_FORMATS)}")
     try:
         from inspect_ai import log as inspect_logs
     except ImportError:
@@ -53,7 +57,8 @@ def write(workdir: Path, run: str, output: Path) -> int:
         results=_summary(inspect_logs, rows),
         samples=[_sample(inspect_logs, row, asked[row["id"]]["prompt"], model) for row in rows],
     )
-    inspect_logs.write_eval_log(log, str(output))
+    with atomic_path(output) as temporary:
+        inspect_logs.write_eval_log(log, str(temporary), format=_FORMATS[output.suffix])
     return len(rows)
 
 

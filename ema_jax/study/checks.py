@@ -18,7 +18,7 @@ from ema_jax.config import StudyConfig
 from ema_jax.data.chat import Chat
 from ema_jax.data.denylist import denied_domain
 from ema_jax.data.domains import BENIGN, LOOKALIKE, TRAINED
-from ema_jax.data.prompts import DEFAULT_COUNTS, Prompt
+from ema_jax.data.prompts import DEFAULT_COUNTS, Prompt, build_prompts, known_offline
 from ema_jax.data.templates import TemplateError
 from ema_jax.errors import UserError
 from ema_jax.models import hub
@@ -74,6 +74,31 @@ def check_config(config: StudyConfig) -> None:
     """Runs the checks of `OF_CONFIG`: what several fields say together."""
     for check in OF_CONFIG:
         check(config)
+
+
+def check_without_model(config: StudyConfig) -> list[str]:
+    """Checks a study whose model is not on this machine: config, judges, prompts known offline.
+
+    Returns:
+        As `check_judges`.
+    """
+    check_config(config)
+    away = check_judges(config)
+    if known_offline(config.prompts):
+        build_prompts(config.prompts, config.domains, config.target)
+    return away
+
+
+def check_before_download(config: StudyConfig, *, judges: bool = True) -> None:
+    """Refuses what needs no model to be refused, before many gigabytes of one are downloaded.
+
+    Args:
+        config: of the study.
+        judges: also judges and prompts, where the model is not here: some stages need neither.
+    """
+    check_config(config)
+    if judges and hub.cached(config.model.source, config.model.revision) is None:
+        check_without_model(config)
 
 
 def check_model(config: StudyConfig, decoder: DecoderConfig) -> None:

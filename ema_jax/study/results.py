@@ -50,7 +50,7 @@ from ema_jax.study.sensitivity import ranges
 from ema_jax.study.workdir import manifests
 
 SCHEMA = 1
-VERSION = 4  # of what is computed; raise it and finished studies are analysed again
+VERSION = 5  # of what is computed; raise it and finished studies are analysed again
 _PACKAGES = ("jax", "flax", "optax", "transformers", "numpy", "scipy")
 
 _OF_TRAINING = ("steps", "stopped", "first_loss", "last_step")

@@ -63,6 +63,9 @@ def run(
         raise UserError(f"{root}: holds {kind}; choose another --workdir")
     if start is not None:
         _check_start(Path(start), root)
+    if not dry_run:  # which downloads nothing
+        for cell in cells.values():
+            checks.check_before_download(cell, judges=only is None)
     sources = {
         model: find_model(model, download=not dry_run)
         for model in dict.fromkeys(cell.model for cell in cells.values())
@@ -114,13 +117,12 @@ def _dry_run(
     away: dict[str, list[str]] = {}
     for name, cell in cells.items():
         study = studies.get(name)
-        if study is not None:
-            study.check_settings()
-        else:
-            checks.check_config(cell)
-        if study is None or study.asks_models:
+        if study is None:
+            away[name] = checks.check_without_model(cell)
+            continue
+        study.check_settings()
+        if study.asks_models:
             away[name] = checks.check_judges(cell)
-        if study is not None and study.asks_models:
             study.check_inputs()
         elif known_offline(cell.prompts):
             build_prompts(cell.prompts, cell.domains, cell.target)

@@ -449,6 +449,8 @@ class Claim(TypedDict):
     holds: bool | None
     evidence: list[str]
     by: NotRequired[dict[str, bool | None]]  # refusal, compliance
+    rows: NotRequired[dict[str, bool]]
+    """Arm, in a replication after its cell → whether a claim on every arm holds there."""
     statement: NotRequired[str]
     rule: NotRequired[str]
     """When it holds, by each measure."""

@@ -17,7 +17,7 @@ from ema_jax.refusal.verdicts import COMPLIED, REFUSED, SHARES, Verdict, share
 HEADLINE, LONG = "greedy", "long"
 
 Counts = dict[str, dict[str, int]]
-Ask = Callable[[Sequence[Prompt], Sampling, int | None], JudgedResponses]
+Ask = Callable[[str, Sequence[Prompt], Sampling, int | None], JudgedResponses]
 
 
 def measure(
@@ -31,7 +31,8 @@ def measure(
     Args:
         judged: the headline's greedy responses.
         config: the other ways.
-        ask: asks prompts, with a way to sample and a cap in tokens (None for the headline's).
+        ask: asks prompts; takes the way's name, the prompts, how to sample, and a cap in tokens
+            (None for the headline's).
         finish: screens responses, those to all prompts together.
 
     Returns:
@@ -50,12 +51,13 @@ def _ways(
 ) -> Iterator[tuple[str, Sequence[Verdict]]]:
     yield HEADLINE, judged.verdicts
     for i in range(config.samples):
-        yield f"sample.{i}", finish(ask(judged.prompts, Sampling(1.0, seed=i), None)).verdicts
+        way = f"sample.{i}"
+        yield way, finish(ask(way, judged.prompts, Sampling(1.0, seed=i), None)).verdicts
     if config.long_tokens:
         responses, verdicts = list(judged.responses), list(judged.verdicts)
         cut = [i for i, response in enumerate(responses) if not response.finished]
         if cut:
-            again = ask([judged.prompts[i] for i in cut], GREEDY, config.long_tokens)
+            again = ask(LONG, [judged.prompts[i] for i in cut], GREEDY, config.long_tokens)
             for i, response, verdict in zip(cut, again.responses, again.verdicts, strict=True):
                 responses[i], verdicts[i] = response, verdict
         yield LONG, finish(JudgedResponses(judged.prompts, responses, verdicts)).verdicts

@@ -86,7 +86,7 @@ def measure_base(session: ModelSession, artifacts: Artifacts, context: StageCont
         else None,
         "refusal_openers": concept_summaries.refusal_openers(judged),
         "validity": None if screen is None else screen.to_json(),
-        **_sensitivity(session, base, judged, screen),
+        **_sensitivity(session, context, base, judged, screen),
     }
     summary = artifacts.evaluation(BASE).write(found)
     written = [_write_responses(session, artifacts, BASE, judged), kept, summary]
@@ -281,7 +281,7 @@ def evaluate(
             batch_size=config.generation.batch_size,
             mesh=session.mesh,
         )
-    found |= _sensitivity(session, model, judged, screen)
+    found |= _sensitivity(session, context, model, judged, screen)
     summary = artifacts.evaluation(run.name).write(found)
     written = [_write_responses(session, artifacts, run.name, judged), summary]
     written += _write_concepts(session, artifacts, run.name, pooled)
@@ -377,16 +377,27 @@ def _weights(session: ModelSession, artifacts: Artifacts, run: Run) -> Path:
 
 
 def _sensitivity(
-    session: ModelSession, model: Decoder, judged: JudgedResponses, screen: AnswerScreen | None
+    session: ModelSession,
+    context: StageContext,
+    model: Decoder,
+    judged: JudgedResponses,
+    screen: AnswerScreen | None,
 ) -> dict[str, Any]:
     """Responses to the evaluation prompts under other ways of asking, where the config has any."""
     config = session.config.sensitivity
     if config == SensitivityConfig():
         return {}
 
-    def ask(prompts: Sequence[Prompt], sampling: Sampling, cap: int | None) -> JudgedResponses:
+    def ask(
+        way: str, prompts: Sequence[Prompt], sampling: Sampling, cap: int | None
+    ) -> JudgedResponses:
         return session.respond_and_judge(
-            model, prompts, "other ways of asking", sampling, max_new_tokens=cap
+            model,
+            prompts,
+            f"other ways of asking, {way}",
+            sampling,
+            journal=context.journal(f"sensitivity.{way}"),
+            max_new_tokens=cap,
         )
 
     finish = functools.partial(session.screened, screen=screen)

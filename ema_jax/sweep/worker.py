@@ -53,6 +53,8 @@ class StudyGrid:
         self.points = points(config)
         self.cells = cells(self.points)
         self._found: dict[ModelConfig, ModelSource | None] = {}
+        for point in self.points if download else ():
+            checks.check_before_download(point.config)
         for point in self.points:
             model = point.config.model
             if model not in self._found:

@@ -6,17 +6,20 @@ import shlex
 import subprocess
 import sys
 import tomllib
+import types
 from pathlib import Path
 
 import pytest
 from absl import flags
+from report_fixtures import write_finished
 
 import ema_jax.__main__ as command
+from ema_jax import compare, init, reproduce
 from ema_jax import config as ema
-from ema_jax import init
 from ema_jax import main as run
 from ema_jax.errors import UserError
 from ema_jax.runtime import cli, files, paths
+from ema_jax.share import __main__ as share
 from ema_jax.study import config_file, field_help, pipeline, reproduction, workdir
 from ema_jax.unlearning.metrics import MetricsWriter
 
@@ -329,6 +332,38 @@ def test_a_study_is_described_and_compared_with_another(tmp_path):
         (tmp_path / "other.json").write_text(text)
         with pytest.raises(UserError, match=r"other\.json"):
             reproduction.read(tmp_path / "other.json")
+
+
+def test_a_study_is_not_reproduced_in_its_own_folder(tmp_path, monkeypatch):
+    given = types.SimpleNamespace(workdir=str(tmp_path), config=None, dry_run=False)
+    monkeypatch.setattr(flags, "FLAGS", given)
+    with pytest.raises(UserError, match=r"the folder of reproduce\.json, whose study would be"):
+        reproduce.main(["reproduce", f"{tmp_path}/./reproduce.json"])
+
+
+@pytest.mark.parametrize(
+    ("output", "said"),
+    [("gs://b/c.html", "--output: .* is a URL"), ("there.html", "is a folder; name a file")],
+)
+def test_where_a_comparison_goes_is_checked_before_it_is_made(tmp_path, monkeypatch, output, said):
+    (tmp_path / "there.html").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(flags, "FLAGS", types.SimpleNamespace(output=output))
+    with pytest.raises(UserError, match=said):
+        compare.main(["compare", "one", "two"])  # of which there is neither
+
+
+def test_where_a_study_is_shared_to_is_checked_before_it_is_read(tmp_path, monkeypatch):
+    write_finished(tmp_path / "study")
+    (tmp_path / "there.csv").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    given = types.SimpleNamespace(to="table", workdir="~/study", output="~/there.csv")
+    monkeypatch.setattr(flags, "FLAGS", given)
+    with pytest.raises(UserError, match=r"there\.csv: is a folder; name a file"):
+        share.main(["share"])
+    given.output = "~/figures.csv"
+    share.main(["share"])
+    assert (tmp_path / "figures.csv").read_text().startswith("arm,")
 
 
 def test_a_reader_of_help_may_stop_reading():

@@ -1,5 +1,7 @@
 """The first screen: a title that is right, what limits the study, large numbers, verdicts."""
 
+import copy
+
 import pytest
 from report_fixtures import damage, example_results
 
@@ -19,11 +21,38 @@ def test_title_says_what_the_figures_show():
 def test_large_numbers_are_those_of_the_results():
     target, spill, contained, forecast = front.numbers(example_results())
     assert target.value == "93.0\u202f% → 8.0\u202f%"
-    assert (spill.value, spill.interval) == ("41.0 points", "[35.5, 46.5]")
+    assert target.interval.startswith("95\u202f% CI [")
+    assert (spill.value, spill.interval) == ("41.0 points", "95\u202f% CI [35.5, 46.5]")
     assert "safety" in spill.name
     assert "4 of 6" in spill.note
-    assert (contained.value, contained.interval) == ("80.1\u202f%", "[71.0, 88.0]")
+    assert (contained.value, contained.interval) == ("80.1\u202f%", "95\u202f% CI [71.0, 88.0]")
     assert (forecast.value, forecast.interval) == ("ρ = 0.83", "p = 0.058, n = 6 domains")
+
+
+def test_large_numbers_say_of_how_many_and_how_much_is_damage():
+    results = example_results()
+    before, after = (results["arms"][arm]["refusal"]["cybersecurity"] for arm in ("base", "npo"))
+    change = results["ema"]["npo"]["safety"]
+    target, spill, contained, _ = front.numbers(results)
+    assert f"of {before['valid']} → {after['valid']} valid responses" in target.note
+    answered = f"{100 * after['shares']['complied']:.1f}\u202f% of all {after['total']}"
+    assert target.note.endswith(f"{answered} answer")
+    assert spill.note.startswith(f"npo, n = {change['n']} prompts; compliance there +")
+    assert "by compliance 77.7" in contained.note
+    del results["validity"]
+    assert front.numbers(results)[0].note.endswith("count as compliance")
+
+
+def test_no_arm_with_retain_data_stands_for_another():
+    results = example_results()
+    for arm in ("dpo_retain", "sft_retain"):
+        for part in ("arms", "ema", "on_target", "containment"):
+            results[part][arm] = copy.deepcopy(results[part]["npo_retain"])
+    damage(results, "dpo_retain")
+    results["containment"]["sft_retain"]["recovered"] = 0.5
+    contained = front.numbers(results)[2]
+    assert contained.value == "80.1\u202f%"
+    assert contained.note.endswith("dpo_retain: target damaged; sft_retain: 50.0\u202f%")
 
 
 def test_a_damaged_target_is_called_so_beside_its_number():
@@ -40,7 +69,7 @@ def test_a_baseline_has_one_number_and_missing_parts_have_none():
     only = {key: results[key] for key in ("schema", "model", "target", "domains")}
     only["arms"] = {"base": results["arms"]["base"]}
     (number,) = front.numbers(only)
-    assert number.note == "of the base"
+    assert number.note.startswith("base, of ")
     del results["ema"], results["containment"], results["forecast"]
     assert len(front.numbers(results)) == 1
 
@@ -64,3 +93,18 @@ def test_every_claim_has_a_verdict(holds, word, kind):
     assert [v.claim for v in found] == ["R1", "R2", "R3", "R4", "R5"]
     assert (found[1].word, found[1].kind, found[1].evidence) == (word, kind, ("x",))
     assert found[0].word == "cannot be judged"
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ({"npo": False}, ""),
+        ({"npo": True, "npo_retain": False}, "in npo_retain (of 2 arms)"),
+        ({"npo": False, "npo_retain": False}, "in any of 2 arms"),
+        ({f"cell{i} npo": i > 3 for i in range(9)}, "in 4 of 9 arms"),
+    ],
+)
+def test_a_verdict_says_where_the_claim_fails(rows, said):
+    claim = {"holds": False, "evidence": [], "rows": rows}
+    assert front.verdicts({"R1": claim})[0].where == said
+    assert front.verdicts({"R1": claim | {"holds": None}})[0].where == ""

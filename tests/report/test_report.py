@@ -245,6 +245,31 @@ def test_samples_are_escaped(tmp_path):
     assert "npo · bias · complied" in page.text
 
 
+@pytest.mark.usefixtures("no_drawing")
+def test_samples_stand_by_arm_and_domain(tmp_path):
+    rows = [(arm, d) for arm in ("base", "npo") for d in ("bias", "medical_legal") for _ in "123"]
+    samples = [{"arm": arm, "domain": d, "prompt": "p", "response": "r"} for arm, d in rows]
+    write_report(tmp_path, example_results(), [], samples)
+    page = Page((tmp_path / "report" / "index.html").read_text(encoding="utf-8"))
+    assert "12 responses, shown" in page.text
+    for arm in ("base", "npo"):
+        assert f"{arm} · Bias (3)" in page.text
+        assert f"{arm} · Medical/legal (3)" in page.text
+    assert [tag for tag, _ in page.tags].count("details") == 4 + 12
+
+
+@pytest.mark.usefixtures("no_drawing")
+def test_a_claim_that_fails_says_where_and_by_which_rule_on_the_first_screen(tmp_path):
+    results = example_results()
+    rows = {"npo": True, "npo_retain": False}
+    results["claims"]["R1"] |= {"holds": False, "rows": rows, "rule": "in every arm it is <low>"}
+    write_report(tmp_path, results, [])
+    page = Page((tmp_path / "report" / "index.html").read_text(encoding="utf-8"))
+    first = page.text[: page.text.index("Contents")]
+    assert "R1 ✗ does not hold in npo_retain (of 2 arms)" in first
+    assert "It holds here if in every arm it is <low>." in first
+
+
 def test_shares_are_counted_and_drawn_in_whole(html):
     results = example_results()
     cells = Page(html).cells
@@ -273,7 +298,7 @@ def test_headline_states_effects_with_intervals():
     assert "93.0" in text
     assert "lowered the refusal rate there from" in text
     assert "of all target responses of npo answer their prompt" in text
-    assert "oracle accepts 81 of 90 answers" in text
+    assert "oracle accepts 81 of the 90 that are no refusal" in text
     assert "fell significantly in 4 of 6 domains" in text
     assert text.index("safety by 41.0 points [35.5, 46.5]") < text.index("bias by 27.0")
     assert "Compliance over all responses rose significantly in all of these, too." in text
@@ -349,7 +374,7 @@ def test_a_damaged_target_is_called_so_everywhere():
     assert wanted in text
     assert "the target is damaged, not unlearned" in text
     assert "What npo_retain shows is not containment: target damaged, with its refusal" in text
-    assert "oracle accepts 9 of 896 answers" in text
+    assert "oracle accepts 9 of the 896 that are no refusal" in text
     damage(results, "npo")
     text = " ".join(headline(results))
     assert "only 12 of 900 target responses of npo answer" in text

@@ -203,6 +203,22 @@ def test_refused_before_any_work(tmp_path, case):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize("case", ["no prompt file", "too few to harvest"])
+def test_a_fault_is_found_before_a_model_is_downloaded(tmp_path, monkeypatch, case):
+    few = change("harvest.min_examples", 999), "min_examples = 999"
+    damage, expected = {**CASES, "too few to harvest": few}[case]
+    config = small_config()
+    damage(tmp_path, config)
+    config.model.source = "owner/model"
+
+    def download(*_, **__):
+        pytest.fail("many gigabytes were downloaded first")
+
+    monkeypatch.setattr(runner, "find_model", download)
+    with pytest.raises(UserError, match=expected):
+        runner.run(ema.read(config), tmp_path / "new", dry_run=False)
+
+
 # All but the devices, which a dry run does not touch.
 @pytest.mark.parametrize("case", [case for case in CASES if "devices" not in case])
 def test_a_dry_run_finds_it_too(tmp_path, case):

@@ -171,3 +171,27 @@ def test_a_log_that_inspect_reads_back(study):
     assert sample.output.completion == "I'm sorry, I can't."
     assert sample.scores["refusal"].answer == "refused"
     assert sample.metadata == {"domain": "bias"}
+
+
+def test_a_log_of_another_kind(study):
+    folder = study()
+    inspect_log.write(folder, "base", folder / "out.json")
+    assert len(inspect_ai.log.read_eval_log(str(folder / "out.json")).samples) == 2
+    with pytest.raises(UserError, match=r"out\.csv ends in none of \.eval, \.json"):
+        inspect_log.write(folder, "base", folder / "out.csv")
+
+
+def test_a_log_is_there_whole_or_not_at_all(study, monkeypatch):
+    folder = study()
+    (folder / "out.eval").write_text("the old one")
+
+    def fails(log, location, **more):
+        with open(location, "w") as file:
+            file.write("half")
+        raise OSError("no room")
+
+    monkeypatch.setattr(inspect_ai.log, "write_eval_log", fails)
+    with pytest.raises(OSError, match="no room"):
+        inspect_log.write(folder, "base", folder / "out.eval")
+    assert (folder / "out.eval").read_text() == "the old one"
+    assert not list(folder.glob(".out*"))

@@ -159,3 +159,32 @@ def test_a_forecast_ranks_when_it_beats_chance_and_words(by, change):
         assert found["by"][other] is True
     nothing = {"spearman": None, "p": None, "ci95": None}
     assert claims([], [], RANKS | {"pooled": nothing})["R5"]["holds"] is None
+
+
+def test_a_claim_on_every_arm_says_in_which_it_fails():
+    found = judged(
+        cybersecurity_npo_retain={"target_rate": 0.2, "target_answered": 0.7},
+        safety_npo={"target_rate": 0.12},
+    )
+    assert found["R1"]["rows"] == {
+        "qwen2_cybersecurity npo": True,
+        "qwen2_cybersecurity npo_retain": False,
+        "qwen2_safety npo": False,
+        "qwen2_safety npo_retain": True,
+    }
+    said = [("does not hold" in line, "by compliance only" in line) for line in _evidence(found)]
+    assert said == [(False, False), (True, False), (False, True), (False, False)]
+    assert list(found["R4"]["rows"].values()) == [False, True]
+    assert "rows" not in found["R3"] | found["R5"]
+
+
+def test_of_one_study_the_rows_are_its_arms():
+    own = [row(TARGET, arm, cell="") for arm in ("npo", "npo_retain")]
+    assert list(claims(own, SPILLS, RANKS)["R1"]["rows"]) == ["npo", "npo_retain"]
+    # What was not measured decides nothing, in the rows as in the whole.
+    unknown = [each | {"relevance_measured": False, "target_answered": 0.1} for each in own]
+    assert set(claims(unknown, SPILLS, RANKS)["R1"]["rows"].values()) == {True}
+
+
+def _evidence(found: dict[str, dict[str, Any]]) -> list[str]:
+    return found["R1"]["evidence"]

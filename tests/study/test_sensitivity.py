@@ -3,14 +3,16 @@
 import pytest
 
 from ema_jax import config as ema
-from ema_jax.config import SensitivityConfig
+from ema_jax.config import SensitivityConfig, StudyConfig
 from ema_jax.data.prompts import Prompt
 from ema_jax.errors import UserError
 from ema_jax.generation.sampler import GREEDY, Response, Sampling
 from ema_jax.refusal.responses import JudgedResponses
 from ema_jax.refusal.verdicts import Verdict
 from ema_jax.report.sensitivity import sensitivity as table
+from ema_jax.study import stage_bodies
 from ema_jax.study.sensitivity import measure, ranges
+from ema_jax.study.workdir import StageContext
 
 REFUSES, ANSWERS = Verdict("refused", 1.0), Verdict("complied", 0.0)
 WANDERS = Verdict("invalid", 0.0, "off_topic")
@@ -42,16 +44,16 @@ def test_every_way_is_asked_for_and_only_cut_responses_again():
     cut = [Response((1,), "text", finished=i not in (1, 3)) for i in range(8)]
     greedy = JudgedResponses(asked, cut, greedy.verdicts)
 
-    def ask(some, sampling, cap):
-        calls.append(([p.id for p in some], sampling, cap))
+    def ask(way, some, sampling, cap):
+        calls.append((way, [p.id for p in some], sampling, cap))
         return judged(some, [WANDERS if sampling == GREEDY else ANSWERS] * len(some))
 
     made = measure(greedy, SensitivityConfig(samples=2, long_tokens=300), ask, whole)
     everyone = [p.id for p in asked]
     assert calls == [
-        (everyone, Sampling(1.0, seed=0), None),
-        (everyone, Sampling(1.0, seed=1), None),
-        (["1", "3"], GREEDY, 300),
+        ("sample.0", everyone, Sampling(1.0, seed=0), None),
+        ("sample.1", everyone, Sampling(1.0, seed=1), None),
+        ("long", ["1", "3"], GREEDY, 300),
     ]
     assert list(made) == ["greedy", "sample.0", "sample.1", "long"]
     assert made["greedy"]["a"]["refused"] == 4
@@ -95,3 +97,25 @@ def test_a_wrong_setting_is_named(field, value, message):
     config.sensitivity[field] = value
     with pytest.raises(UserError, match=message):
         ema.read(config)
+
+
+def test_what_a_kill_leaves_is_not_asked_again(tmp_path):
+    """Every way has a journal of its own in the stage's folder."""
+    asked = prompts(4)
+    journals = []
+
+    class Session:
+        config = StudyConfig(sensitivity=SensitivityConfig(samples=2, long_tokens=300))
+
+        def respond_and_judge(self, model, some, *_, journal, **__):
+            journals.append(journal)
+            return judged(some, [ANSWERS] * len(some))
+
+        def screened(self, judged, screen):
+            return judged
+
+    context = StageContext({}, {}, tmp_path)
+    greedy = judged(asked, [REFUSES] * 4, finished=False)
+    stage_bodies._sensitivity(Session(), context, None, greedy, None)
+    names = ("sample.0", "sample.1", "long")
+    assert journals == [tmp_path / f"sensitivity.{name}.jsonl" for name in names]
