@@ -3,6 +3,7 @@
 python launch/local.py --processes=2 --devices=2 -- \
     python -m ema_jax.main --config=configs/tiny.py --workdir=runs/tiny --config.mesh='(-1,1,1)'
 
+On GPUs, with JAX_PLATFORMS=cuda in the environment, each process takes the one of its number.
 Each line of output is marked with its process. A signal is forwarded to all of them. When one
 fails, the others get `--grace` seconds to save their state and end.
 """
@@ -40,6 +41,7 @@ def main() -> int:
             "EMA_JAX_COORDINATOR": f"localhost:{port}",
             "EMA_JAX_NUM_PROCESSES": str(options.processes),
             "EMA_JAX_PROCESS_ID": str(i),
+            "JAX_LOCAL_DEVICE_IDS": str(i),  # its GPU; else every process takes all of them
             "JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", "cpu"),
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={options.devices}",
             # Threads of XLA's pool. A collective between processes holds one while it waits: with

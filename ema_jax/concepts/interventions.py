@@ -48,7 +48,8 @@ class Intervention:
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """The changed stream, in its own dtype."""
         add, remove = self.add.astype(x.dtype), self.remove.astype(x.dtype)
-        return x - (x @ remove)[..., None] * remove + add
+        along = jnp.matmul(x, remove, precision=jax.lax.Precision.HIGHEST)
+        return x - along[..., None] * remove + add
 
 
 def steering(

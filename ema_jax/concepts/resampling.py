@@ -38,6 +38,15 @@ class Regroupings:
     counts: np.ndarray
     contrasts: np.ndarray
 
+    def padded(self, number: int) -> "Regroupings":
+        """With so many rows, of which those added count nothing: one program for all alike."""
+        more = number - len(self.rows)
+        return Regroupings(
+            np.pad(self.rows, (0, more)),
+            *(np.pad(x, ((0, 0), (0, more))) for x in (self.labels, self.counts)),
+            self.contrasts,
+        )
+
     def cosines(self, gram: Float[jax.Array, "N N"]) -> Float[np.ndarray, "R vectors vectors"]:
         """Cosines between all vectors under every regrouping; NaN where a vector is zero."""
         chunk = _CHUNK_ELEMENTS // (self.labels.shape[1] * self.contrasts.shape[1])
@@ -288,7 +297,9 @@ def _null_draws(
             rows = np.flatnonzero(np.isin(relabelled, pool))
             places = np.searchsorted(pool, relabelled[rows])
             draws[a, b] = permutations_of(rng, repeats, rows, places, contrasts)
-    return draws
+    # Pairs differ by a few prompts, or where domains do by many.
+    most = max(len(drawn.rows) for drawn in draws.values())
+    return {pair: drawn.padded(most) for pair, drawn in draws.items()}
 
 
 def _bootstrap_counts(

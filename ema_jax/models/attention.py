@@ -1,10 +1,13 @@
 """Rotary position embeddings, causal masks and grouped-query attention."""
 
+import re
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
+
+_AMPERE, _HOPPER = (8, 0), (9, 0)
 
 
 def rotary_tables(
@@ -73,14 +76,25 @@ def positions_within(
     return positions + jnp.sum(before, axis=2)
 
 
-def faster_by_cudnn(platform: str, dtype: Any, head_dim: int, length: int) -> bool:
+def compute_capability() -> tuple[int, int]:
+    """Compute capability of the first NVIDIA GPU, as in (9, 0); (0, 0) on any other device."""
+    named = str(getattr(jax.local_devices()[0], "compute_capability", ""))
+    found = re.fullmatch(r"(\d+)\.(\d+)", named)  # an AMD GPU's is a name, such as gfx942
+    return (int(found[1]), int(found[2])) if found else (0, 0)
+
+
+def faster_by_cudnn(
+    capability: tuple[int, int], dtype: Any, head_dim: int, length: int, *, masked: bool = False
+) -> bool:
     """Whether attention is cuDNN's: where it can, and was measured faster.
 
     On an H100 and an H200 causal rows took half of XLA's time at 256 tokens, a fifth at 1,024 and a
     tenth at 4,096; packed rows, with their mask, 0.8, 0.4 and 0.4 (benchmarks/accelerators.md).
+    cuDNN has none for cards before Ampere. With a mask, whose gradient it computes too, it was
+    tried on Hopper alone.
     """
-    narrow = dtype in (jnp.bfloat16, jnp.float16)
-    return platform == "gpu" and narrow and head_dim % 8 == 0 and head_dim <= 128 and length >= 256
+    able = capability >= (_HOPPER if masked else _AMPERE) and dtype in (jnp.bfloat16, jnp.float16)
+    return able and head_dim % 8 == 0 and head_dim <= 128 and length >= 256
 
 
 def attend(
@@ -102,16 +116,23 @@ def attend(
         causal: the mask hides what comes after, and padding on the right. There causality hides
             padding from real tokens by itself, so that the mask need not be read; what padding
             gets is arbitrary.
-        packed: rows of several examples. On one GPU alone the faster attention takes their mask,
-            as that is where it was tried: with rows on several, XLA would have to split it.
+        packed: rows of several examples, whose mask the faster attention takes too.
+
+    The faster attention is taken on one GPU alone, as that is where it was tried: with rows on
+    several, XLA would have to split it.
     """
-    attention, seen = jax.nn.dot_product_attention, {"mask": mask}
-    fast = faster_by_cudnn(jax.default_backend(), query.dtype, query.shape[3], query.shape[1])
+    seen: dict[str, Any] = {"mask": mask}
+    fast = (
+        (causal or packed)
+        and jax.typeof(query).sharding.mesh.size <= 1
+        and faster_by_cudnn(
+            compute_capability(), query.dtype, query.shape[3], query.shape[1], masked=not causal
+        )
+    )
     if fast and causal:
         seen = {"is_causal": True}
-    elif not packed or jax.device_count() > 1:
-        fast = False
-    return attention(query, key, value, **seen, implementation="cudnn" if fast else None)
+    attention, implementation = jax.nn.dot_product_attention, "cudnn" if fast else None
+    return attention(query, key, value, **seen, implementation=implementation)
 
 
 def attend_cached(

@@ -27,7 +27,7 @@ from ema_jax.models.attention import (
 )
 from ema_jax.models.cache import KVCache
 from ema_jax.models.config import DecoderConfig, rope_frequencies
-from ema_jax.models.sharding import product, vocabulary_product
+from ema_jax.models.sharding import exact, product, vocabulary_product
 
 _KEPT = "kept"  # values that `remat="projections"` keeps
 NO_WINDOW = np.iinfo(np.int32).max
@@ -169,6 +169,7 @@ class Decoder(nnx.Module):
             else nnx.Param(_normal(rngs, (config.hidden_size, config.vocab_size)))
         )
 
+    @exact
     def __call__(
         self,
         tokens: Int[Array, "B T"],
@@ -256,6 +257,7 @@ class Decoder(nnx.Module):
             jax.tree.map(lambda leaf, i=i: leaf[i], stacks) for i in range(self.config.num_layers)
         ]
 
+    @exact
     def advance(
         self,
         tokens: Int[Array, "B"],
@@ -289,6 +291,7 @@ class Decoder(nnx.Module):
         after = (cache.next + 1) % seen.shape[1]
         return self.final_norm(x[:, 0]), KVCache(tuple(keys), tuple(values), seen, after)
 
+    @exact
     def run_blocks(
         self,
         x: Float[Array, "B T D"],
@@ -324,6 +327,7 @@ class Decoder(nnx.Module):
         """Attention window of each layer, in tokens."""
         return jnp.array([NO_WINDOW if w is None else w for w in self.config.windows], jnp.int32)
 
+    @exact
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Next-token logits in float32 of hidden states after the final norm."""
         head = self.embed[...].T if self.head is None else self.head[...]

@@ -7,7 +7,7 @@ shardings through the program.
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 from ema_jax.errors import UserError
 from ema_jax.models.config import DecoderConfig
 
-T = TypeVar("T")
+T, Q = TypeVar("T"), ParamSpec("Q")
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = P(("data", "fsdp"))
@@ -39,13 +39,17 @@ _SPECS: dict[str, P | dict[str, P]] = {
 }
 
 
-def make_mesh(shape: Sequence[int] = (1, 1, 1)) -> Mesh:
+def make_mesh(shape: Sequence[int] | None = None) -> Mesh:
     """A mesh over the first devices; one of the sizes may be -1, for all devices left.
+
+    By default it has one device, and those of all processes where there are several.
 
     Raises:
         UserError: not three sizes, more devices than there are, or, with several processes, not
             all of them.
     """
+    if shape is None:
+        shape = (1, -1, 1) if jax.process_count() > 1 else (1, 1, 1)
     sizes, available = list(shape), jax.device_count()
     if len(sizes) != 3 or sizes.count(-1) > 1 or any(n < 1 for n in sizes if n != -1):
         raise UserError(
@@ -182,6 +186,24 @@ def _rows_over(x: Float[Array, "B ... F"], axes: Any, last: Any = P.UNCONSTRAINE
         return x
     spec = P(axes, *(P.UNCONSTRAINED,) * (x.ndim - 2), last)
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+
+def exact(method: Callable[Concatenate[Any, Q], T]) -> Callable[Concatenate[Any, Q], T]:
+    """A method of a model whose products are as exact as the model's weights.
+
+    By default those of float32 are not on accelerators: GPUs round factors to TF32, TPUs to
+    bfloat16. `jax_default_matmul_precision` of one's own stands.
+    """
+
+    @functools.wraps(method)
+    def exactly(model: Any, *args: Q.args, **options: Q.kwargs) -> T:
+        narrow = model.embed[...].dtype != jnp.float32 or jax.default_backend() == "cpu"
+        if narrow or jax.config.jax_default_matmul_precision is not None:
+            return method(model, *args, **options)
+        with jax.default_matmul_precision("highest"):
+            return method(model, *args, **options)
+
+    return exactly
 
 
 def on_cpu(mesh: Mesh) -> bool:

@@ -30,6 +30,8 @@ _ENVIRONMENT = {
     *(errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTEMPTY, errno.EBUSY, errno.ETXTBSY, errno.EXDEV),
     *(errno.ENXIO, errno.ENODEV, errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE),
 }
+# Of XLA's allocators, and of a TPU's compiler.
+_NO_MEMORY = re.compile(r"(?<=RESOURCE_EXHAUSTED: ).*(out of memory|allocat).*", re.I)
 _PLATFORMS = ("JAX_PLATFORMS", "JAX_PLATFORM_NAME", "JAX_NUM_CPU_DEVICES")
 # Where JAX starts its backends, and where it reads its variables.
 _JAX_BACKENDS, _JAX_SETTINGS = (
@@ -47,8 +49,8 @@ def run(
 
     Flags are declared (absl) before the call. Exits 0 on success and for `--help`, 2 with one line
     `error: …` on stderr for a bad flag or a `UserError`, 3 with `stopped: …` for a
-    `RunStoppedError`, a full disk, SIGTERM or Ctrl-C. Any other exception is a bug and keeps its
-    traceback. Logs go to stderr as `HH:MM:SS message`.
+    `RunStoppedError`, a full disk or device, SIGTERM or Ctrl-C. Any other exception is a bug and
+    keeps its traceback. Logs go to stderr as `HH:MM:SS message`.
 
     Args:
         main: takes the program's name and the arguments that are no flags, and returns an exit code
@@ -108,6 +110,14 @@ def _exit_of(error: Exception, kept: str) -> None:
             exit_with("stopped", f"{place}: {os.strerror(code)}; {kept}, once there is room", 3)
         if error.errno in _ENVIRONMENT:
             exit_with("error", f"{place}: {error.strerror}", UserError.exit_code)
+    if isinstance(error, RuntimeError) and (found := _NO_MEMORY.search(str(error))):
+        exit_with(
+            "stopped",
+            f"the memory of a device is full ({found[0]:.200}); {kept}, with settings that need "
+            "less (generation.batch_size, unlearn.remat, unlearn.accumulate) or, on a GPU, with "
+            "more of its memory (XLA_PYTHON_CLIENT_MEM_FRACTION=0.95); see docs/one-gpu.md",
+            RunStoppedError.exit_code,
+        )
     known = isinstance(error, RuntimeError | ValueError | AssertionError)
     if known and (fault := _jax_environment(error)):
         exit_with("error", fault, UserError.exit_code)

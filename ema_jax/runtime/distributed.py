@@ -86,7 +86,9 @@ def _arguments(environment: Mapping[str, str]) -> dict[str, Any] | None:
             return None
         for name in _SLURM:  # which JAX reads
             _number(environment, name, "0")
-        return {}
+        # JAX takes the GPU of the task's number, which a task that is shown one alone has not.
+        shown = environment.get("CUDA_VISIBLE_DEVICES", "")
+        return {"local_device_ids": [0]} if shown and "," not in shown else {}
     if re.fullmatch(r"[\w.:\[\]-]+:\d+", address) is None:
         raise UserError(f"EMA_JAX_COORDINATOR: {address!r} is neither HOST:PORT nor auto")
     if not 0 < int(address.rpartition(":")[2]) < 1 << 16:

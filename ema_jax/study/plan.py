@@ -22,9 +22,10 @@ from ema_jax.runtime.hardware import at_hand, cores
 from ema_jax.study.pipeline import Study, names
 from ema_jax.study.programs import programs
 from ema_jax.study.watching import duration
-from ema_jax.study.workload import CPU_CORE, H100, Rates, Work, work
+from ema_jax.study.workload import CPU_CORE, H100, H200, Rates, Work, work
 
 _SHAPES = Path(checkpoint.__file__).parent / "shapes"
+_MEASURED = "docs/one-gpu.md"
 _LONG = 24 * 3600  # seconds, beyond which a CPU will not do
 _BYTES = {"float32": 4, "bfloat16": 2}
 _STAGES = ("baseline", "concepts", "harvest")
@@ -177,11 +178,12 @@ def _compiled(folder: Path | None) -> str:
 def _accelerator(device: str) -> tuple[Rates, str, str]:
     """Rates for an accelerator, the words for it, and where the figures come from."""
     measured, found = GPUS["h100"], find_accelerator(device)
-    if found is measured:
-        return H100, f"on one {device}", "rates measured on an H100, docs/one-gpu.md"
+    for name, rates in (("h100", H100), ("h200", H200)):
+        if found is GPUS[name]:
+            return rates, f"on one {device}", f"rates measured on an {name.upper()}, {_MEASURED}"
     if found is None:
         on = f"on one H100 (for what is here, {device}, no figures are known)"
-        return H100, on, "rates measured on an H100, docs/one-gpu.md"
+        return H100, on, f"rates measured on an H100, {_MEASURED}"
     # A token is decoded as fast as weights are read; the rest is multiplication.
     rates = H100.on(found.hbm_bandwidth / measured.hbm_bandwidth, found.flops / measured.flops)
     return rates, f"on one {device}", "an H100's measured rates and both data sheets"

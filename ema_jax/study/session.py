@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import gc
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -59,7 +60,9 @@ _loaded: dict[tuple[Path, str | None, Mesh], Decoder] = {}
 def _load(folder: Path, dtype: str | None, mesh: Mesh) -> Decoder:
     key = (folder, dtype, mesh)
     if key not in _loaded:
-        _loaded.clear()  # first, so that two models are never in memory
+        if _loaded:  # two models are never in memory, not even where a cycle holds the first
+            _loaded.clear()
+            gc.collect()
         _loaded[key] = checkpoint.load(folder, mesh=mesh, dtype=dtype)
     return _loaded[key]
 

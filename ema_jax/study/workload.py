@@ -34,8 +34,11 @@ class Rates(NamedTuple):
         return self._replace(decode=self.decode * decode, forward=forward, train=train)
 
 
-# Qwen2.5-7B's shape in bfloat16 (docs/one-gpu.md, 26 November 2026).
-H100 = Rates(7.6e9, 9_200.0, 45_000.0, 11_440.0, 15 * 60.0)
+# Qwen2.5-7B's shape in bfloat16, 64 rows that decode, full rows to train on: an H100 on 26 November
+# 2026, before rows were packed, and an H200 the day after (benchmarks/accelerators.md). A first
+# study has eleven programs, of 14 to 29 s on the H200.
+H100 = Rates(7.6e9, 9_200.0, 45_000.0, 11_440.0, 6 * 60.0)
+H200 = Rates(7.6e9, 11_900.0, 46_500.0, 16_490.0, 6 * 60.0)
 # One core of an AMD EPYC (AVX2) that had other work too, SmolLM2-135M in float32: 72 tokens a
 # processor second generated; 1,024 in 2.6 s of the blocks' forward pass and in 8.3 s of a training
 # step (benchmarks/README.md, 26 November 2026).

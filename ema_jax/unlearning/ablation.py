@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -31,17 +32,27 @@ def orthogonalise(base: Decoder, direction: Float[np.ndarray, "D"]) -> Decoder:
     """
     unit = jnp.asarray(direction / np.linalg.norm(direction), jnp.float32)
 
-    def without(kernel: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        wide = kernel.astype(jnp.float32)
-        return (wide - (wide @ unit)[..., None] * unit).astype(kernel.dtype)
+    def without(kernel: Array) -> nnx.Param:
+        # As it lies on the devices: laid out otherwise, the model would need programs of its own.
+        return nnx.Param(jax.jit(_without, out_shardings=kernel.sharding)(kernel, unit))
 
     model = nnx.merge(*nnx.split(base))
-    model.embed = nnx.Param(without(base.embed[...]))
+    model.embed = without(base.embed[...])
     for name in ("o_proj", "down_proj"):
-        getattr(model.blocks, name).kernel = nnx.Param(
-            without(getattr(base.blocks, name).kernel[...])
-        )
+        getattr(model.blocks, name).kernel = without(getattr(base.blocks, name).kernel[...])
     return model
+
+
+def _without(kernel: Float[Array, "*stack D"], unit: Float[Array, "D"]) -> Float[Array, "*stack D"]:
+    """The kernel without what it writes along `unit`, computed in float32.
+
+    Layer by layer: one stack of a 7B model's MLP would be 7.5 GB in float32, several times.
+    """
+    if kernel.ndim > 2:
+        return jax.lax.map(lambda layer: _without(layer, unit), kernel)
+    wide = kernel.astype(jnp.float32)
+    along = jnp.matmul(wide, unit, precision=jax.lax.Precision.HIGHEST)
+    return (wide - along[:, None] * unit).astype(kernel.dtype)
 
 
 def ablate(

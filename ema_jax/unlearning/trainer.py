@@ -278,9 +278,10 @@ def unlearn(
     groups = batch_multiple(mesh)
     setup = prepare(base, config, seed, mesh, data.pass_tokens(config, groups))
     state, step = init_state(setup), 0
-    # As trained models are read: the same program.
+    # As trained models are read: the same program. In float32 a merged copy, which no step needs.
     before = lora.folded(nnx.merge(setup.graph, setup.initial, setup.frozen))
     run = RunProgress(config, target, before, data, seed, mesh)
+    del before
 
     def measure(metrics: Mapping[str, float]) -> None:
         model = lora.folded(assemble(setup, state.trainable))

@@ -291,7 +291,8 @@ def test_slurm_submits_itself_and_runs_one_process_a_gpu(tmp_path):
     # What SLURM then runs, with the arguments that it was given.
     assert slurm(cluster, *submitted[script + 1 :], SLURM_JOB_ID="7").returncode == 0
     step = cluster.calls[-1]
-    assert step[:3] == ["srun", "--ntasks-per-node=8", "--gpus-per-task=1"]
+    # JAX takes the GPU of a process's number, so that each has to see all of them.
+    assert step[:4] == ["srun", "--ntasks-per-node=8", "--gpus-per-node=8", "--gpu-bind=none"]
     assert step[-4:] == PYTHON[1:]
 
 

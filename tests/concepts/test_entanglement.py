@@ -9,6 +9,7 @@ from sklearn.metrics import roc_auc_score
 from sklearn.preprocessing import StandardScaler
 
 from ema_jax.concepts import entanglement as module
+from ema_jax.concepts import resampling
 from ema_jax.concepts.entanglement import MEASURES, Entanglement, all_pairs
 from ema_jax.concepts.resampling import (
     Regroupings,
@@ -155,6 +156,23 @@ def test_chunks_do_not_change_the_cosines(monkeypatch):
     whole = draws.cosines(gram)
     monkeypatch.setattr("ema_jax.concepts.resampling._CHUNK_ELEMENTS", 100)
     np.testing.assert_allclose(draws.cosines(gram), whole, atol=1e-6)
+
+
+def test_pairs_of_unlike_numbers_of_prompts_share_a_program():
+    """Rows that count nothing change nothing, and a program takes seconds to compile on a GPU."""
+    sizes = (9, 14, 11, 4, 3, 4)  # of three domains, and the contrast prompts of each
+    rng = np.random.default_rng(6)
+    layers = [rng.normal(size=(sum(sizes), 20)).astype(np.float32) for _ in range(2)]
+    for kind, largest in (("raw", 14 + 11 + 11), ("own", 14 + 11 + 3 + 4)):
+        before = resampling._regrouped_cosines._cache_size()
+        resampling.calibrate(layers, sizes, [kind], **FEW, seed=0)
+        assert resampling._regrouped_cosines._cache_size() == before + 1, kind
+        draws = resampling._null_draws(rng, 7, kind, sizes)
+        assert {len(drawn.rows) for drawn in draws.values()} == {largest}
+        assert min(drawn.counts.sum() for drawn in draws.values()) < 7 * largest
+    drawn = permutations_of(rng, 7, np.arange(12), np.repeat([0, 1, 2], 4), raw_contrasts(2))
+    gram = gram_matrix(layers[0])
+    np.testing.assert_allclose(drawn.padded(30).cosines(gram), drawn.cosines(gram), atol=1e-6)
 
 
 def test_counts_are_multiplicities():

@@ -218,9 +218,41 @@ def test_products_of_a_bfloat16_head_have_bfloat16_factors_forwards_and_backward
     assert "f32" in factors(plain_product), "as JAX would have it"
 
 
-def test_meshes():
+@pytest.mark.parametrize(
+    ("backend", "dtype", "own", "precision"),
+    [
+        ("gpu", "float32", None, "HIGHEST"),
+        ("gpu", "float32", "tensorfloat32", "HIGH"),
+        ("gpu", "bfloat16", None, None),
+        ("cpu", "float32", None, None),
+    ],
+)
+def test_products_of_a_float32_model_are_exact(tiny, monkeypatch, backend, dtype, own, precision):
+    """Forwards and backwards, with adapters; GPUs and TPUs would round their factors."""
+    base = checkpoint.load(tiny("qwen2"), dtype=dtype)
+    graph, state = nnx.split(lora.attach(base, lora.LoRAConfig(rank=2), jax.random.key(0)))
+    tokens, mask = random_batch()
+
+    def loss(state):
+        model = nnx.merge(graph, state)
+        run = model.run_blocks(model.embed[...][tokens], mask, 0, 1)
+        return jnp.sum(model.logits(model(tokens, mask).hidden)) + jnp.sum(run).astype(jnp.float32)
+
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    with jax.default_matmul_precision(own):
+        text = str(jax.make_jaxpr(jax.value_and_grad(loss))(state))
+    found = re.findall(r" precision=\(Precision\.(\w+), Precision\.(\w+)\)", text)
+    products = text.count("dot_general[")
+    assert products > 20
+    assert found == [(precision, precision)] * (products if precision else 0)
+
+
+def test_meshes(monkeypatch):
     assert make_mesh((2, -1, 2)).shape == {"data": 2, "fsdp": 2, "tensor": 2}
     assert make_mesh().size == 1
+    with monkeypatch.context() as several:  # which have to share every mesh
+        several.setattr(jax, "process_count", lambda: 2)
+        assert make_mesh().shape == {"data": 1, "fsdp": 8, "tensor": 1}
     assert batch_multiple(make_mesh((2, 2, 2))) == 4
     assert [batch_rows(rows, make_mesh((2, 2, 2))) for rows in (0, 1, 4, 5)] == [4, 4, 4, 8]
     assert batch_rows(7, make_mesh()) == 7

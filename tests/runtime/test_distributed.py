@@ -32,6 +32,9 @@ NO_NUMBERS = ("", "two", "2.0", "-1", "\u00b2", "\u0662", "2(x3)", "9" * 5000, "
         ({}, None),
         ({"SLURM_STEP_NUM_TASKS": "1"}, None),
         ({"SLURM_STEP_NUM_TASKS": "8"}, {}),
+        ({"SLURM_STEP_NUM_TASKS": "8", "CUDA_VISIBLE_DEVICES": "0,1,2,3"}, {}),
+        # With --gpus-per-task=1: the one that is there, whatever the task's number.
+        ({"SLURM_STEP_NUM_TASKS": "8", "CUDA_VISIBLE_DEVICES": "0"}, {"local_device_ids": [0]}),
         ({"EMA_JAX_COORDINATOR": "auto"}, {}),
         (
             ADDRESS | NUMBERS,

@@ -3,6 +3,7 @@
 import errno
 import os
 
+import jax
 import pytest
 
 from ema_jax.errors import UserError
@@ -76,6 +77,23 @@ def test_variables_that_jax_refuses(ended, monkeypatch, name, error):
     monkeypatch.delenv(name)
     with pytest.raises(ValueError, match="alue"):
         ended(ValueError(error), CONFIG)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "Out of memory while trying to allocate 47202402304 bytes.",
+        "Failed to allocate request for 13.50GiB (14495514624B) on device ordinal 0",
+        "XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 20.1G of 15G",
+        "Error allocating device buffer: Attempting to allocate 8.00G. That was not possible.",
+    ],
+)
+def test_a_full_device_says_what_is_kept_and_what_needs_less(ended, said):
+    code, line = ended(jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: {said}\nwith more"))
+    assert code == 3
+    assert line.startswith(f"stopped: the memory of a device is full ({said[:60]}")
+    assert "; all is kept, with settings that need less (generation.batch_size" in line
+    assert "with more)" not in line
 
 
 @pytest.mark.parametrize("error", [RuntimeError("backend"), ValueError("x"), AssertionError("x")])

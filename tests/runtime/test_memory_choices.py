@@ -6,11 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from ema_jax.compile_check.workload import architecture
 from ema_jax.config import ModelConfig
-from ema_jax.models.attention import attend, faster_by_cudnn
+from ema_jax.models.attention import attend, compute_capability, faster_by_cudnn
 from ema_jax.models.cache import rows_that_fit
+from ema_jax.models.sharding import make_mesh
 from ema_jax.unlearning.config import UnlearnConfig
 from ema_jax.unlearning.remat import choose_remat, saved_values
 
@@ -67,42 +70,61 @@ def test_rows_that_decode_at_once(kind, least, most):
 
 
 @pytest.mark.parametrize(
-    ("platform", "dtype", "head_dim", "length", "faster"),
+    ("capability", "dtype", "head_dim", "length", "causal", "masked"),
     [
-        ("gpu", jnp.bfloat16, 128, 256, True),
-        ("gpu", jnp.bfloat16, 128, 128, False),
-        ("gpu", jnp.float32, 128, 256, False),
-        ("gpu", jnp.bfloat16, 100, 256, False),
-        ("tpu", jnp.bfloat16, 128, 4096, False),
-        ("cpu", jnp.bfloat16, 128, 4096, False),
+        ((9, 0), jnp.bfloat16, 128, 256, True, True),
+        ((10, 0), jnp.bfloat16, 128, 256, True, True),
+        ((8, 0), jnp.float16, 128, 256, True, False),  # an A100, where no mask was tried
+        ((7, 5), jnp.bfloat16, 128, 256, False, False),  # a T4, for which cuDNN has none
+        ((9, 0), jnp.bfloat16, 128, 128, False, False),
+        ((9, 0), jnp.float32, 128, 256, False, False),
+        ((9, 0), jnp.bfloat16, 100, 256, False, False),
+        ((9, 0), jnp.bfloat16, 256, 256, False, False),
+        ((0, 0), jnp.bfloat16, 128, 4096, False, False),  # a CPU, a TPU, an AMD GPU
     ],
 )
-def test_attention_is_cudnns_where_it_was_faster(platform, dtype, head_dim, length, faster):
-    assert faster_by_cudnn(platform, jnp.dtype(dtype), head_dim, length) == faster
+def test_attention_is_cudnns_where_it_was_faster(
+    capability, dtype, head_dim, length, causal, masked
+):
+    about = (capability, jnp.dtype(dtype), head_dim, length)
+    assert faster_by_cudnn(*about) == causal
+    assert faster_by_cudnn(*about, masked=True) == masked
 
 
 @pytest.mark.parametrize(
-    ("kind", "devices", "cudnn", "masked"),
+    ("named", "found"),
+    [("9.0", (9, 0)), ("12.0", (12, 0)), ("gfx942", (0, 0)), (None, (0, 0))],
+)
+def test_only_nvidias_cards_have_a_compute_capability(named, found, monkeypatch):
+    about = {} if named is None else {"compute_capability": named}
+    monkeypatch.setattr(jax, "local_devices", lambda: [types.SimpleNamespace(**about)])
+    assert compute_capability() == found
+
+
+@pytest.mark.parametrize(
+    ("kind", "card", "devices", "asked"),
     [
-        ({"causal": True}, 1, True, False),
-        ({"causal": True}, 8, True, False),
-        ({"packed": True}, 1, True, True),
-        ({"packed": True}, 8, False, True),
-        ({}, 1, False, True),
+        ({"causal": True}, "9.0", 1, ("cudnn", "is_causal")),
+        ({"causal": True}, "9.0", 8, (None, "mask")),
+        ({"causal": True}, "7.5", 1, (None, "mask")),
+        ({"packed": True}, "9.0", 1, ("cudnn", "mask")),
+        ({"packed": True}, "9.0", 8, (None, "mask")),
+        ({"packed": True}, "8.0", 1, (None, "mask")),
+        ({}, "9.0", 1, (None, "mask")),
     ],
 )
-def test_what_attention_asks_for_on_a_gpu(kind, devices, cudnn, masked, monkeypatch):
+def test_what_attention_asks_for_on_a_gpu(kind, card, devices, asked, monkeypatch):
     given = []
 
-    def attention(query, *_, **asked):
-        given.append(asked)
+    def attention(query, key, value, *, implementation, **seen):
+        given.append((implementation, *seen))
         return query
 
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(jax, "device_count", lambda: devices)
+    on = NamedSharding(make_mesh((1, devices, 1)), P("fsdp"))
+    x = jax.device_put(jnp.zeros((8, 256, 4, 128), jnp.bfloat16), on)
+    mask = jnp.ones((8, 1, 256, 256), bool)
+    device = types.SimpleNamespace(compute_capability=card)
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
     monkeypatch.setattr(jax.nn, "dot_product_attention", attention)
-    x, mask = jnp.zeros((2, 256, 4, 128), jnp.bfloat16), jnp.ones((2, 1, 256, 256), bool)
-    attend(x, x, x, mask, **kind)
-    implementation = given[0].pop("implementation")
-    assert implementation == ("cudnn" if cudnn else None)
-    assert given == [{"mask": mask} if masked else {"is_causal": True}]
+    jax.jit(lambda x: attend(x, x, x, mask, **kind)).trace(x)
+    assert given == [asked]

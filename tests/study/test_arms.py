@@ -3,8 +3,11 @@
 import dataclasses
 import json
 import random
+import re
 from types import SimpleNamespace
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from small_study import EMBEDDED
@@ -20,6 +23,7 @@ from ema_jax.refusal.evaluation import Evaluation
 from ema_jax.refusal.judges import get_judge
 from ema_jax.refusal.verdicts import COMPLIED
 from ema_jax.study.arm_training import _preferred
+from ema_jax.unlearning import ablation
 from ema_jax.unlearning.ablation import ablate, orthogonalise
 from ema_jax.unlearning.config import AblationArm, UnlearnConfig
 from ema_jax.unlearning.harvest import Harvested, retained
@@ -100,6 +104,17 @@ def test_an_orthogonalised_model_writes_nothing_along_the_direction(tiny):
     )
     assert base.embed[...] is not model.embed[...]
     assert base.blocks.q_proj.kernel[...] is model.blocks.q_proj.kernel[...]
+
+
+def test_a_direction_is_taken_out_of_a_stack_layer_by_layer_and_exactly():
+    """Of a 7B model a whole stack in float32 is 7.5 GB; GPUs round products of float32 to TF32."""
+    stack = jax.ShapeDtypeStruct((8, 64, 256), jnp.bfloat16)
+    unit = jax.ShapeDtypeStruct((256,), jnp.float32)
+    text = jax.jit(ablation._without).lower(stack, unit).as_text()
+    (product,) = re.findall(r"dot_general.*", text)
+    assert "(tensor<64x256xf32>, tensor<256xf32>)" in product
+    assert "precision = [HIGHEST, HIGHEST]" in product
+    assert "8x64x256xf32" not in text
 
 
 @pytest.mark.parametrize(

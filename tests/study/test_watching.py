@@ -169,7 +169,8 @@ def _plan(monkeypatch, tmp_path, device, name="qwen_cyber"):
             "cpu",
             "32 days on the 8 processor cores here, or 57 min on one H100, and some 5 min",
         ),
-        ("NVIDIA H100 80GB HBM3", "57 min on one NVIDIA H100 80GB HBM3, and some 15 min"),
+        ("NVIDIA H100 80GB HBM3", "57 min on one NVIDIA H100 80GB HBM3, and some 6 min"),
+        ("NVIDIA H200", "on one NVIDIA H200, and some 6 min"),
         # Slower by 0.61 in memory, which decoding waits for, and by 0.32 in products.
         ("NVIDIA A100-SXM4-80GB", "2.5 h on one NVIDIA A100-SXM4-80GB"),
         ("NVIDIA GeForce RTX 3090", "on one H100 (for what is here, NVIDIA GeForce RTX 3090, no"),

@@ -73,6 +73,19 @@ def run(base, reference, config=SMALL, *, seed=0, evaluate=never, **more):
     )
 
 
+def test_in_float32_only_the_model_that_is_evaluated_is_merged(base, reference):
+    """A merged copy of a 7B model is 26 GB."""
+    held = []
+
+    def merged(model=None) -> Evaluation:
+        held.append(sum(x.shape == base.blocks.down_proj.kernel.shape for x in jax.live_arrays()))
+        return never(model)
+
+    merged()
+    run(base, reference, evaluate=merged)
+    assert held == [held[0], held[0] + 1, held[0] + 1]
+
+
 # Batches.
 
 
