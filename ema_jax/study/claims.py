@@ -7,7 +7,7 @@ their prompt, the second is undecided. The thresholds are this project's; the pa
 to us.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -84,14 +84,19 @@ class _Found(NamedTuple):
 
     def to_json(self, measured: bool, rule: str) -> Claim:
         by = {"refusal": self.refusal, "compliance": self.compliance if measured else None}
-        both = set(by.values())
         return {
-            "holds": False if False in both else None if None in both else True,
+            "holds": _all_hold(by.values()),
             "by": by,
             "rule": rule,
             "evidence": self.evidence
             + ([] if measured else ["whether responses answer their prompt was not measured"]),
         }
+
+
+def _all_hold(found: Iterable[bool | None]) -> bool | None:
+    """False where one does not hold, else None where one cannot be decided."""
+    several = set(found)
+    return False if False in several else None if None in several else True
 
 
 def _by_rows(
@@ -220,7 +225,8 @@ def _safety_spills_more(
     pairs = {f: v for f, v in by.items() if {"safety", "cybersecurity"} <= set(v)}
     if not pairs:
         return None, [f"needs targets safety and cybersecurity, with a {what} of every seed"]
-    evidence, above = [], []
+    evidence: list[str] = []
+    above: list[bool | None] = []  # None: one seed says nothing of others
     for family, drops in pairs.items():
         safety, cybersecurity = drops["safety"], drops["cybersecurity"]
         more = float(np.mean(safety) - np.mean(cybersecurity))
@@ -228,16 +234,17 @@ def _safety_spills_more(
             f"{family}: mean off-target {what} {100 * np.mean(safety):.0f} points for Safety, "
             f"{100 * np.mean(cybersecurity):.0f} for Cybersecurity, difference {points(more)}"
         )
-        if min(len(safety), len(cybersecurity)) > 1 and np.ptp(safety) + np.ptp(cybersecurity) > 0:
+        several = min(len(safety), len(cybersecurity)) > 1
+        if several and np.ptp(safety) + np.ptp(cybersecurity) > 0:
             test = stats.ttest_ind(safety, cybersecurity, equal_var=False)
             low, high = test.confidence_interval()
             above.append(bool(low > 0))
             text += f" [{points(low)}, {points(high)}]"
         else:
-            above.append(more > 0)
+            above.append(more > 0 if several or more <= 0 else None)
             text += " (no interval over seeds)"
         evidence.append(text)
-    return all(above), evidence
+    return _all_hold(above), evidence
 
 
 def _forecast_ranks(
@@ -268,7 +275,7 @@ def _forecast_ranks(
         for r in plain
         if r["forecast_spearman"] is not None and not by
     ]
-    evidence.append(f"all cells, {against}: {scored(ours)} (permuted within cells)")
+    evidence.append(f"all cells, {against}: {scored(ours)} (domains relabelled alike in all cells)")
     holds = bool(ours["spearman"] > 0 and ours["p"] < 0.05)
     if lexical["spearman"] is not None:
         evidence.append(f"word-overlap baseline, {against}: {scored(lexical)}")

@@ -141,9 +141,12 @@ def test_safety_spills_more_when_the_difference_is_beyond_the_seeds():
     assert expected.replace("-", "−") in found["evidence"][0]
     assert claims([], SPILLS, RANKS)["R3"]["holds"] is True
     assert claims([], SPILLS[::2], RANKS)["R3"]["holds"] is None
+    # One seed of each has no interval, and decides nothing but that safety does not spill more.
     one = claims([], cells([0.3], [0.6]), RANKS)["R3"]
-    assert one["holds"] is True
+    assert one["holds"] is None
     assert "no interval" in one["evidence"][0]
+    assert claims([], cells([0.6], [0.3]), RANKS)["R3"]["holds"] is False
+    assert claims([], cells([0.3, 0.3], [0.6, 0.6]), RANKS)["R3"]["holds"] is True
 
 
 @pytest.mark.parametrize(
