@@ -428,3 +428,14 @@ def recovery_coverage(studies, prompts, seeds, kept, spread, variants=1):
 )
 def test_recovery_coverage(prompts, seeds, kept, spread, variants):
     assert 0.92 <= recovery_coverage(1000, prompts, seeds, kept, spread, variants) <= 0.98
+
+
+def test_the_p_value_does_not_see_seeds_and_the_interval_does():
+    """Three seeds that spread by 8 points about no change: p is of these runs alone."""
+    rng = np.random.default_rng(0)
+    found = [
+        paired.paired_drop(*simulate(rng, 100, 3, 0.0, 0.0, 0.08), seed=i, resamples=400)
+        for i in range(100)
+    ]
+    assert np.mean([each["p"] < 0.05 for each in found]) > 0.3
+    assert np.mean([not each["ci95"][0] <= 0 <= each["ci95"][1] for each in found]) < 0.1

@@ -126,7 +126,7 @@ def test_intervals_cover_in_a_small_simulation():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("items", "seeds"), [(15, 1), (40, 1), (40, 3)])
+@pytest.mark.parametrize(("items", "seeds"), [(20, 1), (40, 1), (40, 3)])
 def test_coverage_with_variants_of_prompts(items, seeds):
     """Five variants an item, which a model mostly refuses or answers all alike."""
     rng = np.random.default_rng(3)
