@@ -295,7 +295,7 @@ def _ratio_residuals(
         return None
     parts = []
     for domain in sums:
-        seen = sum(arm.paired for arm in domain).any(0)  # type: ignore[union-attr]
+        seen = np.any([arm.paired.any(0) for arm in domain], axis=0)
         plain, retained = (_residuals(*(x[:, seen] for x in arm)) for arm in domain)
         parts.append((left * plain - retained) / ema / plain.shape[1])
     return np.concatenate(parts, axis=1) * sum(part.shape[1] for part in parts)

@@ -170,10 +170,12 @@ def _drop(
     arm: str, runs: Sequence[tuple[Mapping[str, Row], Mapping[str, Row]]], domain: str
 ) -> Row | None:
     """Change of one domain over the prompts and the seeds that both have."""
+    if not runs:
+        return None
     rows = [row for pair in runs for row in pair]
     asked = [
         sha256
-        for sha256, row in (rows[0].items() if rows else ())
+        for sha256, row in rows[0].items()
         if row["domain"] == domain and all(sha256 in each for each in rows)
     ]
     if not asked:
