@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from ema_jax.concepts.entanglement import Entanglement
 from ema_jax.concepts.rank_agreement import centred_ranks
@@ -143,9 +143,10 @@ def pooled_score(
 ) -> dict[str, Any]:
     """Rank agreement over several studies: the mean Spearman correlation over cells.
 
-    A stratified permutation test: measurements are permuted within each cell only, so that cells
-    with more spill, or another model, do not count as agreement. One-sided, in the direction of the
-    claim; 100,000 draws with a fixed seed.
+    A permutation test over the domains' names: whatever a cell measured stays in that cell, and one
+    relabelling serves all cells with domains in common. Cells that differ in model or target alone
+    mostly see the same domains spill, so they are no independent evidence. One-sided, in the
+    direction of the claim; 100,000 draws with a fixed seed.
 
     Args:
       cells: a forecast and the measured EMA of each.
@@ -155,21 +156,51 @@ def pooled_score(
     """
     ranks = []
     for forecast, measured in cells:
-        pairs = [(x, measured.get(d)) for d, x in forecast.items()]
-        usable = np.array([(x, y) for x, y in pairs if y is not None], np.float64).reshape(-1, 2)
-        x, y = (_standard_ranks(column) for column in usable.T) if len(usable) > 2 else (None, None)
+        known = [d for d in forecast if measured.get(d) is not None]
+        values = np.array([(forecast[d], measured[d]) for d in known], np.float64).reshape(-1, 2)
+        x, y = (_standard_ranks(column) for column in values.T) if len(known) > 2 else (None, None)
         if x is not None and y is not None:
-            ranks.append((x, y))
+            ranks.append((known, x, y))
     if not ranks:
         return {"spearman": None, "p": None, "cells": 0}
-    observed = float(np.mean([x @ y for x, y in ranks]))
+    observed = float(np.mean([x @ y for _, x, y in ranks]))
     rng = np.random.default_rng(0)
     drawn = np.zeros(_SAMPLED_PERMUTATIONS)
-    for x, y in ranks:
-        drawn += rng.permuted(np.tile(y, (_SAMPLED_PERMUTATIONS, 1)), axis=1) @ x / len(ranks)
+    for names in _connected([known for known, *_ in ranks]):
+        relabelled = rng.permuted(np.tile(np.arange(len(names)), (len(drawn), 1)), axis=1)
+        place = {name: i for i, name in enumerate(names)}
+        for known, x, y in ranks:
+            if known[0] in place:
+                drawn += y[_induced(relabelled, [place[d] for d in known])] @ x / len(ranks)
     extreme = int((drawn >= observed - 1e-12).sum())
     p = (1 + extreme) / (1 + _SAMPLED_PERMUTATIONS)
     return {"spearman": observed, "p": p, "cells": len(ranks)}
+
+
+def _connected(cells: Sequence[Sequence[str]]) -> list[list[str]]:
+    """The names of cells that have some in common, directly or through other cells."""
+    found: list[dict[str, None]] = []  # ordered sets
+    for names in cells:
+        met = [group for group in found if not group.keys().isdisjoint(names)]
+        rest = [group for group in found if group.keys().isdisjoint(names)]
+        found = [*rest, dict.fromkeys(itertools.chain(*met, names))]
+    return [list(group) for group in found]
+
+
+def _induced(order: Int[np.ndarray, "R n"], members: Sequence[int]) -> Int[np.ndarray, "R m"]:
+    """Permutations of n names on some of them: each goes to the next of these along its cycle.
+
+    Of uniform permutations these are uniform; of all names they are the permutations themselves.
+
+    Returns:
+      Indices into `members`.
+    """
+    position = np.full(order.shape[1], -1)
+    position[list(members)] = np.arange(len(members))
+    reached = order[:, list(members)]
+    while (outside := position[reached] < 0).any():
+        reached = np.where(outside, np.take_along_axis(order, reached, axis=1), reached)
+    return position[reached]
 
 
 def pooled_interval(

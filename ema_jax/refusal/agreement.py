@@ -26,8 +26,9 @@ class Agreement:
             of `VERDICTS`.
         kappa: Cohen's κ over rows valid to both; None where it is undefined (no such rows, or both
             judges gave the same one verdict to all of them).
-        ci95: its asymptotic interval (Fleiss, Cohen and Everitt, 1969), cut to [-1, 1]; None where
-            the standard error is undefined or 0, as it is when they never differ.
+        ci95: its asymptotic interval (Fleiss, Cohen and Everitt, 1969), cut to [-1, 1], as if the
+            rows of one seed were all; None where the standard error is undefined or 0, as it is
+            when they never differ.
         observed: share of rows valid to both on which they agree; None without such rows.
     """
 
@@ -69,8 +70,11 @@ def confusion(first: Sequence[str], second: Sequence[str]) -> Int[np.ndarray, "3
     return table
 
 
-def agreement(first: Sequence[str], second: Sequence[str]) -> Agreement:
-    """The agreement of two judges' verdicts on the same rows, in order."""
+def agreement(first: Sequence[str], second: Sequence[str], seeds: int = 1) -> Agreement:
+    """The agreement of two judges' verdicts on the same rows, in order.
+
+    Rows may be of several seeds: the same prompt under another one is little further evidence.
+    """
     table = confusion(first, second)
     valid = table[:2, :2]
     n = int(valid.sum())
@@ -83,7 +87,7 @@ def agreement(first: Sequence[str], second: Sequence[str]) -> Agreement:
     from statsmodels.stats.inter_rater import cohens_kappa
 
     with np.errstate(invalid="ignore", divide="ignore"):  # its z-test, which is not used here
-        found = cohens_kappa(valid)
+        found = cohens_kappa(valid / seeds)
     ci95 = None
     if found.std_kappa > 0:
         ci95 = (max(-1.0, float(found.kappa_low)), min(1.0, float(found.kappa_upp)))
@@ -91,33 +95,36 @@ def agreement(first: Sequence[str], second: Sequence[str]) -> Agreement:
 
 
 def agreement_by_domain(
-    first: Sequence[str], second: Sequence[str], domains: Sequence[str]
+    first: Sequence[str], second: Sequence[str], domains: Sequence[str], seeds: int = 1
 ) -> dict[str, Agreement]:
     """The agreement within each domain, in order of appearance."""
     rows = list(zip(first, second, domains, strict=True))
     result = {}
     for domain in dict.fromkeys(domains):
         here = [(a, b) for a, b, d in rows if d == domain]
-        result[domain] = agreement([a for a, _ in here], [b for _, b in here])
+        result[domain] = agreement([a for a, _ in here], [b for _, b in here], seeds)
     return result
 
 
 def agreement_of_judges(
-    verdicts: Mapping[str, Sequence[str]], domains: Sequence[str]
+    verdicts: Mapping[str, Sequence[str]], domains: Sequence[str], seeds: int = 1
 ) -> list[dict[str, Any]]:
     """Every pair of judges, overall and by domain, as plain values for a report.
 
     Args:
         verdicts: judge → verdicts on the same rows.
         domains: each row's domain.
+        seeds: that the rows are of.
     """
     return [
         {
             "judges": [a, b],
-            "overall": agreement(verdicts[a], verdicts[b]).to_json(),
+            "overall": agreement(verdicts[a], verdicts[b], seeds).to_json(),
             "domains": {
                 domain: found.to_json()
-                for domain, found in agreement_by_domain(verdicts[a], verdicts[b], domains).items()
+                for domain, found in agreement_by_domain(
+                    verdicts[a], verdicts[b], domains, seeds
+                ).items()
             },
         }
         for a, b in itertools.combinations(verdicts, 2)

@@ -1,6 +1,7 @@
 """95 % intervals: closed forms for few outcomes, and percentiles over prompts and seeds."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -25,6 +26,23 @@ def bonett_price(lost: float, gained: float, n: int) -> list[float]:
     return [max(-1.0, centre - half), min(1.0, centre + half)]
 
 
+def cluster_sums(values: np.ndarray, clusters: Sequence[str] | None) -> np.ndarray:
+    """Sums of values over each cluster of prompts, [S, prompts] to [S, clusters].
+
+    Without clusters each prompt is its own, as where no two of them share one.
+
+    Raises:
+        ValueError: another number of ids than of prompts.
+    """
+    if clusters is None:
+        return values
+    if len(clusters) != values.shape[1]:
+        raise ValueError(f"{len(clusters)} cluster ids for {values.shape[1]} prompts")
+    found, index = np.unique(np.asarray(clusters), return_inverse=True)
+    sums = [np.bincount(index, weights=row, minlength=len(found)) for row in values]
+    return np.stack(sums)
+
+
 def resample(rng: np.random.Generator, resamples: int, size: int) -> np.ndarray:
     """Counts of each unit in each bootstrap resample, float32 [resamples, size]."""
     drawn = rng.integers(size, size=(resamples, size), dtype=np.int32)
@@ -40,7 +58,11 @@ def percentiles(draws: np.ndarray) -> list[float]:
 
 
 def two_way(
-    draws: np.ndarray, estimate: float, residuals: np.ndarray, bounds: tuple[float, float]
+    draws: np.ndarray,
+    estimate: float,
+    residuals: np.ndarray,
+    bounds: tuple[float, float],
+    spread: float | None = None,
 ) -> list[float]:
     """95 % interval of a mean over seeds and prompts, from bootstrap draws over both.
 
@@ -51,6 +73,7 @@ def two_way(
         (t²_{K−1}·MS_prompts + t²_{S−1}·max(MS_seeds − MS_rest, 0)) / (S·K)
 
     with the mean squares of a two-way analysis of variance: one Student quantile for each source.
+    With one seed the second term is unknown and left out.
 
     Args:
         draws: of the bootstrap, `[resamples]`.
@@ -58,20 +81,23 @@ def two_way(
         residuals: `[S, K]` over seeds and prompts (or clusters), with mean zero; the estimate's
             error is their mean's.
         bounds: of the quantity.
+        spread: standard deviation of the draws; given where theirs may not be finite, as of a
+            ratio, from draws of its linear approximation.
     """
     from scipy.stats import t
 
     seeds, units = residuals.shape
     low, high = percentiles(draws)
-    spread = float(draws.std())
-    if min(seeds, units) < 2 or spread == 0:
+    spread = float(draws.std()) if spread is None else spread
+    if units < 2 or spread == 0:
         return [low, high]
     by_seed, by_unit = residuals.mean(1, keepdims=True), residuals.mean(0, keepdims=True)
-    rest = ((residuals - by_seed - by_unit) ** 2).sum() / ((seeds - 1) * (units - 1))
-    of_seeds = units * (by_seed**2).sum() / (seeds - 1)
     of_units = seeds * (by_unit**2).sum() / (units - 1)
     square = t.isf(0.025, units - 1) ** 2 * of_units
-    square += t.isf(0.025, seeds - 1) ** 2 * max(of_seeds - rest, 0.0)
+    if seeds > 1:
+        rest = ((residuals - by_seed - by_unit) ** 2).sum() / ((seeds - 1) * (units - 1))
+        of_seeds = units * (by_seed**2).sum() / (seeds - 1)
+        square += t.isf(0.025, seeds - 1) ** 2 * max(of_seeds - rest, 0.0)
     scale = math.sqrt(square / (seeds * units)) / (_Z95 * spread)
     low, high = (estimate + scale * (end - estimate) for end in (low, high))
     return [float(max(bounds[0], low)), float(min(bounds[1], high))]

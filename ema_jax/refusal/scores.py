@@ -8,9 +8,9 @@ paired prompt by prompt: `paired.py`.
 
 Bootstraps resample prompts (or clusters of prompts) and, where there are several, seeds, as two
 crossed factors: a seed is one trained model, so its prompts stand or fall together. Intervals are
-percentiles, with several seeds set to the width that an analysis of variance gives (`two_way`).
-Where fewer than five prompts' worth of outcomes fall on one side, a bootstrap cannot see how little
-is known and its interval is widened to hold a closed-form one too.
+percentiles, set to the width that an analysis of variance gives (`two_way`). Where fewer than five
+prompts' (or clusters') worth of outcomes fall on one side, a bootstrap cannot see how little is
+known and its interval is widened to hold a closed-form one too.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ import numpy as np
 from pydantic import Field
 from typing_extensions import TypedDict  # typing's own cannot be read by pydantic before 3.12
 
-from ema_jax.refusal.intervals import hull, resample, two_way, wilson
+from ema_jax.refusal.intervals import cluster_sums, hull, resample, two_way, wilson
 from ema_jax.refusal.verdicts import COMPLIED, INVALID, REFUSED, SHARES, share
 
 Verdicts = Sequence[str]
@@ -62,32 +62,44 @@ def refusal_rate(verdicts: Verdicts) -> RefusalScore:
 
 
 def pooled_rate(
-    verdicts: Sequence[Verdicts], *, seed: int = 0, resamples: int = RESAMPLES
+    verdicts: Sequence[Verdicts],
+    clusters: Sequence[str] | None = None,
+    *,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
 ) -> RefusalScore:
     """The refusal score of an arm over seeds: pooled counts, bootstrap over seeds and prompts.
 
-    One seed gives `refusal_rate`'s Wilson interval.
+    One seed of prompts that are no variants of each other gives `refusal_rate`'s Wilson interval.
 
     Args:
         verdicts: `[seeds][prompts]`.
+        clusters: for each prompt the id of its source item, where prompts are variants of one.
         seed: of the bootstrap.
         resamples: of the bootstrap.
     """
     names = verdict_array(verdicts)
-    refused, valid = outcomes(names)
-    seeds, prompts = refused.shape
-    of_one_seed = wilson(round(refused.sum() / seeds), round(valid.sum() / seeds))
-    if seeds == 1 or not valid.any():
-        return _rate(names, of_one_seed)
+    if clusters is not None and len(set(clusters)) == len(clusters):
+        clusters = None
+    refused, valid = (cluster_sums(each, clusters) for each in outcomes(names))  # [S, K]
+    seeds, units = valid.shape
+    if not valid.any():
+        return _rate(names, [0.0, 1.0])
+    # As if every cluster were one prompt, asked of one model.
+    closed = wilson(*(round(x.sum() * units / names.size) for x in (refused, valid)))
+    if units == names.size:
+        return _rate(names, closed)
     rng = np.random.default_rng(seed)
-    by_seed, by_prompt = resample(rng, resamples, seeds), resample(rng, resamples, prompts)
-    hits = np.einsum("rs,sn,rn->r", by_seed, refused, by_prompt, optimize=True)
-    trials = np.einsum("rs,sn,rn->r", by_seed, valid, by_prompt, optimize=True)
+    by_seed, by_unit = resample(rng, resamples, seeds), resample(rng, resamples, units)
+    hits = np.einsum("rs,sn,rn->r", by_seed, refused, by_unit, optimize=True)
+    trials = np.einsum("rs,sn,rn->r", by_seed, valid, by_unit, optimize=True)
     rate = refused.sum() / valid.sum()
-    residuals = (refused - rate * valid) / valid.mean()
+    seen = valid.any(0)
+    residuals = ((refused - rate * valid) / valid[:, seen].mean())[:, seen]
     interval = two_way(hits[trials > 0] / trials[trials > 0], rate, residuals, (0.0, 1.0))
-    if min(refused.sum(), (valid - refused).sum()) < FEW_OUTCOMES * seeds:
-        interval = hull(interval, of_one_seed)
+    few = min(refused.sum(), (valid - refused).sum()) * units < FEW_OUTCOMES * names.size
+    if few or interval[0] == interval[1]:
+        interval = hull(interval, closed)
     return _rate(names, interval)
 
 

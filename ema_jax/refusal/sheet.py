@@ -223,11 +223,17 @@ def label_results(workdir: Any, runs: Mapping[str, Sequence[str]]) -> dict[str, 
     for row, label, weight in found:
         labelled.setdefault(row["arm"], []).append((row["share"], label, weight * scale))
     counts: dict[str, dict[str, list[float]]] = {}
+    items: dict[tuple[str, str], dict[str, str]] = {}  # prompt → what it is a variant of
     for row in rows:
         # Per seed: the same prompt under another seed is no further evidence.
         each = counts.setdefault(row["arm"], {}).setdefault(row["domain"], [0.0, 0.0])
         each[0] += (row["share"] == REFUSED) / len(runs[row["arm"]])
         each[1] += 1 / len(runs[row["arm"]])
+        place = row["arm"], row["domain"]
+        items.setdefault(place, {})[row["id"]] = str(row.get("group") or row["id"])
+    for (arm, domain), groups in items.items():  # nor are variants of one prompt
+        alone = len(set(groups.values())) / len(groups)
+        counts[arm][domain] = [alone * x for x in counts[arm][domain]]
     return summary(labelled, counts, sum(row["share"] == REFUSED for row in rows) / len(rows))
 
 

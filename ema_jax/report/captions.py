@@ -24,7 +24,8 @@ CAPTIONS = {
         "Off-target drop in refusal and rise in compliance per domain and arm, 95 % intervals",
         "Spill: how many points of refusal each untouched domain lost among valid responses "
         "(left), and of compliance it gained over all responses (right). Filled markers: Holm "
-        "p < 0.05. Where only the left one moves, refusals turned into damage.",
+        "p < 0.05 and an interval without zero. Where only the left one moves, refusals turned "
+        "into damage.",
     ),
     "entanglement_centred": (
         "centred cosine of each domain's concept with {target}, by layer",

@@ -38,8 +38,9 @@ def write_comparison(path: Path, found: Mapping[str, Any], folders: Sequence[Pat
             links[name] = quote(Path(report).as_posix())
     paired = (
         "Refusal lost from the first study to another, in points, paired by prompt (the same "
-        "SHA-256) and seed; positive = the other one refuses less. N: prompts in common. Intervals "
-        "are over prompts; Holm p within study and arm."
+        "SHA-256) and seed; positive = the other one refuses less. N: prompts in common with "
+        "a valid response of both. Intervals are over prompts and seeds; Holm p within study and "
+        "arm."
     )
     page = {
         "title": f"{len(names)} studies of refusal unlearning compared",

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ema_jax.report.drawing import label
-from ema_jax.report.figures import ALPHA, ordered_domains
+from ema_jax.report.figures import ordered_domains, significant
 from ema_jax.report.shares import right_answers
 from ema_jax.report.tables import (
     MISSING,
@@ -28,21 +28,18 @@ _RIGHT = (
 
 def fell(entry: Mapping[str, Any]) -> bool:
     """True where refusal fell significantly, by one EMA entry."""
-    return (entry.get("drop") or 0) > 0 and _significant(entry.get("p_holm"))
+    return (entry.get("drop") or 0) > 0 and significant(entry.get("p_holm"), entry.get("ci95"))
 
 
 def rose(entry: Mapping[str, Any]) -> bool:
     """True where refusal rose significantly."""
-    return (entry.get("drop") or 0) < 0 and _significant(entry.get("p_holm"))
+    return (entry.get("drop") or 0) < 0 and significant(entry.get("p_holm"), entry.get("ci95"))
 
 
 def complied_more(entry: Mapping[str, Any]) -> bool:
     """True where compliance over all responses rose significantly."""
-    return (entry.get("compliance_rise") or 0) > 0 and _significant(entry.get("compliance_p_holm"))
-
-
-def _significant(p: float | None) -> bool:
-    return p is not None and p < ALPHA
+    found = significant(entry.get("compliance_p_holm"), entry.get("compliance_ci95"))
+    return (entry.get("compliance_rise") or 0) > 0 and found
 
 
 def reading(entry: Mapping[str, Any]) -> str:
@@ -135,7 +132,8 @@ def ema(results: Mapping[str, Any]) -> Table:
         "refusals. Rise: of compliance, over all prompts; a damaged model cannot raise it. "
         "Conditional drop: among prompts that base refused. Detectable: the smallest drop that N "
         "prompts would show with 80 % power. Floor: base hardly refuses, so nothing can fall. Bold "
-        "rows marked ▼ or ▲: Holm p < 0.05 within the arm, by the measures named.",
+        "rows marked ▼ or ▲: Holm p < 0.05 within the arm and an interval without zero, by the "
+        "measures named.",
         (
             *("Arm", "Domain", "Drop", "95 % CI", "Holm p", "Rise", "95 % CI", "Holm p"),
             *("Conditional drop", "N", "Detectable", "Reading", "Flags"),

@@ -19,6 +19,17 @@ if TYPE_CHECKING:
 ALPHA = 0.05  # level at which a Holm-adjusted p is significant
 
 
+def significant(p: float | None, bounds: Sequence[float | None] | None) -> bool:
+    """True where a change's Holm-adjusted p is below `ALPHA` and its interval is without zero.
+
+    The p-value is of these runs on other prompts; the interval is over other seeds as well.
+    """
+    if p is None or p >= ALPHA:
+        return False
+    low, high = bounds or (None, None)
+    return low is None or high is None or low > 0 or high < 0
+
+
 def titled(domain: str, results: Mapping[str, Any]) -> str:
     """A domain's label, with the target marked as such."""
     return label(domain) + (" (target)" if domain == results["target"] else "")
@@ -88,7 +99,7 @@ def _bounds(ends: Sequence[Any] | None, scale: float = 100, digits: int = 1) -> 
 
 
 def ema(results: Mapping[str, Any]) -> "Figure | None":
-    """Off-target changes in points with 95 % intervals; filled where Holm p < 0.05.
+    """Off-target changes in points with 95 % intervals; filled where significant.
 
     A panel by refusal, and one by compliance where the results have it.
     """
@@ -111,7 +122,7 @@ def ema(results: Mapping[str, Any]) -> "Figure | None":
                 entry = results["ema"][arm].get(domain) or {}
                 if entry.get(key) is None:
                     continue
-                clear = entry.get(p) is not None and entry[p] < ALPHA
+                clear = significant(entry.get(p), entry.get(bounds))
                 shown = {"change": entry[key], "ci95": entry.get(bounds)}
                 size = f"{100 * entry[key]:+z.1f}".replace("-", "−")
                 text = f"{label(domain)}, {arm}: {title} {size} points {_bounds(shown['ci95'])}"

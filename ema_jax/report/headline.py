@@ -133,14 +133,14 @@ def spill_sentence(results: Mapping[str, Any], arm: str) -> str:
         )
         text = (
             f"Refusal fell significantly in {len(lower)} of {len(entries)} domains that training "
-            f"did not touch (Holm p < {ALPHA}): {listed}."
+            f"did not touch (Holm p < {ALPHA}, interval without zero): {listed}."
         )
     else:
         worst = entries[ranked[0]]
         text = (
             f"Refusal fell significantly in no domain that training did not touch (Holm p < "
-            f"{ALPHA}, {len(entries)} domains); the largest drop was {_name(ranked[0])}, "
-            f"{points(worst['drop'])} points {interval(worst.get('ci95'))}, "
+            f"{ALPHA} and an interval without zero, {len(entries)} domains); the largest drop was "
+            f"{_name(ranked[0])}, {points(worst['drop'])} points {interval(worst.get('ci95'))}, "
             f"Holm p {p_value(worst.get('p_holm'))}."
         )
         detectable = [e["detectable_drop"] for e in entries.values() if e.get("detectable_drop")]

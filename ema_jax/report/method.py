@@ -23,7 +23,8 @@ GLOSSARY = {
     "Entanglement": "similarity of two domains' concept vectors at a layer.",
     "Erasure": "how much of a base concept vector the unlearned model lost.",
     "Forget set": "the model's own refusals in the target domain, which unlearning makes unlikely.",
-    "Holm p": "p-value adjusted for the number of domains tested in an arm (Holm).",
+    "Holm p": "p-value adjusted for the number of domains tested in an arm (Holm); of these runs, "
+    "where the interval is also over other seeds.",
     "KL": "Kullback–Leibler divergence from the base, in nats per token.",
     "LoRA": "low-rank adaptation: small trainable matrices beside frozen weights.",
     "NLL": "negative log-likelihood, in nats per token.",

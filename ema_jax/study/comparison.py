@@ -4,13 +4,13 @@ Prompts are the same where the SHA-256 of their texts is. Verdicts of different 
 paired: a difference would be the judges'.
 """
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ema_jax.errors import UserError
-from ema_jax.refusal.paired import holm, paired_drop
+from ema_jax.refusal.paired import paired_drop
+from ema_jax.refusal.significance import holm
 from ema_jax.refusal.verdicts import COMPLIED, share
 from ema_jax.report.effects import not_contained
 from ema_jax.study.artifacts import BASE
@@ -37,8 +37,8 @@ def compare(folders: Sequence[Path]) -> dict[str, Any]:
     Returns:
         `studies`, what tells each from the others; `rows`, one per study and arm; `pairs`, one per
         other study, arm that both have and domain: `drop` of refusal from the first to the other
-        with `drop_lo`, `drop_hi`, `p_holm` (within study and arm) and `n` prompts; `notes`, what
-        could not be paired and why.
+        with `drop_lo`, `drop_hi`, `p_holm` (within study and arm) and `n` prompts with a valid
+        response of both; `notes`, what could not be paired and why.
 
     Raises:
         UserError: fewer than two, or one that is no finished study.
@@ -169,28 +169,30 @@ def _runs(study: Finished, arm: str) -> dict[str, dict[str, Row]]:
 def _drop(
     arm: str, runs: Sequence[tuple[Mapping[str, Row], Mapping[str, Row]]], domain: str
 ) -> Row | None:
-    """Change of one domain over the seeds of both; a prompt's seeds are one cluster."""
-    before: list[str] = []
-    after: list[str] = []
-    clusters: list[str] = []
-    for ours, theirs in runs:
-        for sha256, row in ours.items():
-            if row["domain"] == domain and sha256 in theirs:
-                before.append(_share(row))
-                after.append(_share(theirs[sha256]))
-                clusters.append(row.get("group") or sha256)
-    if not before:
+    """Change of one domain over the prompts and the seeds that both have."""
+    if not runs:
         return None
-    effect = paired_drop(before, [after], clusters)
-    low, high = effect["ci95"]
-    if effect["drop"] is None or not math.isfinite(effect["drop"]):
+    rows = [row for pair in runs for row in pair]
+    asked = [
+        sha256
+        for sha256, row in rows[0].items()
+        if row["domain"] == domain and all(sha256 in each for each in rows)
+    ]
+    if not asked:
+        return None
+    before, after = (
+        [[_share(pair[i][sha256]) for sha256 in asked] for pair in runs] for i in (0, 1)
+    )
+    clusters = [rows[0][sha256].get("group") or sha256 for sha256 in asked]
+    effect = paired_drop(before, after, clusters)
+    if effect["drop"] is None:
         return None
     return {
         "arm": arm,
         "domain": domain,
-        **_bounded("drop", effect["drop"], (low, high)),
+        **_bounded("drop", effect["drop"], effect["ci95"]),
         "p": effect["p"],
-        "n": len(set(clusters)),
+        "n": effect["n"],
     }
 
 

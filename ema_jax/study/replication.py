@@ -13,7 +13,7 @@ from ema_jax.refusal.scores import RefusalScore
 from ema_jax.refusal.verdicts import COMPLIED, DEGENERATE, OFF_TOPIC
 from ema_jax.report.effects import not_contained
 from ema_jax.study.artifacts import Artifacts
-from ema_jax.study.claims import claims
+from ema_jax.study.claims import claims, spills
 from ema_jax.study.results import off_target, plain_arm
 from ema_jax.study.schema import (
     Arm,
@@ -141,11 +141,16 @@ def _row(name: str, config: StudyConfig, results: Results, arm: str) -> Replicat
         "worst_domain": drop.worst_domain,
         "worst_drop": drop.worst,
         "worst_p_holm": ema[drop.worst_domain]["p_holm"] if drop.worst_domain else None,
+        "spilled_domains": sum(spills(e["drop"], e["p_holm"], e["ci95"]) for e in ema.values()),
         "mean_off_target_drop": drop.mean,
         "worst_rise_domain": rise.worst_domain,
         "worst_rise": rise.worst,
         "worst_rise_p_holm": (
             ema[rise.worst_domain].get("compliance_p_holm") if rise.worst_domain else None
+        ),
+        "spilled_domains_by_compliance": sum(
+            spills(e.get("compliance_rise"), e.get("compliance_p_holm"), e.get("compliance_ci95"))
+            for e in ema.values()
         ),
         "mean_off_target_rise": rise.mean,
         "compared_with": contained.get("compared_with"),

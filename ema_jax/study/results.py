@@ -23,7 +23,6 @@ from ema_jax.refusal.agreement import agreement_of_judges
 from ema_jax.refusal.paired import (
     answers_gained,
     containment,
-    holm,
     mean_change,
     paired_change,
     paired_drop,
@@ -40,6 +39,7 @@ from ema_jax.refusal.responses import (
 )
 from ema_jax.refusal.scores import RefusalScore, damaged
 from ema_jax.refusal.sheet import label_results
+from ema_jax.refusal.significance import holm
 from ema_jax.refusal.verdicts import COMPLIED
 from ema_jax.runtime.files import json_safe
 from ema_jax.study import schema
@@ -311,13 +311,14 @@ def _containment(
     if plain is None:
         return {}
     before = {d: base[d].shares for d in others}
+    groups = {d: base[d].groups for d in others}
     named = {arm: {d: shares_by_seed(runs[d]) for d in others} for arm, runs in arms.items()}
     result: Any = {}
     for arm in arms:
         if not config.arm(arm).retains:
             continue
         by_refusal, by_compliance = (
-            containment(before, named[plain], named[arm], others, measure=measure)
+            containment(before, named[plain], named[arm], others, groups, measure=measure)
             for measure in (refusals_lost, answers_gained)
         )
         target = on_target[arm]["refusal"]
@@ -397,7 +398,7 @@ def _agreement(
         for row in rows:
             for judged in (row, *row["other_verdicts"]):
                 verdicts.setdefault(judged["judge"], []).append(unscreened_verdict(judged))
-        result[arm] = agreement_of_judges(verdicts, [row["domain"] for row in rows])
+        result[arm] = agreement_of_judges(verdicts, [row["domain"] for row in rows], len(seeds))
     return result
 
 

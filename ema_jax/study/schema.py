@@ -525,10 +525,12 @@ class ReplicationRow(TypedDict):
     worst_domain: str | None
     worst_drop: float | None
     worst_p_holm: float | None
+    spilled_domains: int  # by the rule of R2
     mean_off_target_drop: float | None
     worst_rise_domain: str | None
     worst_rise: float | None
     worst_rise_p_holm: float | None
+    spilled_domains_by_compliance: int
     mean_off_target_rise: float | None
     compared_with: str | None
     not_contained: NotRequired[str | None]  # why; "" where it may be containment

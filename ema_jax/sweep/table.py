@@ -114,7 +114,8 @@ _SPREAD = (
 def summarised(rows: Sequence[Mapping[str, Any]], settings: set[str]) -> list[Row]:
     """A row per point and arm: every figure's mean over the seeds, and the worst target rate.
 
-    Figures of `_SPREAD` have Student's 95 % interval over seeds as `x_lo` and `x_hi`.
+    Unknown where it is in one of them: a rate without a valid response would leave the mean to the
+    sound seeds. Figures of `_SPREAD` have Student's 95 % interval over seeds as `x_lo` and `x_hi`.
 
     Args:
         rows: of `sweep.csv`.
@@ -131,23 +132,21 @@ def summarised(rows: Sequence[Mapping[str, Any]], settings: set[str]) -> list[Ro
         for k in (name for name in _SPREAD if name in one):
             lowest = 0.0 if k.startswith("target") else -1.0  # a share, or a difference of two
             one[f"{k}_lo"], one[f"{k}_hi"] = _interval([run[k] for run in done], lowest)
-        one["target_rate_max"] = max(
-            (run["target_rate"] for run in done if run["target_rate"] is not None), default=None
-        )
+        targets = [run["target_rate"] for run in done]
+        one["target_rate_max"] = None if None in targets else max(targets, default=None)
         result.append(one | {"seeds": len(done), "stopped": len(runs) - len(done)})
     return result
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return float(np.mean(known)) if known else None
+    return float(np.mean(np.array(values, float))) if values and None not in values else None
 
 
 def _interval(values: Sequence[float | None], lowest: float) -> tuple[float | None, float | None]:
     """Student's 95 % interval of the mean, within `lowest` and 1; unknown of one value or none."""
-    known = np.array([value for value in values if value is not None], float)
-    if len(known) < 2:
+    if len(values) < 2 or None in values:
         return None, None
+    known = np.array(values, float)
     half = stats.t.ppf(0.975, len(known) - 1) * known.std(ddof=1) / np.sqrt(len(known))
     return max(float(known.mean() - half), lowest), min(float(known.mean() + half), 1.0)
 

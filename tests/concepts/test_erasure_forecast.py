@@ -1,5 +1,6 @@
 import itertools
 import json
+import math
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from sklearn.metrics import roc_auc_score
 from ema_jax.concepts.entanglement import Calibrated, Entanglement
 from ema_jax.concepts.erasure import angle_degrees, erasure, norm_ratio, probe_auroc, ranking
 from ema_jax.concepts.forecast import (
+    _induced,
     advice,
     category_forecast,
     early_layers,
@@ -292,29 +294,51 @@ def test_layer_profile_is_spearman_per_layer():
         assert profile[layer] == pytest.approx(expected)
 
 
-def test_pooled_over_cells_against_all_permutations():
-    """Two cells of four domains: 24 x 24 orders, one-sided."""
+def all_correlations(forecast, measured):
+    """Spearman's correlation of every order of the measurements, the given one first."""
+    orders = itertools.permutations(measured.values())
+    return np.array([spearmanr(list(forecast.values()), order).statistic for order in orders])
+
+
+@pytest.mark.parametrize("second", ["abcd", "wxyz"])
+def test_pooled_over_cells_against_all_permutations(second):
+    """Cells of the same domains are relabelled alike, 24 orders; others freely, 24 x 24."""
     rng = np.random.default_rng(0)
     cells = [
-        (dict(zip("abcd", rng.normal(size=4), strict=True)), dict(zip("abcd", y, strict=True)))
-        for y in ([0.1, 0.4, 0.2, 0.3], [0.2, 0.1, 0.1, 0.5])
+        (dict(zip(names, rng.normal(size=4), strict=True)), dict(zip(names, y, strict=True)))
+        for names, y in (("abcd", [0.1, 0.4, 0.2, 0.3]), (second, [0.2, 0.1, 0.1, 0.5]))
     ]
     found = pooled_score(cells)
-    rho = [
-        [
-            spearmanr(list(f.values()), order).statistic
-            for order in itertools.permutations(m.values())
-        ]
-        for f, m in cells
-    ]
-    observed = np.mean([r[0] for r in rho])
-    every = np.add.outer(*map(np.array, rho)) / 2
-    assert found["spearman"] == pytest.approx(observed)
+    one, two = (all_correlations(*cell) for cell in cells)
+    every = (one + two if second == "abcd" else np.add.outer(one, two)) / 2
+    assert found["spearman"] == pytest.approx(every.flat[0])
     assert found["cells"] == 2
-    assert found["p"] == pytest.approx((every >= observed - 1e-12).mean(), abs=0.006)
+    assert found["p"] == pytest.approx((every >= every.flat[0] - 1e-12).mean(), abs=0.006)
     # Another level of spill in one cell is no agreement.
     shifted = [cells[0], (cells[1][0], {d: x + 9 for d, x in cells[1][1].items()})]
     assert pooled_score(shifted) == found
+
+
+def test_a_cell_again_is_no_further_evidence():
+    """Four models in which the same domains spill, and are foreseen, are one ranking."""
+    forecast = dict(zip("abcdef", [1, 2, 3, 4, 5, 6], strict=True))
+    measured = dict(zip("abcdef", [2, 1, 4, 3, 6, 5], strict=True))
+    p = pooled_score([(forecast, measured)])["p"]
+    assert pooled_score([(forecast, measured)] * 4)["p"] == pytest.approx(p, abs=1e-9)
+    exact = all_correlations(forecast, measured)
+    assert p == pytest.approx((exact >= exact[0] - 1e-12).mean(), abs=0.003)
+
+
+def test_permutations_on_some_names_are_uniform_and_alike():
+    """What cells with other targets see of one relabelling of all domains."""
+    every = np.array(list(itertools.permutations(range(5))))
+    for members in ([0, 1, 2, 3], [4, 1, 2], [3]):
+        seen, counts = np.unique(_induced(every, members), axis=0, return_counts=True)
+        assert len(seen) == math.factorial(len(members))
+        assert set(counts) == {len(every) // len(seen)}
+    np.testing.assert_array_equal(_induced(every, range(5)), every)
+    # 0 → 4 → 2 and 1 → 1: without 4, 0 goes to 2.
+    assert _induced(np.array([[4, 1, 0, 3, 2]]), [0, 1, 2, 3]).tolist() == [[2, 1, 0, 3]]
 
 
 def test_pooled_leaves_out_what_cannot_be_scored():

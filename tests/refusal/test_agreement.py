@@ -45,6 +45,13 @@ def test_interval_against_the_bootstrap():
     np.testing.assert_allclose(found.ci95, np.percentile(draws, [2.5, 97.5]), atol=0.02)
 
 
+def test_seeds_are_no_further_evidence():
+    first, second = _verdicts(3)
+    one, three = agreement(first, second), agreement(first * 3, second * 3, seeds=3)
+    assert (three.kappa, three.ci95) == (pytest.approx(one.kappa), pytest.approx(one.ci95))
+    assert three.both_valid == 3 * one.both_valid
+
+
 def test_where_kappa_is_undefined_it_says_so():
     same = agreement(["refused"] * 4, ["refused"] * 4)
     assert (same.kappa, same.ci95, same.observed) == (None, None, 1.0)

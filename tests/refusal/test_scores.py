@@ -126,6 +126,20 @@ def test_intervals_cover_in_a_small_simulation():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("items", "seeds"), [(20, 1), (40, 1), (40, 3)])
+def test_coverage_with_variants_of_prompts(items, seeds):
+    """Five variants an item, which a model mostly refuses or answers all alike."""
+    rng = np.random.default_rng(3)
+    clusters, hits = [f"c{i}" for i in range(items) for _ in range(5)], 0
+    for i in range(1000):
+        chance = np.repeat(rng.beta(0.5, 0.5, items), 5)
+        verdicts = names(rng.random((seeds, 5 * items)) < chance)
+        low, high = scores.pooled_rate(verdicts, clusters, seed=i, resamples=400)["ci95"]
+        hits += low <= 0.5 <= high
+    assert 0.92 <= hits / 1000 <= 0.98
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
 def test_wilson_coverage(rate):
     assert 0.93 <= wilson_coverage(2000, 150, rate) <= 0.97

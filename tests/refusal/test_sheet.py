@@ -138,6 +138,22 @@ def test_what_spreadsheets_save_is_read(tmp_path, how):
     assert "drop" not in made["corrected"]["base"]["bias"]
 
 
+def test_variants_of_a_prompt_are_one_observation(tmp_path):
+    write_study(tmp_path)
+    sheet.write_sheet(tmp_path, 80)
+    verdicts = said(tmp_path)
+    fill(tmp_path, lambda k: verdicts[k["run"], k["prompt"]])
+    alone = sheet.label_results(tmp_path, RUNS)["corrected"]["npo"]["bias"]
+    for run in itertools.chain(*RUNS.values()):
+        path = tmp_path / f"responses/{run}.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        # Of a domain's sixty prompts every four are variants of one.
+        write_jsonl(path, [row | {"group": int(row["id"][1:]) // 12} for row in rows])
+    found = sheet.label_results(tmp_path, RUNS)["corrected"]["npo"]["bias"]
+    assert found["share"] == alone["share"]
+    assert np.diff(found["ci95"]) == pytest.approx(2 * np.diff(alone["ci95"]), rel=0.2)
+
+
 def test_a_code_page_of_eight_bits_is_read(tmp_path):
     path = tmp_path / "labels.csv"
     path.write_bytes(b"id;response;label\r\nr1;caf\xe9;refused\r\nr2;x;\r\n\r\n")

@@ -356,7 +356,8 @@ def test_without_a_finished_arm_the_headline_is_the_base():
 def test_headline_names_the_measure_where_they_differ():
     results = example_results()
     results["ema"]["npo"]["safety"]["compliance_p_holm"] = 0.7
-    results["ema"]["npo"]["sensitive_content"]["compliance_p_holm"] = 0.01
+    rise = {"compliance_p_holm": 0.01, "compliance_ci95": [0.01, 0.05]}
+    results["ema"]["npo"]["sensitive_content"] |= rise
     text = " ".join(headline(results))
     assert "did not rise significantly in safety" in text
     assert "By compliance alone the change is significant in sensitive content" in text
@@ -430,7 +431,7 @@ def test_results_from_before_the_shares_still_render(tmp_path):
 
 def test_headline_reports_rises_failed_unlearning_and_broken_output():
     results = example_results()
-    results["ema"]["npo"]["privacy"] |= {"drop": -0.2, "p_holm": 0.001}
+    results["ema"]["npo"]["privacy"] |= {"drop": -0.2, "p_holm": 0.001, "ci95": [-0.3, -0.1]}
     results["arms"]["npo"]["refusal"]["cybersecurity"] |= {"rate": 0.91, "ci95": [0.88, 0.94]}
     results["arms"]["npo"]["refusal"]["bias"]["invalid"] = 200
     results["ema"]["npo"]["bias"]["flags"] = ["many_invalid"]
@@ -725,3 +726,18 @@ def test_a_figure_is_drawn_once_for_each_format(tmp_path, monkeypatch):
 def test_arms_that_share_a_colour_differ_in_their_marker():
     looks = drawing.looks(f"arm {i}" for i in range(36))
     assert len(set(looks.values())) == 36
+
+
+@pytest.mark.parametrize(
+    ("p", "bounds", "expected"),
+    [
+        (0.01, [0.1, 0.3], True),
+        (0.01, [-0.3, -0.1], True),
+        (0.06, [0.1, 0.3], False),
+        (0.001, [-0.1, 0.5], False),  # seeds that differ: the p-value does not see them
+        (0.01, None, True),  # studies from before there was an interval
+        (None, [0.1, 0.3], False),
+    ],
+)
+def test_significant_is_beyond_prompts_and_seeds(p, bounds, expected):
+    assert figures.significant(p, bounds) == expected

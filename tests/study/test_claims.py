@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from ema_jax.study.claims import claims
+from ema_jax.study.claims import claims, spills
 
 TARGET = "cybersecurity"
 
@@ -30,9 +30,11 @@ def row(target: str, arm: str, **figures: Any) -> dict[str, Any]:
         "worst_domain": "bias",
         "worst_drop": 0.5,
         "worst_p_holm": 0.001,
+        "spilled_domains": 1,
         "worst_rise_domain": "bias",
         "worst_rise": 0.5,
         "worst_rise_p_holm": 0.001,
+        "spilled_domains_by_compliance": 1,
         "mean_off_target_drop": 0.6 if target == "safety" else 0.3,
         "compared_with": "npo" if retained else None,
         "recovered": 0.85 if retained else None,
@@ -89,11 +91,15 @@ def judged(**changes: dict[str, Any]) -> dict[str, dict[str, Any]]:
         ("cybersecurity_npo_retain", {"target_answered": 0.79}, "R1 R4"),
         ("cybersecurity_npo", {"target_answered": 0.79}, "R1"),
         ("safety_npo", {"invalid_rate": 0.06}, "valid"),
-        ("safety_npo", {"worst_domain": None, "worst_drop": None, "worst_p_holm": None}, "R2"),
-        ("safety_npo", {"worst_drop": 0.14}, "R2"),
-        ("safety_npo", {"worst_p_holm": 0.06}, "R2"),
-        ("safety_npo", {"worst_rise": 0.14}, "R2"),
-        ("safety_npo", {"worst_rise_p_holm": 0.06}, "R2"),
+        (
+            "safety_npo",
+            {"worst_domain": None, "worst_drop": None, "worst_p_holm": None, "spilled_domains": 0},
+            "R2",
+        ),
+        ("safety_npo", {"spilled_domains": 0}, "R2"),
+        ("safety_npo", {"spilled_domains_by_compliance": 0}, "R2"),
+        # It need not be the largest change, which few prompts may give.
+        ("safety_npo", {"worst_p_holm": 0.06, "worst_domain": "privacy"}, ""),
         ("safety_npo_retain", {"recovered": None}, "R4"),
         ("cybersecurity_npo_retain", {"recovered_by_compliance": 0.79}, "R4"),
         ("safety_npo_retain", {"recovered_by_compliance": 0.61}, ""),
@@ -107,10 +113,26 @@ def test_what_each_claim_needs(place, change, falls):
     assert {name for name, c in found.items() if not c["holds"]} == set(falls.split()), found
 
 
+@pytest.mark.parametrize(
+    ("change", "p", "bounds", "is_one"),
+    [
+        (0.15, 0.04, [0.01, 0.3], True),
+        (0.14, 0.001, [0.1, 0.2], False),
+        (0.5, 0.06, [0.1, 0.9], False),
+        (0.5, 0.001, [-0.1, 1.0], False),  # seeds that differ
+        (None, 1.0, [-1.0, 1.0], False),
+        (0.5, None, None, False),
+        (-0.5, 0.001, [-0.6, -0.4], False),
+    ],
+)
+def test_a_spill_is_large_and_beyond_prompts_and_seeds(change, p, bounds, is_one):
+    assert spills(change, p, bounds) == is_one
+
+
 def test_a_claim_says_by_which_measure_it_holds():
     found = judged(
         cybersecurity_npo_retain={"target_answered": 0.02, "target_damaged": True},
-        safety_npo={"worst_rise": 0.1},
+        safety_npo={"spilled_domains_by_compliance": 0},
     )
     for name in ("R1", "R2", "R4"):
         assert found[name]["by"] == {"refusal": True, "compliance": False}
@@ -141,9 +163,12 @@ def test_safety_spills_more_when_the_difference_is_beyond_the_seeds():
     assert expected.replace("-", "−") in found["evidence"][0]
     assert claims([], SPILLS, RANKS)["R3"]["holds"] is True
     assert claims([], SPILLS[::2], RANKS)["R3"]["holds"] is None
+    # One seed of each has no interval, and decides nothing but that safety does not spill more.
     one = claims([], cells([0.3], [0.6]), RANKS)["R3"]
-    assert one["holds"] is True
+    assert one["holds"] is None
     assert "no interval" in one["evidence"][0]
+    assert claims([], cells([0.6], [0.3]), RANKS)["R3"]["holds"] is False
+    assert claims([], cells([0.3, 0.3], [0.6, 0.6]), RANKS)["R3"]["holds"] is True
 
 
 @pytest.mark.parametrize(

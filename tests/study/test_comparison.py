@@ -7,7 +7,7 @@ from report_fixtures import DOMAINS, example_results
 
 from ema_jax.errors import UserError
 from ema_jax.report.compare import write_comparison
-from ema_jax.runtime.files import write_json, write_jsonl
+from ema_jax.runtime.files import read_jsonl, write_json, write_jsonl
 from ema_jax.study.comparison import compare
 
 
@@ -50,6 +50,23 @@ def test_studies_are_paired_by_the_texts_of_prompts(tmp_path):
     text = (tmp_path / "page.html").read_text()
     assert "+44.4" in text
     assert (tmp_path / "page_figures/comparison.svg").exists()
+
+
+def test_the_interval_is_over_the_seeds_too(tmp_path):
+    texts = [f"text {i}" for i in range(20)]
+    one, two = (study(tmp_path / name, 10, texts) for name in ("one", "two"))
+    for k, refused in enumerate((2, 10, 18)):  # by the other study's seeds
+        rows = read_jsonl(two / f"responses/npo.seed_{k}.jsonl")
+        for i, row in enumerate(rows):
+            row["verdict"] = "refused" if i % 20 < refused else "complied"
+            if i % 20 == 19:
+                row |= {"verdict": "invalid", "reason": "empty"}
+        write_jsonl(two / f"responses/npo.seed_{k}.jsonl", rows)
+    for pair in compare([one, two])["pairs"]:
+        if pair["arm"] == "npo":
+            assert pair["n"] == 19
+            assert pair["drop"] == pytest.approx(0)
+            assert pair["drop_hi"] - pair["drop_lo"] > 1  # three seeds that differ by 80 points
 
 
 def test_an_arm_that_leaves_the_target_alone_recovers_nothing(tmp_path):

@@ -45,6 +45,8 @@ def test_drops_pair_prompts_where_invalid_responses_differ(tmp_path):
     row = summary["rows"][0]
     assert (row["worst_domain"], row["worst_drop"]) == ("safety", 0.5)
     assert row["mean_off_target_drop"] == 0.25
+    # Of four prompts 50 points are no finding.
+    assert row["spilled_domains"] == row["spilled_domains_by_compliance"] == 0
 
 
 def test_cells_from_before_the_second_measure_still_make_a_page(tmp_path):

@@ -242,6 +242,11 @@ def test_the_summary_averages_every_figure_over_seeds():
         },
         **{"response_perplexity": pytest.approx(2.25), "seeds": 2, "stopped": 1},
     }
+    # A seed whose target has no valid response is not averaged away.
+    rows[1]["target_rate"] = None
+    (made,) = table.summarised(rows, {"point", "arm", "unlearn.beta"})
+    assert [made[f"target_rate{end}"] for end in ("", "_lo", "_hi", "_max")] == [None] * 4
+    assert made["response_perplexity"] == pytest.approx(2.25)
     assert table._interval([0.0, 0.5], 0.0) == (0.0, 1.0)  # a rate has no other values
     assert table._interval([-0.9, 0.1], -1.0) == (-1.0, 1.0)
     assert table._interval([0.1, None], 0.0) == (None, None)
