@@ -43,7 +43,8 @@ class Regroupings:
         more = number - len(self.rows)
         return Regroupings(
             np.pad(self.rows, (0, more)),
-            *(np.pad(x, ((0, 0), (0, more))) for x in (self.labels, self.counts)),
+            np.pad(self.labels, ((0, 0), (0, more))),
+            np.pad(self.counts, ((0, 0), (0, more))),
             self.contrasts,
         )
 

@@ -1,7 +1,7 @@
 """Rotary position embeddings, causal masks and grouped-query attention."""
 
 import re
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -131,8 +131,8 @@ def attend(
     )
     if fast and causal:
         seen = {"is_causal": True}
-    attention, implementation = jax.nn.dot_product_attention, "cudnn" if fast else None
-    return attention(query, key, value, **seen, implementation=implementation)
+    by: Literal["cudnn"] | None = "cudnn" if fast else None
+    return jax.nn.dot_product_attention(query, key, value, **seen, implementation=by)
 
 
 def attend_cached(

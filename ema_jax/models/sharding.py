@@ -20,7 +20,8 @@ from jaxtyping import Array, Float
 from ema_jax.errors import UserError
 from ema_jax.models.config import DecoderConfig
 
-T, Q = TypeVar("T"), ParamSpec("Q")
+T = TypeVar("T")
+Q = ParamSpec("Q")
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = P(("data", "fsdp"))
@@ -198,7 +199,8 @@ def exact(method: Callable[Concatenate[Any, Q], T]) -> Callable[Concatenate[Any,
     @functools.wraps(method)
     def exactly(model: Any, *args: Q.args, **options: Q.kwargs) -> T:
         narrow = model.embed[...].dtype != jnp.float32 or jax.default_backend() == "cpu"
-        if narrow or jax.config.jax_default_matmul_precision is not None:
+        chosen = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+        if narrow or chosen is not None:
             return method(model, *args, **options)
         with jax.default_matmul_precision("highest"):
             return method(model, *args, **options)
