@@ -164,7 +164,8 @@ def concept_weights(
     if kind == "centred":
         centred = domains - domains.mean(axis=-2, keepdims=True)
         return np.concatenate([centred, nothing], axis=-1)
-    contrast = nothing + 1 / sizes[..., D:].sum(axis=-1)[..., None, None]
+    with np.errstate(divide="ignore"):
+        contrast = nothing + 1 / sizes[..., D:].sum(axis=-1)[..., None, None]
     return np.concatenate([domains, -contrast], axis=-1)
 
 
@@ -335,8 +336,10 @@ def _half_weights(
     if kind != "raw":
         rows = [np.concatenate(pair, -1) for pair in ((both[:, 0], nothing), (nothing, both[:, 1]))]
         return np.concatenate(rows, axis=1)
-    contrast = concept_weights("raw", sizes.sum(axis=1), D) * (np.arange(2 * D) >= D)
-    domains = both * (np.arange(2 * D) < D)
+    # Chosen and not multiplied by 0: a half without a contrast prompt has infinite weights there.
+    own = np.arange(2 * D) < D
+    contrast = np.where(own, 0.0, concept_weights("raw", sizes.sum(axis=1), D))
+    domains = np.where(own, both, 0.0)
     rows = [
         np.concatenate([domains[:, 0] + contrast, contrast], -1),
         np.concatenate([contrast, domains[:, 1] + contrast], -1),

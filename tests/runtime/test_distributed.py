@@ -100,7 +100,7 @@ def start(
     """A Python program in several processes; one is without the launcher, as any program is."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("EMA_JAX")}
     environment |= {
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests/helpers'}",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
     }
     if cache:
@@ -258,7 +258,7 @@ HEARTBEAT = 10  # what the worker asks for
 
 
 def trainer(base: Path, folder: Path, mesh: str, processes: int) -> subprocess.Popen:
-    command = [str(ROOT / "tests/training_worker.py"), str(base), str(folder), str(STEPS), mesh]
+    command = [str(ROOT / "tests/helpers/training_worker.py"), str(base), str(folder), str(STEPS), mesh]
     grace = f"--grace={3 * HEARTBEAT}"
     cache = str(folder.parent / f"cache-{mesh}-{processes}")
     devices = math.prod(map(int, mesh.split(","))) // processes

@@ -310,7 +310,7 @@ def get_config():
 
 def config_file(folder: Path, betas: str, seeds: int) -> Path:
     path = folder / "config.py"
-    path.write_text(CONFIG.format(tests=str(ROOT / "tests"), betas=betas, seeds=seeds))
+    path.write_text(CONFIG.format(tests=str(ROOT / "tests/helpers"), betas=betas, seeds=seeds))
     return path
 
 
