@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import training_worker
 from results_schema import assert_valid
 from small_study import assert_same_arrays
 
@@ -20,6 +21,7 @@ from ema_jax.errors import UserError
 from ema_jax.runtime import distributed, files
 
 ROOT = Path(__file__).parents[2]
+WORKER = Path(training_worker.__file__)
 ADDRESS = {"EMA_JAX_COORDINATOR": "host-0.job:8476"}
 NUMBERS = {"EMA_JAX_NUM_PROCESSES": "4", "EMA_JAX_PROCESS_ID": "3"}
 
@@ -100,7 +102,7 @@ def start(
     """A Python program in several processes; one is without the launcher, as any program is."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("EMA_JAX")}
     environment |= {
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests/helpers'}",
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{WORKER.parent}",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
     }
     if cache:
@@ -258,7 +260,7 @@ HEARTBEAT = 10  # what the worker asks for
 
 
 def trainer(base: Path, folder: Path, mesh: str, processes: int) -> subprocess.Popen:
-    command = [str(ROOT / "tests/helpers/training_worker.py"), str(base), str(folder), str(STEPS), mesh]
+    command = [str(WORKER), str(base), str(folder), str(STEPS), mesh]
     grace = f"--grace={3 * HEARTBEAT}"
     cache = str(folder.parent / f"cache-{mesh}-{processes}")
     devices = math.prod(map(int, mesh.split(","))) // processes
