@@ -22,7 +22,7 @@ def get_config():
     config.unlearn.beta = 1.0
     config.unlearn.learning_rate = 2e-4
     config.unlearn.max_steps = 60
-    config.unlearn.eval_every = 2
+    config.unlearn.eval_every = 4
     # Well under the required 10 %: the dev rate that decides is measured on 40 prompts only.
     config.unlearn.stop_at = 0.03
     # With retain data the target falls first and the other domains recover afterwards.

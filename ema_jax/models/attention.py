@@ -1,11 +1,13 @@
 """Rotary position embeddings, causal masks and grouped-query attention."""
 
 import re
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
+
+from ema_jax.models.blocked_attention import blocked_attention
 
 _AMPERE, _HOPPER = (8, 0), (9, 0)
 
@@ -131,8 +133,9 @@ def attend(
     )
     if fast and causal:
         seen = {"is_causal": True}
-    by: Literal["cudnn"] | None = "cudnn" if fast else None
-    return jax.nn.dot_product_attention(query, key, value, **seen, implementation=by)
+    if fast:
+        return jax.nn.dot_product_attention(query, key, value, **seen, implementation="cudnn")
+    return blocked_attention(query, key, value, mask)
 
 
 def attend_cached(

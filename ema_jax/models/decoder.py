@@ -25,11 +25,11 @@ from ema_jax.models.attention import (
     rotary_tables,
     rotate,
 )
+from ema_jax.models.blocked_attention import KEPT
 from ema_jax.models.cache import KVCache
 from ema_jax.models.config import DecoderConfig, rope_frequencies
 from ema_jax.models.sharding import exact, product, vocabulary_product
 
-_KEPT = "kept"  # values that `remat="projections"` keeps
 NO_WINDOW = np.iinfo(np.int32).max
 
 
@@ -67,8 +67,26 @@ class Linear(nnx.Module):
                 keep = jax.random.bernoulli(self.dropout_key[...], 1 - self.dropout, rows.shape)
                 rows = jnp.where(keep, rows / (1 - self.dropout), 0.0)
             # Scaled while narrow: wide, its gradient would be one more array as large as `y`.
-            y += (rows @ a * self.lora_scale) @ b
-        return checkpoint_name(y, _KEPT).reshape(*x.shape[:-1], -1)
+            y += (_narrowed(rows, a) * self.lora_scale) @ b
+        return checkpoint_name(y, KEPT).reshape(*x.shape[:-1], -1)
+
+
+@jax.custom_vjp
+def _narrowed(rows: Float[Array, "R I"], a: Float[Array, "I r"]) -> Float[Array, "R r"]:
+    """`rows @ a`, with a gradient of `a` that XLA computes across: a tenth of the time on a CPU."""
+    return rows @ a
+
+
+def _narrowed_forward(rows: Array, a: Array) -> tuple[Array, tuple[Array, Array]]:
+    return rows @ a, (rows, a)
+
+
+def _narrowed_backward(kept: tuple[Array, Array], slope: Array) -> tuple[Array, Array]:
+    rows, a = kept
+    return slope @ a.T, jax.lax.optimization_barrier(slope.T @ rows).T
+
+
+_narrowed.defvjp(_narrowed_forward, _narrowed_backward)
 
 
 class RMSNorm(nnx.Module):
@@ -225,7 +243,7 @@ class Decoder(nnx.Module):
             visible = visible_in(window) if shared is None else shared
             packed = segments is not None
             mixed = attend(query, key, value, visible, causal=causal, packed=packed)
-            mixed = checkpoint_name(mixed, _KEPT)
+            mixed = checkpoint_name(mixed, KEPT)
             x, *added = block.add_branches(x, mixed)
             branches = None if tap is None or not tap_branches else tuple(map(tap, added))
             return x, (tapped, branches, (key, value) if return_keys_values else None)
@@ -234,7 +252,7 @@ class Decoder(nnx.Module):
         # Without an intervention these are empty trees, which cost nothing.
         inner = jax.tree.map(lambda leaf: leaf[:-1], self.edit)
         last = jax.tree.map(lambda leaf: leaf[-1], self.edit)
-        kept = jax.checkpoint_policies.save_only_these_names(_KEPT)
+        kept = jax.checkpoint_policies.save_only_these_names(KEPT)
         policy = kept if remat == "projections" else None
         body = jax.checkpoint(step, policy=policy) if remat else step
         layers = (self.blocks, self._windows(), inner)

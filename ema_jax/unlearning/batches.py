@@ -25,7 +25,7 @@ from ema_jax.unlearning.objectives import FORGET, RETAIN
 _SAMPLE, MULTIPLE = 128, 16
 # A program costs what ten to fifty steps do, once for all seeds and later runs: a length is worth
 # its own if it saves a run this many steps.
-_WORTH_STEPS = 8
+_WORTH_STEPS = 16
 # Rows as long as two of the longest examples are filled to nine tenths and more; where a row for
 # each example is as full as this, it has less attention to pay.
 _LONGEST_PER_ROW, _FULL = 2, 0.8
