@@ -38,9 +38,23 @@ def token_log_probs(
 
 
 def target_log_probs(
-    model: Decoder, hidden: Float[Array, "B T D"], targets: Int[Array, "B T"]
+    model: Decoder,
+    hidden: Float[Array, "B T D"],
+    targets: Int[Array, "B T"],
+    *,
+    used: Bool[Array, "B T"] | None = None,
+    frozen_head: bool = False,
 ) -> Float[Array, "B T"]:
-    """Log-probability of each target given its final hidden state, in nats."""
+    """Log-probability of each target given its final hidden state, in nats.
+
+    Args:
+        model: whose head is used.
+        hidden: states after the final norm.
+        targets: ids.
+        used: which of them are looked at: the others may be zero. All by default.
+        frozen_head: gradients are taken for `hidden` alone. Its slopes are then computed with the
+            log-probabilities, as the logits are there; the backward pass would compute those again.
+    """
 
     def chunk(h: Float[Array, "B C D"], target: Int[Array, "B C"]) -> Float[Array, "B C"]:
         logits = model.logits(h)
@@ -49,7 +63,31 @@ def target_log_probs(
         chosen = jnp.sum(jnp.where(hit, logits, 0.0), axis=-1)
         return chosen - jax.nn.logsumexp(logits, axis=-1)
 
-    return _over_time(chunk, model.config.vocab_size, hidden, targets)
+    def with_slopes(h: Float[Array, "B C D"], target: Int[Array, "B C"]) -> tuple[Array, Array]:
+        values, pull = jax.vjp(lambda h: chunk(h, target), h)
+        return values, pull(jnp.ones_like(values))[0]
+
+    if not frozen_head:
+        return _over_time(chunk, model.config.vocab_size, hidden, targets)
+    arrays: tuple[Array, ...] = (jax.lax.stop_gradient(hidden), targets)
+    function: Callable[..., tuple[Array, Array]] = with_slopes
+    if used is not None and jax.typeof(hidden).sharding.mesh.size <= 1:
+        function, arrays = _where_used(with_slopes), (*arrays, used)
+    values, slopes = _over_time(function, model.config.vocab_size, *arrays)
+    own = hidden.astype(jnp.float32)
+    return values + jnp.sum(slopes * (own - jax.lax.stop_gradient(own)), axis=-1)
+
+
+def _where_used(function: Callable[..., T]) -> Callable[..., T]:
+    """`function` of chunks that are used anywhere, and zeros for the others."""
+
+    def chunk(*arrays: Array) -> T:
+        *own, used = arrays
+        shapes = jax.eval_shape(function, *own)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        return jax.lax.cond(jnp.any(used), function, lambda *_: zeros, *own)
+
+    return chunk
 
 
 def token_divergences(
@@ -76,13 +114,14 @@ def cross_entropy(
     return -jnp.sum(jnp.where(chosen, log_probs, 0.0)) / jnp.maximum(jnp.sum(chosen), 1)
 
 
-def _over_time(
-    function: Callable[..., Float[Array, "B C"]], vocabulary: int, *arrays: Array
-) -> Float[Array, "B T"]:
+def _over_time(function: Callable[..., T], vocabulary: int, *arrays: Array) -> T:
     """`function` of `[B, T, …]` arrays, token by token, computed in chunks of time."""
     rows, length = arrays[0].shape[:2]
-    chunks = map_chunks(function, vocabulary, *arrays)  # [chunks, B, C]
-    return jnp.moveaxis(chunks, 0, 1).reshape(rows, -1)[:, :length]
+
+    def joined(chunks: Float[Array, "chunks B C ..."]) -> Float[Array, "B T ..."]:
+        return jnp.moveaxis(chunks, 0, 1).reshape(rows, -1, *chunks.shape[3:])[:, :length]
+
+    return jax.tree.map(joined, map_chunks(function, vocabulary, *arrays))
 
 
 def map_chunks(

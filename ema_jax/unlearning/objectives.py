@@ -145,7 +145,13 @@ class LossContext:
     @functools.cached_property
     def log_probs(self) -> Float[Array, "G N"]:
         """Log-probability of every place's target under the model being trained, in nats."""
-        return target_log_probs(self.model, self._states[0], self.batch.rows.targets)
+        return target_log_probs(
+            self.model,
+            self._states[0],
+            self.batch.rows.targets,
+            used=self.batch.rows.examples >= 0,
+            frozen_head=self.config.trainable == "lora",
+        )
 
     @property
     def divergences(self) -> Float[Array, "G N"]:
