@@ -7,12 +7,15 @@ its products are laid out so that no matrix of queries by keys is transposed. On
 third of the time of `jax.nn.dot_product_attention` and its gradient (benchmarks/README.md).
 """
 
+import functools
 from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
+
+from ema_jax.models.sharding import at_precision, matmul_precision
 
 KEPT = "kept"
 """Name of the values that a train step under `remat = "projections"` does not compute again."""
@@ -23,7 +26,6 @@ _UNSEEN = -1e30  # finite: a query that sees nothing weighs all keys alike
 _Kept = tuple[Array, Array, Array, Array, Array, Array]
 
 
-@jax.custom_vjp
 def blocked_attention(
     query: Float[Array, "B T N H"],
     key: Float[Array, "B T K H"],
@@ -38,6 +40,12 @@ def blocked_attention(
         value: the same.
         mask: true where a query attends to a key, which must be at its own place or before it.
     """
+    return _attention(matmul_precision(), query, key, value, mask)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@at_precision
+def _attention(query: Array, key: Array, value: Array, mask: Array) -> Array:
     return _forward(query, key, value, mask)[0]
 
 
@@ -84,7 +92,7 @@ def _backward(kept: _Kept, slope: Array) -> tuple[Array, Array, Array, None]:
     )
 
 
-blocked_attention.defvjp(_forward, _backward)
+_attention.defvjp(at_precision(_forward), at_precision(_backward))
 
 
 def _blocks(length: int) -> Iterator[tuple[int, int]]:

@@ -189,6 +189,22 @@ def _rows_over(x: Float[Array, "B ... F"], axes: Any, last: Any = P.UNCONSTRAINE
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
 
+def matmul_precision() -> str | None:
+    """The precision of products that stands where this is called; None for the backend's own."""
+    return jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+
+
+def at_precision(rule: Callable[Q, T]) -> Callable[Concatenate[str | None, Q], T]:
+    """`rule`, given a precision first: JAX traces rules of a gradient where no `exact` stands."""
+
+    # Not `functools.wraps`: `jax.custom_vjp` counts the arguments of what is wrapped.
+    def precisely(precision: str | None, *args: Q.args, **options: Q.kwargs) -> T:
+        with jax.default_matmul_precision(precision):
+            return rule(*args, **options)
+
+    return precisely
+
+
 def exact(method: Callable[Concatenate[Any, Q], T]) -> Callable[Concatenate[Any, Q], T]:
     """A method of a model whose products are as exact as the model's weights.
 
@@ -199,8 +215,7 @@ def exact(method: Callable[Concatenate[Any, Q], T]) -> Callable[Concatenate[Any,
     @functools.wraps(method)
     def exactly(model: Any, *args: Q.args, **options: Q.kwargs) -> T:
         narrow = model.embed[...].dtype != jnp.float32 or jax.default_backend() == "cpu"
-        chosen = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
-        if narrow or chosen is not None:
+        if narrow or matmul_precision() is not None:
             return method(model, *args, **options)
         with jax.default_matmul_precision("highest"):
             return method(model, *args, **options)

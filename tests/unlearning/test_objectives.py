@@ -83,6 +83,31 @@ def test_a_loss_and_its_gradient_are_the_same_whatever_the_chunk(tiny, monkeypat
     np.testing.assert_allclose(chunked(hidden), whole(hidden), atol=1e-5)
     np.testing.assert_allclose(gradient(chunked), gradient(whole), atol=1e-5)
 
+    def frozen(hidden):
+        return log_probs_lib.target_log_probs(
+            model, hidden, targets, used=weights != 0, frozen_head=True
+        )
+
+    weights = weights.at[:, 4:].set(0)  # what is not looked at is not computed
+    np.testing.assert_allclose(frozen(hidden)[:, :4], whole(hidden)[:, :4], atol=1e-5)
+    np.testing.assert_allclose(gradient(frozen), gradient(whole), atol=1e-5)
+    assert jnp.all(frozen(hidden)[:, 4:] == 0) == (logits == 1)
+
+
+def test_a_frozen_head_is_multiplied_with_twice_and_a_trained_one_three_times(tiny):
+    """Logits and their slopes; else the logits again in the backward pass."""
+    model = checkpoint.load(tiny("qwen2"))
+    hidden, targets = jnp.ones((1, 8, model.config.hidden_size)), jnp.ones((1, 8), int)
+
+    def products(frozen_head):
+        def loss(hidden):
+            found = log_probs_lib.target_log_probs(model, hidden, targets, frozen_head=frozen_head)
+            return jnp.sum(found)
+
+        return str(jax.make_jaxpr(jax.grad(loss))(hidden)).count("dot_general[")
+
+    assert [products(True), products(False)] == [2, 3]
+
 
 def log_sigmoid(x: np.ndarray) -> np.ndarray:
     return -np.logaddexp(0.0, -x)
