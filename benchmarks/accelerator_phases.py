@@ -329,7 +329,7 @@ def _head_seconds(run: Run, config: DecoderConfig, dtype, logits: int, kind: str
 
 
 def load(run: Run) -> None:
-    """Loading a random checkpoint from memory against a plain read of its files."""
+    """Loading a random checkpoint from memory against a plain read of its files, and its parts."""
     import load as loading  # benchmarks/load.py
 
     memory = Path("/dev/shm")
@@ -341,9 +341,21 @@ def load(run: Run) -> None:
         else:
             loading.write(folder, 4)
         files = sorted(folder.glob("*.safetensors"))
-        size = sum(path.stat().st_size for path in files)
+        gb = sum(path.stat().st_size for path in files) / 1e9
         plain = run.median(lambda: loading.plain_read(files), 2, least=2, most=4)
-        run.say(gb=round(size / 1e9, 2), plain_read_s=round(plain, 3))
+        host = run.median(lambda: loading.host_read(folder), 2, least=2, most=4)
+        # Blocks as a load sends them, and an array of the size of a stacked matrix.
+        mib = 1 if run.tiny else 8
+        block, stack = np.ones(mib << 20, np.uint8), np.ones(mib << 26, np.uint8)
+        in_blocks = run.median(lambda: loading.send(block, 256), 2, least=2, most=4)
+        at_once = run.median(lambda: loading.send(stack, 1), 2, least=2, most=4)
+        run.say(
+            gb=round(gb, 2),
+            plain_read_s=round(plain, 3),
+            host_read_s=round(host, 3),
+            sent_in_blocks_gb_per_s=round(256 * block.nbytes / 1e9 / in_blocks, 2),
+            sent_at_once_gb_per_s=round(stack.nbytes / 1e9 / at_once, 2),
+        )
         for turn in ("first", "second"):
             begin = time.perf_counter()
             model = checkpoint.load(folder, dtype="bfloat16")
@@ -353,6 +365,6 @@ def load(run: Run) -> None:
             run.say(
                 load=turn,
                 seconds=round(seconds, 2),
-                gb_per_s=round(size / 1e9 / seconds, 2),
+                gb_per_s=round(gb / seconds, 2),
                 to_plain_read=round(seconds / plain, 2),
             )

@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -97,6 +98,31 @@ def plain_read(files: Sequence[Path]) -> float:
             while file.readinto(buffer):
                 pass
     return time.monotonic() - start
+
+
+def host_read(folder: Path) -> None:
+    """Reads and checks all weights as a load for an accelerator does, and sends nothing."""
+    dtype, block_bytes = np.dtype(jnp.bfloat16), streaming.DEVICE_BLOCK_BYTES
+    with ThreadPoolExecutor(streaming.WORKERS) as pool:
+        reads = [
+            pool.submit(streaming.read_block, tensor, block, dtype)
+            for tensor in WeightFiles.find(folder).tensors().values()
+            for block in streaming.blocks(
+                [tuple(map(range, tensor.shape))], tensor.dtype.itemsize, block_bytes
+            )
+        ]
+        for read in reads:
+            read.result()
+
+
+def send(array: np.ndarray, count: int) -> None:
+    """Sends an array to the device so many times, from as many threads as a load has."""
+    device = jax.devices()[0]
+    with ThreadPoolExecutor(streaming.WORKERS) as pool:
+        for _ in pool.map(
+            lambda _: jax.block_until_ready(jax.device_put(array, device)), range(count)
+        ):
+            pass
 
 
 def spot_check(model: Decoder, folder: Path) -> None:

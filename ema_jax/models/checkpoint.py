@@ -1,7 +1,7 @@
 """Model folders, Hugging Face and Flax (Orbax), read and written through one mapping table.
 
 Loading reads blocks of the files straight into the stacked, transposed, sharded parameters: besides
-these the host holds a few blocks, and for an accelerator one stacked parameter.
+these the host holds a few blocks, and so does an accelerator.
 """
 
 import hashlib
@@ -9,7 +9,6 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +19,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from ema_jax.errors import UserError
-from ema_jax.models import folder_links, gguf_folder, orbax_folder, streaming, token_ids
+from ema_jax.models import folder_links, gguf_folder, orbax_folder, parts, streaming, token_ids
 from ema_jax.models.config import FAMILIES, DecoderConfig
 from ema_jax.models.decoder import Decoder, LoRAParam
 from ema_jax.models.gguf_file import GgufFile
@@ -143,7 +142,7 @@ def load(folder: str | Path, *, mesh: Mesh | None = None, dtype: Any = None) -> 
     graph, abstract = nnx.split(abstract_decoder(config))
     mesh = make_mesh() if mesh is None else mesh
     if dtype is None:
-        dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+        dtype = jnp.float32 if mesh.devices.flat[0].platform == "cpu" else jnp.bfloat16
     leaves = dict(nnx.to_flat_state(abstract))
     shardings = dict(nnx.to_flat_state(parameter_shardings(abstract, mesh)))
     targets = {
@@ -163,26 +162,25 @@ def load(folder: str | Path, *, mesh: Mesh | None = None, dtype: Any = None) -> 
 
 
 def _read_hf(
-    folder: Path, config: DecoderConfig, targets: Mapping[_Path, jax.ShapeDtypeStruct]
+    folder: Path,
+    config: DecoderConfig,
+    targets: Mapping[_Path, jax.ShapeDtypeStruct],
+    device_block: int | None = None,
 ) -> dict[_Path, jax.Array]:
     stored = _stored_weights(folder).tensors()
-    arrays: dict[_Path, jax.Array] = {}
-    rows = [row for row in TENSORS if row.path in targets]
-    total = sum(stored[name].nbytes for row in rows for name in row.names(config))
-    with (
-        streaming.reporting(folder.name, total) as count,
-        ThreadPoolExecutor(streaming.WORKERS) as pool,
-    ):
-        for row in rows:
-            arrays[row.path] = streaming.read_parameter(
-                [stored[name] for name in row.names(config)],
-                targets[row.path],
-                stacked=row.stacked,
-                transpose=row.transpose,
-                pool=pool,
-                count=count,
-            )
-    return arrays
+    parameters = {
+        row.path: parts.Parameter(
+            [stored[name] for name in row.names(config)],
+            targets[row.path],
+            row.stacked,
+            row.transpose,
+        )
+        for row in TENSORS
+        if row.path in targets
+    }
+    total = sum(tensor.nbytes for parameter in parameters.values() for tensor in parameter.stored)
+    with streaming.reporting(folder.name, total) as count:
+        return streaming.read_parameters(parameters, count, device_block=device_block)
 
 
 def hf_shapes(model: Decoder, dtype: Any = None) -> list[TensorSpec]:
@@ -216,7 +214,7 @@ def hf_tensors(model: Decoder, dtype: Any = None) -> Iterator[np.ndarray]:
             for i in range(len(row.names(model.config))):
                 tensor = host_array(value[i] if row.stacked else value)
                 tensor = tensor if dtype is None else tensor.astype(jnp.dtype(dtype), copy=False)
-                yield streaming.transpose(tensor) if row.transpose else tensor
+                yield parts.transpose(tensor) if row.transpose else tensor
 
 
 # Everything in a checkpoint folder that is not weights and should travel with them.

@@ -21,7 +21,7 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 
 from ema_jax.errors import UserError
-from ema_jax.runtime.opening import open_file
+from ema_jax.runtime.opening import fill, open_file
 
 _AGAIN = "download it again"
 _VERSIONS = (2, 3)
@@ -139,13 +139,9 @@ class GgufTensor:
             memory = np.empty(size, np.uint8)
         stored = memory[:size]
         with open(self.file, "rb", buffering=0) as file:
-            file.seek(self.offset + low * self.row_bytes)
-            left = stored.data
-            while len(left):
-                count = file.readinto(left)
-                if not count:
-                    raise UserError(f"{self.file}: ends inside of {self.name}; {_AGAIN}")
-                left = left[count:]
+            whole = fill(stored.data, file, self.offset + low * self.row_bytes)
+        if not whole:
+            raise UserError(f"{self.file}: ends inside of {self.name}; {_AGAIN}")
         values = self._floats(stored.reshape(high - low, self.row_bytes))
         if self.head:
             values = values[_stored_row(np.asarray(rows), self.head) - low]

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from ema_jax.errors import UserError
 from ema_jax.runtime.files import TensorSpec, parse_json, read_json, write_safetensors
-from ema_jax.runtime.opening import open_file, other_spelling
+from ema_jax.runtime.opening import fill, open_file, other_spelling
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -80,27 +80,21 @@ class StoredTensor:
         """
         row, size = math.prod(self.shape[1:]), self.dtype.itemsize
         columns = range(row) if columns is None else columns
-        needed = len(rows) * len(columns) * size
-        if memory is None or len(memory) < needed:
-            memory = np.empty(needed, np.uint8)
-        values = memory[:needed].view(self.dtype).reshape(len(rows), len(columns))
+        width = len(columns) * size
+        if memory is None or len(memory) < len(rows) * width:
+            memory = np.empty(len(rows) * width, np.uint8)
+        stored = memory[: len(rows) * width]
+        first = self.offset + (rows.start * row + columns.start) * size
         with open(self.file, "rb", buffering=0) as file:
             if len(columns) == row:
-                self._fill(file, self.offset + rows.start * row * size, values)
+                whole = fill(stored.data, file, first)
             else:
-                for place, i in enumerate(rows):
-                    start = self.offset + (i * row + columns.start) * size
-                    self._fill(file, start, values[place])
+                pieces = enumerate(stored.reshape(len(rows), width))
+                whole = all(fill(piece.data, file, first + i * row * size) for i, piece in pieces)
+        if not whole:
+            raise UserError(f"{self.file}: ends inside of {self.name}; download it again")
+        values = stored.view(self.dtype).reshape(len(rows), len(columns))
         return values if len(self.shape) > 1 else values[:, 0]
-
-    def _fill(self, file: Any, start: int, values: np.ndarray) -> None:
-        left = values.reshape(-1).view(np.uint8).data
-        file.seek(start)
-        while len(left):
-            count = file.readinto(left)
-            if not count:
-                raise UserError(f"{self.file}: ends inside of {self.name}; download it again")
-            left = left[count:]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,7 @@
-"""Reading tensors block by block straight into stacked, transposed, sharded parameters.
+"""Reading tensors block by block into stacked, transposed, sharded parameters.
 
-Each process reads every byte that its devices need once, and no other. On a CPU the memory filled
-here becomes the parameter itself; for an accelerator it holds one parameter at a time.
+Each process reads every byte that its devices need once, and no other, into memory that it uses
+again and again.
 """
 
 import contextlib
@@ -11,9 +11,11 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
-from concurrent.futures import Executor
+from collections import defaultdict
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -22,18 +24,17 @@ from absl import logging
 
 from ema_jax.errors import UserError
 from ema_jax.models.gguf_file import GgufTensor
+from ema_jax.models.parts import Box, DevicePart, HostPart, Parameter, Part
 from ema_jax.models.safetensors_files import StoredTensor
 from ema_jax.runtime.progress import Progress
 
+_Key = TypeVar("_Key", bound=Hashable)
 _MB = 10**6
 
-# Blocks of this size stay in a processor's cache while they are read, transposed and placed. They
-# are transposed tile by tile: XLA's copies of whole blocks would pile up in the allocator.
+# Blocks of this size stay in a processor's cache while they are read, checked and transposed.
 _BLOCK_BYTES = 4 << 20
-_TILE_BYTES = 1 << 20
-_SMALL_BYTES = 1 << 16
-# XLA uses a NumPy array's memory without a copy if it starts at a multiple of this.
-_ALIGNMENT = 64
+DEVICE_BLOCK_BYTES = 8 << 20
+"""Size of blocks that are sent to an accelerator: each is a copy and a program that runs there."""
 
 WORKERS = min(8, (os.cpu_count() or 1) + 1)
 """Threads that read: one more than there are processors, as some of them wait for the disk."""
@@ -42,61 +43,69 @@ WORKERS = min(8, (os.cpu_count() or 1) + 1)
 _thread = threading.local()
 
 
-def read_parameter(
-    stored: Sequence[StoredTensor | GgufTensor],
-    target: jax.ShapeDtypeStruct,
-    *,
-    stacked: bool,
-    transpose: bool,
-    pool: Executor,
+def read_parameters(
+    parameters: Mapping[_Key, Parameter],
     count: Callable[[int], None],
-) -> jax.Array:
-    """Reads one parameter, each part of it into the memory of the device that holds it.
+    *,
+    device_block: int | None = None,
+) -> dict[_Key, jax.Array]:
+    """Reads parameters, each part of them into the memory of the device that holds it.
 
     Args:
-        stored: its tensors in the files: one per layer if `stacked`, else a single one.
-        target: shape, dtype and sharding.
-        stacked: whether the first axis is over `stored`.
-        transpose: whether the stored matrix is the transpose of the parameter.
-        pool: threads that read blocks.
+        parameters: what to read.
         count: called with the number of bytes of each block that was read.
+        device_block: bytes of the blocks that an accelerator puts together itself, where its part
+            of a parameter has more than one; 0 where the host does it. By default by platform.
 
     Raises:
         UserError: a file ends too early, or holds NaN or infinity, or numbers that the target's
             dtype does not hold.
     """
-    shape, sharding = target.shape, target.sharding
-    assert sharding is not None
-    wanted = _parts(target)
-    parts = {ranges: _aligned(tuple(map(len, ranges)), target.dtype) for ranges in wanted}
-    layers = sorted({i for ranges in wanted for i in ranges[0]}) if stacked else [0]
-    inner = {ranges[1:] if stacked else ranges for ranges in wanted}
+    parts: dict[_Key, list[Part]] = {}
+    first: list[tuple[_Key, int, Box]] = []
+    others: list[tuple[_Key, int, Box]] = []
+    for key, parameter in parameters.items():
+        parts[key], block_bytes = _parts(parameter, device_block)
+        layers = sorted({layer for part in parts[key] for layer in part.layers})
+        boxes = {part.box for part in parts[key]}
+        itemsize = max(tensor.dtype.itemsize for tensor in parameter.stored)
+        jobs = itertools.product([key], layers, blocks(boxes, itemsize, block_bytes))
+        first.append(next(jobs))
+        others.extend(jobs)
 
-    def one(job: tuple[int, tuple[range, ...]]) -> int:
-        layer, place = job
-        rows, *columns = reversed(place) if transpose else place
-        block = stored[layer].read(rows, columns[0] if columns else None, _memory())
-        _check_numbers(block, target.dtype, stored[layer])
-        for tile, where in _transposed(block, place) if transpose else [(block, place)]:
-            for ranges, values in parts.items():
-                if not stacked:
-                    _place(tile, where, values, ranges)
-                elif layer in ranges[0]:
-                    _place(tile, where, values[layer - ranges[0].start], ranges[1:])
+    def read(job: tuple[_Key, int, Box]) -> int:
+        key, layer, box = job
+        block = read_block(parameters[key].stored[layer], box, parameters[key].target.dtype)
+        for part in parts[key]:
+            part.place(block, box, layer)
         return block.nbytes
 
-    jobs = [
-        (layer, place)
-        for layer in layers
-        for place in _blocks(inner, stored[layer].dtype.itemsize, transpose)
-    ]
-    for size in pool.map(one, jobs):
-        count(size)
-    result = jax.make_array_from_callback(
-        shape, sharding, lambda index: parts[_ranges(index, shape)]
-    )
-    # Otherwise the host would hold several parameters that are being copied to an accelerator.
-    return jax.block_until_ready(result)
+    with ThreadPoolExecutor(WORKERS) as pool:
+        # A block of each parameter first, so that devices' programs are compiled side by side.
+        for size in pool.map(read, [*first, *others]):
+            count(size)
+    arrays = {}
+    for key, parameter in parameters.items():
+        target = parameter.target
+        held = [array for part in parts[key] for array in part.arrays()]
+        arrays[key] = jax.make_array_from_single_device_arrays(
+            target.shape, _sharding(target), held
+        )
+    return arrays
+
+
+def read_block(stored: StoredTensor | GgufTensor, box: Box, dtype: np.dtype) -> np.ndarray:
+    """Reads a block of a tensor that is to become `dtype`, and checks its numbers.
+
+    It is in memory that the thread's next block is read into.
+    """
+    rows, *columns = box
+    size = max(math.prod(map(len, box)) * stored.dtype.itemsize, _BLOCK_BYTES)
+    if not hasattr(_thread, "memory") or len(_thread.memory) < size:
+        _thread.memory = np.empty(size, np.uint8)
+    block = stored.read(rows, columns[0] if columns else None, _thread.memory)
+    _check_numbers(block, dtype, stored)
+    return block
 
 
 def _check_numbers(block: np.ndarray, dtype: np.dtype, stored: StoredTensor | GgufTensor) -> None:
@@ -129,92 +138,62 @@ def _check_numbers(block: np.ndarray, dtype: np.dtype, stored: StoredTensor | Gg
 def part_size(target: jax.ShapeDtypeStruct) -> int:
     """Elements of a parameter that devices of this process hold, each counted once."""
     # The parts overlap only where they are the same.
-    return sum(math.prod(map(len, ranges)) for ranges in _parts(target))
+    return sum(math.prod(map(len, ranges)) for ranges in _holders(target))
 
 
-def _parts(target: jax.ShapeDtypeStruct) -> set[tuple[range, ...]]:
-    """The distinct parts that devices of this process hold."""
-    indices = target.sharding.addressable_devices_indices_map(target.shape).values()
-    return {_ranges(index, target.shape) for index in indices}
+def _sharding(target: jax.ShapeDtypeStruct) -> jax.sharding.Sharding:
+    assert target.sharding is not None
+    return target.sharding
 
 
-def _ranges(index: tuple[slice, ...] | None, shape: tuple[int, ...]) -> tuple[range, ...]:
-    index = index or (slice(None),) * len(shape)
-    return tuple(range(*s.indices(n)) for s, n in zip(index, shape, strict=True))
+def _holders(target: jax.ShapeDtypeStruct) -> dict[Box, list[jax.Device]]:
+    """The distinct parts that devices of this process hold, each with those devices."""
+    holders = defaultdict[Box, list[jax.Device]](list)
+    for device, index in _sharding(target).addressable_devices_indices_map(target.shape).items():
+        index = index or (slice(None),) * len(target.shape)
+        ranges = (range(*s.indices(n)) for s, n in zip(index, target.shape, strict=True))
+        holders[tuple(ranges)].append(device)
+    return holders
 
 
-def _blocks(
-    wanted: Collection[tuple[range, ...]], itemsize: int, transpose: bool
-) -> Iterator[tuple[range, ...]]:
-    """Cuts the wanted parts of a tensor into blocks of rows of the file, none of them twice."""
-    axis = len(next(iter(wanted))) - 1 if transpose else 0
-    edges = sorted({edge for ranges in wanted for edge in (ranges[axis].start, ranges[axis].stop)})
+def _parts(parameter: Parameter, device_block: int | None) -> tuple[list[Part], int]:
+    """The parts of a parameter that devices of this process hold, and the size of their blocks."""
+    target, holders = parameter.target, _holders(parameter.target)
+    if device_block is None:
+        on_cpu = all(device.platform == "cpu" for device in _sharding(target).device_set)
+        device_block = 0 if on_cpu else DEVICE_BLOCK_BYTES
+    size = max(math.prod(map(len, ranges)) for ranges in holders) * target.dtype.itemsize
+    kind, block = (
+        (DevicePart, device_block) if size > device_block > 0 else (HostPart, _BLOCK_BYTES)
+    )
+    return [kind(parameter, ranges, devices) for ranges, devices in holders.items()], block
+
+
+def blocks(boxes: Collection[Box], itemsize: int, block_bytes: int) -> Iterator[Box]:
+    """Cuts what is needed of a tensor into blocks of rows, none of which is read twice."""
+    edges = sorted({edge for rows, *_ in boxes for edge in (rows.start, rows.stop)})
     for low, high in itertools.pairwise(edges):
-        here = [ranges for ranges in wanted if ranges[axis].start <= low < ranges[axis].stop]
+        here = [box for box in boxes if box[0].start <= low < box[0].stop]
         if not here:
             continue
-        box = [
-            range(min(r.start for r in along), max(r.stop for r in along))
-            for along in zip(*here, strict=True)
-        ]
-        others = math.prod(len(r) for i, r in enumerate(box) if i != axis)
-        step = max(_BLOCK_BYTES // (others * itemsize), 1)
-        for start in range(low, high, step):
-            box[axis] = range(start, min(start + step, high))
-            yield tuple(box)
+        _, *along = zip(*here, strict=True)
+        columns = [range(min(r.start for r in rs), max(r.stop for r in rs)) for rs in along]
+        row_bytes = math.prod(map(len, columns)) * itemsize
+        for rows in _equal(range(low, high), max(block_bytes // row_bytes, 1)):
+            yield rows, *columns
 
 
-def _place(
-    block: np.ndarray, place: tuple[range, ...], values: np.ndarray, ranges: tuple[range, ...]
-) -> None:
-    """Copies the overlap of a block and a part, cast to the part's dtype."""
-    shared = [
-        (max(a.start, b.start), min(a.stop, b.stop)) for a, b in zip(place, ranges, strict=True)
-    ]
-    if all(low < high for low, high in shared):
-        here = tuple(
-            slice(low - a.start, high - a.start)
-            for (low, high), a in zip(shared, place, strict=True)
-        )
-        there = tuple(
-            slice(low - b.start, high - b.start)
-            for (low, high), b in zip(shared, ranges, strict=True)
-        )
-        values[there] = block[here]
+def _equal(rows: range, most: int) -> Iterator[range]:
+    """Cuts rows into ranges of at most `most`, all of a size if there is one not much smaller.
 
-
-def _transposed(
-    block: np.ndarray, place: tuple[range, ...]
-) -> Iterator[tuple[np.ndarray, tuple[range, ...]]]:
-    """Transposed tiles of a block that belongs at `place`, each with its own place."""
-    step = max(_TILE_BYTES // block[:, :1].nbytes, 1)
-    for start in range(0, block.shape[1], step):
-        columns = slice(start, start + step)
-        yield transpose(block[:, columns]), (place[0][columns], place[1])
-
-
-def transpose(block: np.ndarray) -> np.ndarray:
-    """Transpose of a matrix, by XLA: three times as fast as a strided copy in NumPy."""
-    if block.nbytes < _SMALL_BYTES:
-        return block.T
-    try:
-        device = jax.local_devices(backend="cpu")[0]
-    except RuntimeError:  # JAX_PLATFORMS names an accelerator alone
-        return np.ascontiguousarray(block.T)
-    return np.asarray(jax.device_put(block.T, device))
-
-
-def _memory() -> np.ndarray:
-    if not hasattr(_thread, "memory"):
-        _thread.memory = np.empty(_BLOCK_BYTES, np.uint8)
-    return _thread.memory
-
-
-def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    size = math.prod(shape) * dtype.itemsize
-    memory = np.empty(size + _ALIGNMENT, np.uint8)
-    start = -memory.ctypes.data % _ALIGNMENT
-    return memory[start : start + size].view(dtype).reshape(shape)
+    A device compiles a program for each size.
+    """
+    fewest = -(-len(rows) // most)
+    counts = range(fewest, 2 * fewest)
+    count = next((n for n in counts if len(rows) % n == 0), fewest)
+    step = -(-len(rows) // count)
+    for start in range(rows.start, rows.stop, step):
+        yield range(start, min(start + step, rows.stop))
 
 
 @contextlib.contextmanager

@@ -77,3 +77,14 @@ def read_bytes(path: str | os.PathLike) -> bytes:
             return file.read()
         except OSError as error:
             raise UserError(f"{path}: {why(error)}") from None
+
+
+def fill(memory: memoryview, file: io.FileIO, start: int) -> bool:
+    """Reads a file from a byte on until memory is full; whether the file was long enough."""
+    file.seek(start)
+    while len(memory):
+        count = file.readinto(memory)
+        if not count:
+            return False
+        memory = memory[count:]
+    return True

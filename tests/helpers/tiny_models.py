@@ -6,10 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import torch
 import transformers
 from flax import nnx
+
+from ema_jax.models import checkpoint
+from ema_jax.models.config import DecoderConfig
+from ema_jax.models.safetensors_files import write_weights
 
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
@@ -164,3 +169,21 @@ def random_batch(rows: int = 3, length: int = 11, padding: str = "none") -> tupl
 
 def read_config(folder: Path) -> dict:
     return json.loads((folder / "config.json").read_text())
+
+
+def write_random(folder, **sizes) -> int:
+    """A checkpoint of eight layers in bfloat16, in three files; returns its bytes."""
+    config = {
+        "model_type": "llama",
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        **sizes,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    model = checkpoint.abstract_decoder(DecoderConfig.from_hf(config))
+    shapes = checkpoint.hf_shapes(model, jnp.bfloat16)
+    generator, size = np.random.default_rng(0), sum(tensor.nbytes for tensor in shapes)
+    values = (generator.standard_normal(t.shape, np.float32).astype(t.dtype) for t in shapes)
+    write_weights(folder, shapes, values, -(-size // 3) + max(t.nbytes for t in shapes))
+    return size

@@ -1,6 +1,5 @@
 """Loading as a stream: which bytes are read, by whom, and in how much memory."""
 
-import json
 import os
 import re
 import socket
@@ -15,10 +14,10 @@ from absl import logging
 from jax import numpy as jnp
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
+from tiny_models import write_random
 
 from ema_jax.errors import UserError
 from ema_jax.models import checkpoint, streaming
-from ema_jax.models.config import DecoderConfig
 from ema_jax.models.safetensors_files import StoredTensor, WeightFiles, write_weights
 from ema_jax.models.sharding import make_mesh
 from ema_jax.runtime.files import TensorSpec, read_tensors, write_tensors
@@ -85,24 +84,6 @@ def test_the_end_of_a_load_is_logged(tiny, caplog):
     assert re.search(r"\(\d+\.\d\d GB/s\), peak memory \d+\.\d\d GB", caplog.text)
 
 
-def write_random(folder, **sizes) -> int:
-    """A checkpoint of eight layers in bfloat16, in three files; returns its bytes."""
-    config = {
-        "model_type": "llama",
-        "num_hidden_layers": 8,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 2,
-        **sizes,
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    model = checkpoint.abstract_decoder(DecoderConfig.from_hf(config))
-    shapes = checkpoint.hf_shapes(model, jnp.bfloat16)
-    generator, size = np.random.default_rng(0), sum(tensor.nbytes for tensor in shapes)
-    values = (generator.standard_normal(t.shape, np.float32).astype(t.dtype) for t in shapes)
-    write_weights(folder, shapes, values, -(-size // 3) + max(t.nbytes for t in shapes))
-    return size
-
-
 WORKER = """
 import sys
 from pathlib import Path
@@ -135,6 +116,16 @@ for path, leaf in nnx.to_flat_state(nnx.state(model)):
         distinct[str(shard.index)] = shard.data.nbytes
     needed += sum(distinct.values())
 print("BYTES", got, needed, sum(leaf[...].nbytes for leaf in whole.values()))
+sizes.clear()
+targets = {
+    path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf[...].sharding)
+    for path, leaf in nnx.to_flat_state(nnx.state(model))
+}
+arrays = checkpoint._read_hf(source, checkpoint.check(source), targets, 5000)
+assert sum(sizes) == got, "put together by devices"
+for path, leaf in nnx.to_flat_state(nnx.state(model)):
+    for mine, theirs in zip(arrays[path].addressable_shards, leaf[...].addressable_shards):
+        np.testing.assert_array_equal(mine.data, theirs.data)
 checkpoint.export(model, out / "hf")
 assert (out / "hf" / "config.json").exists(), "nobody goes on before it is there"
 try:
