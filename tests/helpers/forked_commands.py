@@ -4,6 +4,7 @@ forked_commands.py MODULE IMPORT…: reads the arguments of a call as JSON, a li
 the fields of `Done`.
 """
 
+import gc
 import importlib
 import json
 import os
@@ -90,4 +91,5 @@ def _serve(module: str) -> None:
 if __name__ == "__main__":
     for name in sys.argv[2:]:
         importlib.import_module(name)
+    gc.freeze()  # at a fork's end the collector would copy every page of what was imported
     _serve(sys.argv[1])

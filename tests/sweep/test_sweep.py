@@ -348,6 +348,7 @@ def test_sixty_four_cells_by_two_workers_of_which_one_is_killed_twice(tmp_path):
     assert set(rows["status"]) == {"done"}
 
 
+@pytest.mark.usefixtures("optimised")
 def test_a_point_of_a_sweep_is_the_study_that_it_stands_for(tmp_path):
     """One real cell: the same figures as by `ema_jax.main`, in a folder that it goes on with."""
     config = smallest_config()
