@@ -9,16 +9,20 @@ if "device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = (
         os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     ).strip()
-# Most of a test is compilation; hardly optimised code takes three quarters of the time to make.
+# As a study on a CPU is compiled (`runtime.compilation`) …
 if "backend_optimization_level" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = (
-        os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+        os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=1"
     ).strip()
+# … but for what this turns off: most of a test is compilation, and hardly optimised code takes
+# three quarters of the time to make. Where a test computes for longer: `optimised`.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import pytest
 from jaxtyping import install_import_hook
 
@@ -27,6 +31,14 @@ install_import_hook("ema_jax", "shapes.checked")
 # A shell that starts the suite in the background has Ctrl-C ignored, and so would its children.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="module")
+def optimised():
+    """Compiles a module's programs as a study's, for tests that run them for long."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(scope="session")

@@ -113,21 +113,11 @@ class Workload:
         """Tokens of a row that decodes."""
         return self.prompt_tokens + self.new_tokens
 
-    @functools.cached_property
+    @property
     def data(self) -> Data:
         """As many examples as a step takes, of tokens that are all the same."""
-
-        def side(number: int, seed: int) -> list[TokenExample]:
-            sizes = _drawn(number, self.train_tokens, seed)
-            if self.lengths == "full":
-                sizes = [(self.prompt_tokens, self.train_tokens - self.prompt_tokens)] * number
-            return [TokenExample((0,) * prompt, (0,) * response) for prompt, response in sizes]
-
-        number, zeros = self.arm.batch_size, np.zeros(self.arm.batch_size, np.float32)
-        data = Data(side(number, 0), zeros, side(self.arm.retain_batch_size, 1))
-        if not FORGET[self.arm.objective].preferred:
-            return data
-        return dataclasses.replace(data, preferred=side(number, 2), preferred_reference=zeros)
+        sizes = self.prompt_tokens, self.train_tokens, self.lengths
+        return _data(*sizes, self.arm.batch_size, self.arm.retain_batch_size, self.arm.objective)
 
     def step_batch(self, groups: int = 1) -> StepBatch:
         """A step's batch as training packs it, for rows that so many devices share."""
@@ -147,6 +137,26 @@ def resolved(work: Workload, mesh: Mesh) -> Workload:
         arm=dataclasses.replace(work.arm, remat=choice.name),
         decode_rows=work.decode_rows or rows_that_fit(work.model, work.slots, work.dtype, mesh),
     )
+
+
+# Data knows how its batches lie in rows, which takes a second to find: the meshes share it.
+@functools.lru_cache(maxsize=16)
+def _data(
+    prompt: int, tokens: int, lengths: Lengths, batch_size: int, retained: int, objective: str
+) -> Data:
+    """Examples of at most `tokens`; of full length all have prompts of `prompt` tokens."""
+
+    def side(number: int, seed: int) -> list[TokenExample]:
+        sizes = _drawn(number, tokens, seed)
+        if lengths == "full":
+            sizes = [(prompt, tokens - prompt)] * number
+        return [TokenExample((0,) * prompt, (0,) * response) for prompt, response in sizes]
+
+    zeros = np.zeros(batch_size, np.float32)
+    data = Data(side(batch_size, 0), zeros, side(retained, 1))
+    if not FORGET[objective].preferred:
+        return data
+    return dataclasses.replace(data, preferred=side(batch_size, 2), preferred_reference=zeros)
 
 
 def _drawn(number: int, length: int, seed: int) -> list[tuple[int, int]]:

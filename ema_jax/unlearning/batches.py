@@ -155,7 +155,7 @@ class Data:
                 _Spread.of([self._items(config, *part) for part in chosen], layout, groups)
                 for chosen in (
                     zip(*(_parts(x, config) for x in self.indices(config, 0, step)), strict=True)
-                    for step in range(_SAMPLE)
+                    for step in range(1 if self._alike else _SAMPLE)
                 )
             ]
             self._layouts[key] = layout._replace(
@@ -182,6 +182,12 @@ class Data:
         # No more rows than share the examples evenly: 16 in 5 rows are as long as in 4.
         each = math.ceil(examples / math.ceil(tokens / (_LONGEST_PER_ROW * most)))
         return _Layout(bucket(math.ceil(examples / each), groups))
+
+    @functools.cached_property
+    def _alike(self) -> bool:
+        """Whether the examples of each kind are all as long, and so every batch as any other."""
+        parts = self.forget, self.preferred, self.retain
+        return all(len({(len(x.prompt), len(x.response)) for x in part}) <= 1 for part in parts)
 
     @functools.cached_property
     def _sizes(self) -> dict[str, np.ndarray]:

@@ -1,5 +1,6 @@
 """Compiling for TPU slices without a TPU, and what is read from what comes out."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from forked_commands import ForkedCommand
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from small_study import small_config
@@ -37,7 +39,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "ema_jax.compile_check", *arguments],
         cwd=ROOT,
-        env=os.environ | {"XLA_FLAGS": ""},
+        env=os.environ | {"XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"},
         capture_output=True,
         text=True,
         check=False,
@@ -66,6 +68,14 @@ def test_a_tiny_study_compiles_for_a_slice(tmp_path):
     assert made["bound"]["seconds"] > 0
 
 
+@pytest.fixture(scope="module")
+def forked():
+    late = ("ema_jax.compile_check.check", "ema_jax.compile_check.programs")
+    command = ForkedCommand("ema_jax.compile_check", *late, XLA_FLAGS="")
+    with contextlib.closing(command):
+        yield command
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -76,8 +86,8 @@ def test_a_tiny_study_compiles_for_a_slice(tmp_path):
         (["--topology=v5e:2x2", "--programs=eat"], "--programs"),
     ],
 )
-def test_bad_input_is_refused(arguments, said):
-    done = command("--config=configs/tiny.py", *arguments)
+def test_bad_input_is_refused(forked, arguments, said):
+    done = forked("--config=configs/tiny.py", *arguments)
     assert (done.returncode, done.stdout) == (2, ""), done.stderr
     assert done.stderr.splitlines()[-1].startswith("error: ")
     assert said in done.stderr

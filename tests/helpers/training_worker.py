@@ -4,10 +4,15 @@ training_worker.py BASE DIR STEPS DATA,FSDP,TENSOR
 """
 
 import dataclasses
+import os
+import resource
+import signal
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
+import jax
 import numpy as np
 from flax import nnx
 
@@ -90,11 +95,34 @@ def main(argv) -> None:
     distributed.first_only(lambda: np.savez(folder / "model.npz", **made), "model")
 
 
-if __name__ == "__main__":
+def run(argv) -> None:
+    """`main`, ending as every command does."""
     cli.log_to_stderr()
     try:
-        main(sys.argv)
-    except Exception as error:  # as every command ends
+        main(argv)
+    except Exception as error:
         if not hasattr(error, "exit_code"):
             raise
         cli.exit_with("stopped", error, error.exit_code)
+
+
+def fork(arguments: Sequence[str], programs: Path, limit: int | None) -> None:
+    """The worker in a fork, what it says in `DIR/said.txt`.
+
+    Args:
+        arguments: of the worker.
+        programs: folder of compiled programs.
+        limit: the largest file that it may write, in bytes: a disk that is full.
+    """
+    os.dup2(os.open(f"{arguments[1]}/said.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+    # JAX has read its environment.
+    jax.config.update("jax_compilation_cache_dir", str(programs))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    if limit is not None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    run(["", *arguments])
+
+
+if __name__ == "__main__":
+    run(sys.argv)

@@ -1,10 +1,9 @@
 """Checkpoints: bit-exact in and out, one line for every broken one, the same on every mesh."""
 
+import contextlib
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -13,6 +12,7 @@ import pytest
 import torch
 import transformers
 from flax import nnx
+from forked_commands import ForkedCommand
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
@@ -357,54 +357,21 @@ def test_broken_checkpoints_are_refused_in_one_line(tiny, tmp_path, case):
     assert len(text) < 500
 
 
-CONVERT = """
-import json
-import os
-import sys
-import time
-from ema_jax import convert
-from ema_jax.runtime import cli
-from ema_jax.models import checkpoint  # imported once for all
-convert.define_flags()
-for folder in sys.argv[1:]:
-    read, write = os.pipe()
-    start = time.monotonic()
-    if (child := os.fork()) == 0:
-        os.dup2(write, 2)
-        sys.argv = ["convert", "--to=hf", "--source=" + folder, "--output=" + folder + ".out"]
-        cli.run(convert.main)
-    os.close(write)
-    with os.fdopen(read) as pipe:
-        said = pipe.read()
-    _, status, used = os.wait4(child, 0)
-    code = os.waitstatus_to_exitcode(status)
-    # Flushed: the next child would inherit what is left in the buffer, and write it again.
-    print(json.dumps([code, said, time.monotonic() - start, used.ru_maxrss * 1024]), flush=True)
-"""
-
-
 def test_the_command_refuses_all_of_them_soon_and_in_little_memory(tiny, tmp_path):
-    folders = []
-    for i, (break_it, _) in enumerate(BROKEN.values()):
-        (tmp_path / str(i)).mkdir()
-        folders.append(_copy(tiny("llama3"), tmp_path / str(i)))
-        break_it(folders[-1])
-    done = subprocess.run(
-        [sys.executable, "-c", CONVERT, *map(str, folders)],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=Path(__file__).parents[2],
-    )
-    results = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(results) == len(BROKEN), done.stderr
-    for case, folder, (code, said, seconds, peak) in zip(BROKEN, folders, results, strict=True):
-        assert code == 2, (case, said)
-        (line,) = said.splitlines()
-        assert line.startswith(f"error: {folder}"), case
-        assert seconds < 10, case
-        assert peak < 2**30, case
-        assert not Path(f"{folder}.out").exists()
+    late = ("checkpoint", "card", "gguf_folder", "hub", "orbax_folder")
+    command = ForkedCommand("ema_jax.convert", *(f"ema_jax.models.{name}" for name in late))
+    with contextlib.closing(command):
+        for i, (case, (break_it, _)) in enumerate(BROKEN.items()):
+            (tmp_path / str(i)).mkdir()
+            folder = _copy(tiny("llama3"), tmp_path / str(i))
+            break_it(folder)
+            done = command("--to=hf", f"--source={folder}", f"--output={folder}.out")
+            assert done.returncode == 2, (case, done.stderr)
+            (line,) = done.stderr.splitlines()
+            assert line.startswith(f"error: {folder}"), case
+            assert done.seconds < 10, case
+            assert done.peak < 2**30, case
+            assert not Path(f"{folder}.out").exists()
 
 
 def test_adapters_are_not_dropped_in_silence(tiny, tmp_path):

@@ -55,6 +55,7 @@ class Runs:
         environment = os.environ | {
             "PYTHONPATH": f"{ROOT}{os.pathsep}{HELPERS}",
             "XLA_FLAGS": "",
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "0",
             # Small programs, too: there are many.
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }

@@ -1,5 +1,6 @@
 """Bad input ends in one line and exit code 2, at once, with nothing written over."""
 
+import contextlib
 import os
 import resource
 import shutil
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from finished_study import contents, sketch
+from forked_commands import Done, ForkedCommand
 from small_study import small_config
 
 from ema_jax import config as ema
@@ -41,7 +43,15 @@ def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
     return done
 
 
-def assert_refused(done: subprocess.CompletedProcess[str], *expected: str) -> None:
+@pytest.fixture(scope="module")
+def forked():
+    """The command as often as a test likes, where no start has to be proved."""
+    command = ForkedCommand("ema_jax.main", "ema_jax.study.runner")
+    with contextlib.closing(command):
+        yield command
+
+
+def assert_refused(done: subprocess.CompletedProcess[str] | Done, *expected: str) -> None:
     assert done.returncode == 2, done.stderr
     assert done.stdout == ""
     (line,) = done.stderr.splitlines()
@@ -59,8 +69,8 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("arguments", "expected"), REFUSED)
-def test_the_command_refuses_in_one_line(tmp_path, arguments, expected):
-    done = command(*arguments, f"--workdir={tmp_path / 'new'}")
+def test_the_command_refuses_in_one_line(forked, tmp_path, arguments, expected):
+    done = forked(*arguments, f"--workdir={tmp_path / 'new'}")
     assert_refused(done, *expected)
     assert not any(tmp_path.iterdir())
 
@@ -92,13 +102,13 @@ def test_dry_run_prints_the_plan_without_a_device(tmp_path):
     assert not any(tmp_path.iterdir())
 
 
-def test_a_config_may_take_a_word(tmp_path):
-    done = command("--config=configs/tiny_advisor.py:mistral", f"--workdir={tmp_path}", "--dry_run")
+def test_a_config_may_take_a_word(forked, tmp_path):
+    done = forked("--config=configs/tiny_advisor.py:mistral", f"--workdir={tmp_path}", "--dry_run")
     assert done.returncode == 0, done.stderr
     assert "npo_advised/seed_4" in done.stdout
-    bad = command("--config=configs/nothing.py:mistral", f"--workdir={tmp_path}", "--dry_run")
+    bad = forked("--config=configs/nothing.py:mistral", f"--workdir={tmp_path}", "--dry_run")
     assert_refused(bad, "configs/nothing.py: no such file")
-    bad = command("--config=configs/tiny_advisor.py:bert", f"--workdir={tmp_path}", "--dry_run")
+    bad = forked("--config=configs/tiny_advisor.py:bert", f"--workdir={tmp_path}", "--dry_run")
     assert_refused(bad, "tiny_advisor.py:bert: no such model; use qwen2 or mistral")
 
 

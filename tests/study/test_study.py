@@ -33,6 +33,7 @@ from ema_jax.organism import CHECKPOINTS
 from ema_jax.refusal import responses
 from ema_jax.refusal.responses import JudgedResponses
 from ema_jax.refusal.verdicts import Verdict, share
+from ema_jax.report import drawing
 from ema_jax.runtime.files import (
     read_json,
     read_jsonl,
@@ -44,6 +45,8 @@ from ema_jax.runtime.files import (
 )
 from ema_jax.study import runner, schema, stage_bodies, workdir
 from ema_jax.study.pipeline import Study
+
+pytestmark = pytest.mark.usefixtures("optimised")
 
 LAYERS, WIDTH = 6, 128
 TARGET = "cybersecurity"
@@ -253,8 +256,9 @@ def test_answers_are_told_from_what_is_none(finished, results):
         assert all(sum(s.values()) == pytest.approx(1) for s in point["shares"].values())
 
 
-def test_other_ways_of_asking(finished, tmp_path):
-    """One draw and one longer response more; the stages before the evaluation are another's."""
+def test_other_ways_of_asking(tmp_path, monkeypatch):
+    """One draw and one longer response more."""
+    monkeypatch.setattr(drawing, "save", draw_nothing)
     config = small_config()
     config.sensitivity.samples, config.sensitivity.long_tokens = 1, 64
     config.arms = {"npo": {}}
@@ -413,6 +417,7 @@ def test_a_second_run_touches_nothing(finished):
 def test_batch_size_changes_no_verdict_and_no_vector(finished, tmp_path):
     config = small_config()
     config.generation.batch_size = 5
+    config.concepts.sweep_prompts = 0  # interventions, which are not compared here
     run(tmp_path, config, only=["prompts", "baseline", "concepts"])
     for row, other in zip(
         read_jsonl(tmp_path / "responses/base.jsonl"),
@@ -475,6 +480,12 @@ def test_a_killed_evaluation_resumes_where_it_stopped(finished, tmp_path, monkey
     for name in ("responses/base.jsonl", "harvest/benign_answers.jsonl", "evaluations/base.json"):
         assert (tmp_path / name).read_bytes() == (finished / name).read_bytes()
     assert not list(tmp_path.glob(".partial/**/*.jsonl")), "model text is kept on request only"
+
+
+def draw_nothing(draw: Any, folder: Path, name: str, alt: str) -> str:
+    """A page's figure, which takes long and is the report's own business."""
+    folder.mkdir(exist_ok=True)
+    return ""
 
 
 def write_nothing(workdir: Path, *_: Any) -> None:

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 import scipy.stats
 from results_schema import assert_valid
-from small_study import small_config
+from small_study import small_config, smallest_config
 
 from ema_jax import config as ema
 from ema_jax.errors import AskedToStopError, RunStoppedError, UserError
@@ -320,7 +320,7 @@ def start(config: Path, folder: Path, log: Path) -> subprocess.Popen:
         return subprocess.Popen(
             [*command, "--expiry_seconds=5"],
             cwd=ROOT,
-            env=os.environ | {"XLA_FLAGS": ""},
+            env=os.environ | {"XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"},
             stdout=file,
             stderr=file,
         )
@@ -348,12 +348,11 @@ def test_sixty_four_cells_by_two_workers_of_which_one_is_killed_twice(tmp_path):
     assert set(rows["status"]) == {"done"}
 
 
+@pytest.mark.usefixtures("optimised")
 def test_a_point_of_a_sweep_is_the_study_that_it_stands_for(tmp_path):
     """One real cell: the same figures as by `ema_jax.main`, in a folder that it goes on with."""
-    config = small_config()
-    config.prompts.counts = {"harvest": 8, "retain": 8, "dev": 2, "eval": 4, "concept": 4}
-    config.unlearn.max_steps = config.unlearn.eval_every = 2
-    config.harvest.min_examples, config.concepts.permutations = 2, 20
+    config = smallest_config()
+    config.concepts.sweep_prompts = 0  # interventions, which are not compared here
     config.arms = {"npo": {}}
     plain = ema.read(config)
     runner.run(plain, tmp_path / "alone", only=worker.SHARED, dry_run=False)

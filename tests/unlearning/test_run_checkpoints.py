@@ -2,17 +2,18 @@
 
 import dataclasses
 import json
+import multiprocessing
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+import training_worker
 from small_study import assert_same_arrays
 from training_worker import CONFIG, STEPS, arrays, train
 
@@ -135,58 +136,56 @@ def test_what_is_not_finite_names_its_batch_and_keeps_the_last_good_state(
     assert_same_run(whole, tmp_path, trained)
 
 
-def worker(base: Path, folder: Path, steps: int, limit: int | None = None) -> subprocess.Popen:
-    """`limit` is the largest file that it may write, in bytes: a disk that is full."""
-    here = Path(__file__).parents[1] / "helpers"
-    environment = os.environ | {
-        "PYTHONPATH": f"{here.parents[1]}{os.pathsep}{here}",
-        "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
-    }
-    command = [sys.executable, str(here / "training_worker.py")]
-    command += [str(base), str(folder), str(steps), "1,1,1"]
-    if limit is not None:
-        command = [
-            "bash",
-            "-c",
-            f'trap "" XFSZ; ulimit -f {limit // 1024}; exec "$@"',
-            "-",
-            *command,
-        ]
-    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """Starts a process that trains; what it says on stderr is in `said.txt`.
+
+    Its imports are those of a server that it is forked from, and its programs are compiled once.
+    """
+    forks = multiprocessing.get_context("forkserver")
+    forks.set_forkserver_preload([training_worker.__name__])
+    programs = tmp_path_factory.mktemp("programs")
+
+    def started(base: Path, folder: Path, steps: int, limit: int | None = None) -> BaseProcess:
+        arguments = (str(base), str(folder), str(steps), "1,1,1")
+        process = forks.Process(target=training_worker.fork, args=(arguments, programs, limit))
+        process.start()
+        return process
+
+    return started
 
 
-def kill_and_resume(base: Path, folder: Path, steps: int, kills: int) -> dict:
+def kill_and_resume(start, base: Path, folder: Path, steps: int, kills: int) -> dict:
     """Starts the worker, kills it at a random moment of training, and so on; then lets it end."""
     generator = random.Random(kills)
     metrics = folder / "metrics/arm.seed_0.jsonl"
+    folder.mkdir(exist_ok=True)
     for _ in range(kills):
-        process = worker(base, folder, steps)
+        process = start(base, folder, steps)
         before = metrics.stat().st_mtime_ns if metrics.exists() else 0
-        while process.poll() is None and not (
-            metrics.exists() and metrics.stat().st_mtime_ns > before
-        ):
+        while process.is_alive() and not (metrics.exists() and metrics.stat().st_mtime_ns > before):
             time.sleep(0.01)
         time.sleep(generator.uniform(0, 0.15))
-        assert process.poll() is None, "it ended before it was killed"
+        assert process.is_alive(), "it ended before it was killed"
         process.kill()
-        process.communicate()
-    process = worker(base, folder, steps)
-    _, stderr = process.communicate()
-    assert process.returncode == 0, stderr
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+    process = start(base, folder, steps)
+    process.join()
+    assert process.exitcode == 0, (folder / "said.txt").read_text()
     return dict(np.load(folder / "model.npz"))
 
 
-def test_killed_at_random_moments(tiny, whole, tmp_path):
-    ours = kill_and_resume(tiny("qwen2"), tmp_path, STEPS, kills=2)
+def test_killed_at_random_moments(start, tiny, whole, tmp_path):
+    ours = kill_and_resume(start, tiny("qwen2"), tmp_path, STEPS, kills=2)
     assert_same_arrays(ours, arrays(whole[1].model))
     assert rows(tmp_path) == rows(whole[0])
 
 
 @pytest.mark.slow
-def test_killed_at_twenty_random_moments(tiny, base, tmp_path):
+def test_killed_at_twenty_random_moments(start, tiny, base, tmp_path):
     steps = 100  # more than twenty lives get through
-    ours = kill_and_resume(tiny("qwen2"), tmp_path / "killed", steps, kills=20)
+    ours = kill_and_resume(start, tiny("qwen2"), tmp_path / "killed", steps, kills=20)
     config = dataclasses.replace(CONFIG, max_steps=steps)
     uninterrupted = train(base, tmp_path / "whole", every=50, config=config)
     assert_same_arrays(ours, arrays(uninterrupted.model))
@@ -194,13 +193,14 @@ def test_killed_at_twenty_random_moments(tiny, base, tmp_path):
     assert [row["step"] for row in rows(tmp_path / "killed")] == list(range(1, steps + 1))
 
 
-def test_a_full_disk_stops_in_one_line_and_loses_nothing(base, tiny, whole, tmp_path):
+def test_a_full_disk_stops_in_one_line_and_loses_nothing(start, base, tiny, whole, tmp_path):
     config = dataclasses.replace(CONFIG, max_steps=STEPS)
     with pytest.raises(KilledError):
         train(base, tmp_path, every=4, log=dies_at(9), config=config)
-    process = worker(tiny("qwen2"), tmp_path, STEPS, limit=16384)
-    _, stderr = process.communicate()
-    assert process.returncode == 3, stderr
+    process = start(tiny("qwen2"), tmp_path, STEPS, limit=16384)
+    process.join()
+    stderr = (tmp_path / "said.txt").read_text()
+    assert process.exitcode == 3, stderr
     lines = [line for line in stderr.splitlines() if line.startswith("stopped: ")]
     assert len(lines) == 1, stderr
     assert "could not be written" in lines[0]

@@ -288,6 +288,29 @@ def test_examples_of_one_length_keep_a_row_each():
     assert rows.places.shape == (1, 1, 8 * 64 * 5 // 8)
 
 
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("retained", [(20, 40), (3, 9)])
+def test_of_examples_that_are_alike_one_batch_tells_the_layout(monkeypatch, groups, retained):
+    """And is that of a sample of batches."""
+    forget, retain = (
+        [TokenExample((1,) * prompt, (2,) * response)] * 9
+        for prompt, response in ((20, 40), retained)
+    )
+    config = UnlearnConfig(retain_weight=1.0, batch_size=8, retain_batch_size=8, accumulate=2)
+
+    def layout(alike: bool):
+        data = Data(forget, np.zeros(9, np.float32), retain)
+        assert data._alike
+        if not alike:
+            monkeypatch.setattr(Data, "_alike", False)
+        return data._layout(config, groups)
+
+    assert layout(alike=True) == layout(alike=False)
+    mixed = [*retain, TokenExample((1,), (2,))]
+    monkeypatch.undo()
+    assert not Data(forget, np.zeros(9, np.float32), mixed)._alike
+
+
 def test_schedules():
     rate = {"learning_rate": 2.0, "max_steps": 10}
     cosine = schedule(UnlearnConfig(schedule="cosine", warmup_steps=4, **rate))
