@@ -5,8 +5,12 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
+from ema_jax.models.splash import divides, faster_by_splash, platform_of, splash_attention
+
+KEPT = "kept"  # values that `remat="projections"` keeps
 _AMPERE, _HOPPER = (8, 0), (9, 0)
 
 
@@ -105,8 +109,11 @@ def attend(
     *,
     causal: bool = False,
     packed: bool = False,
+    segments: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T N H"]:
     """Grouped-query attention, softmax in float32; rows without a visible key stay finite.
+
+    What it mixes has the name `KEPT`.
 
     Args:
         query: of every token.
@@ -117,22 +124,30 @@ def attend(
             padding from real tokens by itself, so that the mask need not be read; what padding
             gets is arbitrary.
         packed: rows of several examples, whose mask the faster attention takes too.
+        segments: of packed rows whose mask hides other examples and what comes after, no more.
 
-    The faster attention is taken on one GPU alone, as that is where it was tried: with rows on
-    several, XLA would have to split it.
+    Splash is taken on any number of TPUs. cuDNN is taken on one GPU alone, as that is where it was
+    tried: with rows on several, XLA would have to split it.
     """
+    mesh = jax.typeof(query).sharding.mesh
+    about = (query.dtype, query.shape[3], query.shape[1])
+    if (
+        (causal or segments is not None)
+        and faster_by_splash(platform_of(mesh), *about)
+        and divides(mesh, key.shape[0], key.shape[2])
+    ):
+        return splash_attention(query, key, value, segments, kept=KEPT)
     seen: dict[str, Any] = {"mask": mask}
     fast = (
         (causal or packed)
-        and jax.typeof(query).sharding.mesh.size <= 1
-        and faster_by_cudnn(
-            compute_capability(), query.dtype, query.shape[3], query.shape[1], masked=not causal
-        )
+        and mesh.size <= 1
+        and faster_by_cudnn(compute_capability(), *about, masked=not causal)
     )
     if fast and causal:
         seen = {"is_causal": True}
     by: Literal["cudnn"] | None = "cudnn" if fast else None
-    return jax.nn.dot_product_attention(query, key, value, **seen, implementation=by)
+    mixed = jax.nn.dot_product_attention(query, key, value, **seen, implementation=by)
+    return checkpoint_name(mixed, KEPT)
 
 
 def attend_cached(

@@ -18,6 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from ema_jax.models.attention import (
+    KEPT,
     attend,
     attend_cached,
     causal_mask,
@@ -29,7 +30,6 @@ from ema_jax.models.cache import KVCache
 from ema_jax.models.config import DecoderConfig, rope_frequencies
 from ema_jax.models.sharding import exact, product, vocabulary_product
 
-_KEPT = "kept"  # values that `remat="projections"` keeps
 NO_WINDOW = np.iinfo(np.int32).max
 
 
@@ -68,7 +68,7 @@ class Linear(nnx.Module):
                 rows = jnp.where(keep, rows / (1 - self.dropout), 0.0)
             # Scaled while narrow: wide, its gradient would be one more array as large as `y`.
             y += (rows @ a * self.lora_scale) @ b
-        return checkpoint_name(y, _KEPT).reshape(*x.shape[:-1], -1)
+        return checkpoint_name(y, KEPT).reshape(*x.shape[:-1], -1)
 
 
 class RMSNorm(nnx.Module):
@@ -215,6 +215,7 @@ class Decoder(nnx.Module):
         # A window that no row fills hides nothing.
         windowed = any(window is not None and window < tokens.shape[1] for window in c.windows)
         causal = right_padded and segments is None and not windowed
+        alone = None if windowed or continued is not None else segments
         shared = None if windowed else visible_in(None)
 
         def step(x: Float[Array, "B T D"], layer: tuple) -> tuple[Float[Array, "B T D"], tuple]:
@@ -224,8 +225,9 @@ class Decoder(nnx.Module):
             query, key, value = block.queries_keys_values(x, cos, sin)
             visible = visible_in(window) if shared is None else shared
             packed = segments is not None
-            mixed = attend(query, key, value, visible, causal=causal, packed=packed)
-            mixed = checkpoint_name(mixed, _KEPT)
+            mixed = attend(
+                *(query, key, value, visible), causal=causal, packed=packed, segments=alone
+            )
             x, *added = block.add_branches(x, mixed)
             branches = None if tap is None or not tap_branches else tuple(map(tap, added))
             return x, (tapped, branches, (key, value) if return_keys_values else None)
@@ -234,7 +236,7 @@ class Decoder(nnx.Module):
         # Without an intervention these are empty trees, which cost nothing.
         inner = jax.tree.map(lambda leaf: leaf[:-1], self.edit)
         last = jax.tree.map(lambda leaf: leaf[-1], self.edit)
-        kept = jax.checkpoint_policies.save_only_these_names(_KEPT)
+        kept = jax.checkpoint_policies.save_only_these_names(KEPT)
         policy = kept if remat == "projections" else None
         body = jax.checkpoint(step, policy=policy) if remat else step
         layers = (self.blocks, self._windows(), inner)
