@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -161,18 +162,21 @@ def _bound(
 def _figures(program: Any, topology: Topology) -> dict[str, Any]:
     """Compiles a lowered program: memory per chip, collectives, seconds of compilation."""
     devices, compiled, used, limit = topology.devices_per_chip, None, 0.0, 0.0
-    start = time.monotonic()
-    with _captured_stderr() as log:
+    start, text = time.monotonic(), None
+    with tempfile.TemporaryDirectory() as folder, _captured_stderr() as log:
         try:
-            compiled = program.compile(compiler_options=topology.compiler_options)
+            compiled = program.compile(compiler_options=topology.compiler_options(folder))
+            seconds = time.monotonic() - start
+            text = _text(compiled, Path(folder))
         except Exception as error:
+            seconds = time.monotonic() - start
             match = _OUT_OF_MEMORY.search(str(error))
             if match is None:
                 raise
             used, limit = (float(match[i]) * _UNITS[match[i + 1]] * devices for i in (1, 3))
     shared = {
         "full_rematerialisations": log[0].count(_REMATERIALISED),
-        "compile_seconds": round(time.monotonic() - start, 1),
+        "compile_seconds": round(seconds, 1),
     }
     if compiled is None:
         figures = {"fits": False, "hbm_gib_per_chip": used, "over_gib": used - limit}
@@ -182,10 +186,8 @@ def _figures(program: Any, topology: Topology) -> dict[str, Any]:
     held = memory.argument_size_in_bytes + own_output + memory.temp_size_in_bytes
     held += memory.generated_code_size_in_bytes
     found, more = None, {}
-    try:
-        text = compiled.as_text()
-    except jax.errors.JaxRuntimeError as error:  # libtpu cannot print some programs
-        logging.warning("collectives unknown: %s", str(error).strip().splitlines()[0][:200])
+    if text is None:
+        logging.warning("collectives unknown: the compiler does not print this program")
     else:
         found = collectives.summary(collectives.read(text, len(topology.devices)))
         if topology.card is not None:
@@ -199,6 +201,19 @@ def _figures(program: Any, topology: Topology) -> dict[str, Any]:
         **more,
         **shared,
     }
+
+
+def _text(compiled: Any, written: Path) -> str | None:
+    """The optimised program: as JAX prints it, or else as the compiler wrote it into a folder.
+
+    JAX reads libtpu's program before it prints it, which fails where the embeddings are looked up
+    on the sparse cores of a v5p or v6e.
+    """
+    try:
+        return compiled.as_text()
+    except jax.errors.JaxRuntimeError:
+        files = sorted(written.glob("*.after_optimizations.txt"))
+        return files[-1].read_text() if files else None
 
 
 @contextlib.contextmanager

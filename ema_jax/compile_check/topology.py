@@ -37,10 +37,13 @@ class Topology:
         """Memory of a chip."""
         return self.chip.hbm_gib if self.card is None else self.card.memory_gib
 
-    @property
-    def compiler_options(self) -> dict[str, str]:
-        """Options of XLA's compiler: without a GPU it cannot try which kernel is faster."""
-        return {} if self.card is None else {"xla_gpu_autotune_level": "0"}
+    def compiler_options(self, folder: str) -> dict[str, str]:
+        """Options of XLA's compiler.
+
+        Without a GPU it cannot try which kernel is faster. Of a TPU's program, which JAX cannot
+        always print, it writes the text into a folder.
+        """
+        return {"xla_dump_to": folder} if self.card is None else {"xla_gpu_autotune_level": "0"}
 
     @property
     def devices_per_chip(self) -> int:

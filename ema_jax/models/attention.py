@@ -5,9 +5,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from ema_jax.models.blocked_attention import blocked_attention
+from ema_jax.models.blocked_attention import KEPT, blocked_attention
+from ema_jax.models.splash import divides, faster_by_splash, platform_of, splash_attention
 
 _AMPERE, _HOPPER = (8, 0), (9, 0)
 
@@ -101,40 +103,52 @@ def faster_by_cudnn(
 
 def attend(
     query: Float[Array, "B T N H"],
-    key: Float[Array, "B S K H"],
-    value: Float[Array, "B S K H"],
-    mask: Bool[Array, "B 1 T S"],
+    key: Float[Array, "B T K H"],
+    value: Float[Array, "B T K H"],
+    mask: Bool[Array, "B 1 T T"],
     *,
     causal: bool = False,
     packed: bool = False,
+    segments: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T N H"]:
     """Grouped-query attention, softmax in float32; rows without a visible key stay finite.
+
+    The one place where an implementation is chosen. What it mixes has the name `KEPT`.
 
     Args:
         query: of every token.
         key: the same.
         value: the same.
-        mask: true where a query attends to a key.
+        mask: true where a query attends to a key, which must be at its own place or before it. Of
+            padding, whose results are arbitrary, the mask may say more.
         causal: the mask hides what comes after, and padding on the right. There causality hides
             padding from real tokens by itself, so that the mask need not be read; what padding
             gets is arbitrary.
         packed: rows of several examples, whose mask the faster attention takes too.
+        segments: of packed rows whose mask hides other examples and what comes after, no more.
 
-    The faster attention is taken on one GPU alone, as that is where it was tried: with rows on
-    several, XLA would have to split it.
+    Splash is taken on any number of TPUs. cuDNN is taken on one GPU alone, as that is where it was
+    tried: with rows on several, XLA would have to split it.
     """
+    mesh = jax.typeof(query).sharding.mesh
+    about = (query.dtype, query.shape[3], query.shape[1])
+    if (
+        (causal or segments is not None)
+        and faster_by_splash(platform_of(mesh), *about)
+        and divides(mesh, key.shape[0], key.shape[2])
+    ):
+        return splash_attention(query, key, value, segments, kept=KEPT)
     seen: dict[str, Any] = {"mask": mask}
     fast = (
         (causal or packed)
-        and jax.typeof(query).sharding.mesh.size <= 1
-        and faster_by_cudnn(
-            compute_capability(), query.dtype, query.shape[3], query.shape[1], masked=not causal
-        )
+        and mesh.size <= 1
+        and faster_by_cudnn(compute_capability(), *about, masked=not causal)
     )
     if fast and causal:
         seen = {"is_causal": True}
     if fast:
-        return jax.nn.dot_product_attention(query, key, value, **seen, implementation="cudnn")
+        mixed = jax.nn.dot_product_attention(query, key, value, **seen, implementation="cudnn")
+        return checkpoint_name(mixed, KEPT)
     return blocked_attention(query, key, value, mask)
 
 

@@ -245,6 +245,7 @@ class Decoder(nnx.Module):
         # A window that no row fills hides nothing.
         windowed = any(window is not None and window < tokens.shape[1] for window in c.windows)
         causal = right_padded and segments is None and not windowed
+        alone = None if windowed or continued is not None else segments
         shared = None if windowed else visible_in(None)
 
         def step(x: Float[Array, "B T D"], layer: tuple) -> tuple[Float[Array, "B T D"], tuple]:
@@ -254,8 +255,9 @@ class Decoder(nnx.Module):
             query, key, value = block.queries_keys_values(x, cos, sin)
             visible = visible_in(window) if shared is None else shared
             packed = segments is not None
-            mixed = attend(query, key, value, visible, causal=causal, packed=packed)
-            mixed = checkpoint_name(mixed, KEPT)
+            mixed = attend(
+                *(query, key, value, visible), causal=causal, packed=packed, segments=alone
+            )
             x, *added = block.add_branches(x, mixed)
             branches = None if tap is None or not tap_branches else tuple(map(tap, added))
             return x, (tapped, branches, (key, value) if return_keys_values else None)

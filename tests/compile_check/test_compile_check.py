@@ -365,7 +365,8 @@ def test_what_does_not_fit_says_by_how_much():
     assert made["over_gib"] == pytest.approx(4.5)
 
 
-def test_a_program_that_cannot_be_printed_leaves_its_collectives_unknown():
+@pytest.mark.parametrize("written", [True, False])
+def test_a_program_that_jax_cannot_print_is_read_as_the_compiler_wrote_it(written):
     class Memory:
         output_size_in_bytes, alias_size_in_bytes = 3 << 30, 1 << 30
         argument_size_in_bytes, temp_size_in_bytes = 5 << 30, 4 << 30
@@ -373,6 +374,9 @@ def test_a_program_that_cannot_be_printed_leaves_its_collectives_unknown():
 
     class Program:
         def compile(self, compiler_options):
+            if written:
+                folder = Path(compiler_options["xla_dump_to"])
+                (folder / "module_0000.f.after_optimizations.txt").write_text(TPU_TEXT)
             return self
 
         def memory_analysis(self):
@@ -383,7 +387,11 @@ def test_a_program_that_cannot_be_printed_leaves_its_collectives_unknown():
 
     slice_ = topology.Topology("v5e:2x2", devices.TPUS["v5e"], 4, jax.devices()[:4])
     made = check._figures(Program(), slice_)
-    assert (made["fits"], made["hbm_gib_per_chip"], made["collectives"]) == (True, 12, None)
+    assert (made["fits"], made["hbm_gib_per_chip"]) == (True, 12)
+    if written:
+        assert set(made["collectives"]) == {"all-gather", "reduce-scatter", "all-reduce"}
+        return
+    assert made["collectives"] is None
     work = Workload.of(ema.read(small_config()), 16)
     bound = check._bound(work, slice_, slice_.mesh((1, 4, 1)), made)
     assert (bound["communication"], bound["limit"]) == (None, "unknown")

@@ -54,7 +54,7 @@ def test_cards_by_name(plugin, name, card, count):
     assert found.devices_per_chip == 1
     assert found.chip is CARDS[card].sheet
     assert found.capacity_gib == CARDS[card].memory_gib
-    assert found.compiler_options == {"xla_gpu_autotune_level": "0"}
+    assert found.compiler_options("folder") == {"xla_gpu_autotune_level": "0"}
     assert plugin["platform"] == "cuda"
     assert plugin["topology"] == f"1x1x{count}"
     assert plugin["target_config"] == CARDS[card].target_config()
