@@ -84,7 +84,7 @@ def read_parameters(
         # A block of each parameter first, so that devices' programs are compiled side by side.
         for size in pool.map(read, [*first, *others]):
             count(size)
-    arrays = {}
+    arrays: dict[_Key, jax.Array] = {}
     for key, parameter in parameters.items():
         target = parameter.target
         held = [array for part in parts[key] for array in part.arrays()]
@@ -160,7 +160,8 @@ def _parts(parameter: Parameter, device_block: int | None) -> tuple[list[Part], 
     """The parts of a parameter that devices of this process hold, and the size of their blocks."""
     target, holders = parameter.target, _holders(parameter.target)
     if device_block is None:
-        on_cpu = all(device.platform == "cpu" for device in _sharding(target).device_set)
+        devices: set[jax.Device] = _sharding(target).device_set
+        on_cpu = all(device.platform == "cpu" for device in devices)
         device_block = 0 if on_cpu else DEVICE_BLOCK_BYTES
     size = max(math.prod(map(len, ranges)) for ranges in holders) * target.dtype.itemsize
     kind, block = (

@@ -23,7 +23,7 @@ from ema_jax.unlearning.objectives import FORGET, RETAIN
 # The rows of an arm's batches have very few lengths, each of which is a program of its own: those,
 # multiples of this, of which a sample of its batches would waste least.
 _SAMPLE, MULTIPLE = 128, 16
-# A program costs what ten to fifty steps do, once for all seeds and later runs: a length is worth
+# A program costs what fifteen to fifty steps do, once for all seeds and later runs: a length is worth
 # its own if it saves a run this many steps.
 _WORTH_STEPS = 16
 # Rows as long as two of the longest examples are filled to nine tenths and more; where a row for
