@@ -83,8 +83,7 @@ def test_a_run_that_ended_is_not_trained_again(base, whole):
     again = train(base, folder, every=10, log=dies_at(1))
     assert_same_run(whole, folder, again)
     assert again.stopped == trained.stopped
-    kept = sorted(int(p.name) for p in (folder / "state").iterdir() if p.name.isdigit())
-    assert kept == [20, STEPS], "the newest two"
+    assert kept(folder) == [20, STEPS], "the newest two"
 
 
 def test_checkpoints_of_another_run_are_not_resumed(base, whole, tmp_path):
@@ -155,15 +154,20 @@ def start(tmp_path_factory):
     return started
 
 
+def kept(folder: Path) -> list[int]:
+    """Steps of the checkpoints that are whole."""
+    return sorted(int(p.name) for p in (folder / "state").glob("*") if p.name.isdigit())
+
+
 def kill_and_resume(start, base: Path, folder: Path, steps: int, kills: int) -> dict:
     """Starts the worker, kills it at a random moment of training, and so on; then lets it end."""
     generator = random.Random(kills)
-    metrics = folder / "metrics/arm.seed_0.jsonl"
     folder.mkdir(exist_ok=True)
     for _ in range(kills):
+        before = kept(folder)
         process = start(base, folder, steps)
-        before = metrics.stat().st_mtime_ns if metrics.exists() else 0
-        while process.is_alive() and not (metrics.exists() and metrics.stat().st_mtime_ns > before):
+        # Until it has a checkpoint more: each life resumes from the one before.
+        while process.is_alive() and kept(folder)[-1:] <= before[-1:]:
             time.sleep(0.01)
         time.sleep(generator.uniform(0, 0.15))
         assert process.is_alive(), "it ended before it was killed"
