@@ -105,12 +105,12 @@ def test_only_nvidias_cards_have_a_compute_capability(named, found, monkeypatch)
     ("kind", "card", "devices", "asked"),
     [
         ({"causal": True}, "9.0", 1, ("cudnn", "is_causal")),
-        ({"causal": True}, "9.0", 8, (None, "mask")),
-        ({"causal": True}, "7.5", 1, (None, "mask")),
+        ({"causal": True}, "9.0", 8, ("ours", "mask")),
+        ({"causal": True}, "7.5", 1, ("ours", "mask")),
         ({"packed": True}, "9.0", 1, ("cudnn", "mask")),
-        ({"packed": True}, "9.0", 8, (None, "mask")),
-        ({"packed": True}, "8.0", 1, (None, "mask")),
-        ({}, "9.0", 1, (None, "mask")),
+        ({"packed": True}, "9.0", 8, ("ours", "mask")),
+        ({"packed": True}, "8.0", 1, ("ours", "mask")),
+        ({}, "9.0", 1, ("ours", "mask")),
     ],
 )
 def test_what_attention_asks_for_on_a_gpu(kind, card, devices, asked, monkeypatch):
@@ -126,5 +126,9 @@ def test_what_attention_asks_for_on_a_gpu(kind, card, devices, asked, monkeypatc
     device = types.SimpleNamespace(compute_capability=card)
     monkeypatch.setattr(jax, "local_devices", lambda: [device])
     monkeypatch.setattr(jax.nn, "dot_product_attention", attention)
+    monkeypatch.setattr(
+        "ema_jax.models.attention.blocked_attention",
+        lambda *own: attention(*own[:3], implementation="ours", mask=own[3]),
+    )
     jax.jit(lambda x: attend(x, x, x, mask, **kind)).trace(x)
     assert given == [asked]
