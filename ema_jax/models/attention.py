@@ -119,8 +119,8 @@ def attend(
         query: of every token.
         key: the same.
         value: the same.
-        mask: true where a query attends to a key, which must be at its own place or before it. Of
-            padding, whose results are arbitrary, the mask may say more.
+        mask: true where a query attends to a key; for a real token, to nothing after its own place.
+            Padding's results are arbitrary.
         causal: the mask hides what comes after, and padding on the right. There causality hides
             padding from real tokens by itself, so that the mask need not be read; what padding
             gets is arbitrary.

@@ -15,13 +15,15 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
+from ema_jax.data.batching import bucket
 from ema_jax.models.sharding import at_precision, matmul_precision
 
 KEPT = "kept"
 """Name of the values that a train step under `remat = "projections"` does not compute again."""
 
-_BLOCKS, _LEAST = 4, 96  # at most so many, of no fewer queries
-_UNSEEN = -1e30  # finite: a query that sees nothing weighs all keys alike
+# At most so many blocks, of no fewer queries, and of whole vectors of an accelerator.
+_BLOCKS, _LEAST, _MULTIPLE = 4, 96, 16
+_UNSEEN = -1e30  # finite: what comes of a query that sees nothing is arbitrary, and no NaN
 
 _Kept = tuple[Array, Array, Array, Array, Array, Array]
 
@@ -98,7 +100,7 @@ _attention.defvjp(at_precision(_forward), at_precision(_backward))
 def _blocks(length: int) -> Iterator[tuple[int, int]]:
     """Where each block of queries begins and ends."""
     number = max(min(_BLOCKS, length // _LEAST), 1)
-    size = -(-length // number)
+    size = bucket(-(-length // number), _MULTIPLE)
     for start in range(0, length, size):
         yield start, min(start + size, length)
 

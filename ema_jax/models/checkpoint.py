@@ -25,7 +25,7 @@ from ema_jax.models.decoder import Decoder, LoRAParam
 from ema_jax.models.gguf_file import GgufFile
 from ema_jax.models.orbax_folder import is_flax_folder
 from ema_jax.models.safetensors_files import WeightFiles, write_weights
-from ema_jax.models.sharding import host_array, make_mesh, parameter_shardings
+from ema_jax.models.sharding import host_array, make_mesh, on_cpu, parameter_shardings
 from ema_jax.runtime import distributed
 from ema_jax.runtime.files import (
     TensorSpec,
@@ -142,7 +142,7 @@ def load(folder: str | Path, *, mesh: Mesh | None = None, dtype: Any = None) -> 
     graph, abstract = nnx.split(abstract_decoder(config))
     mesh = make_mesh() if mesh is None else mesh
     if dtype is None:
-        dtype = jnp.float32 if mesh.devices.flat[0].platform == "cpu" else jnp.bfloat16
+        dtype = jnp.float32 if on_cpu(mesh) else jnp.bfloat16
     leaves = dict(nnx.to_flat_state(abstract))
     shardings = dict(nnx.to_flat_state(parameter_shardings(abstract, mesh)))
     targets = {

@@ -255,9 +255,7 @@ class Decoder(nnx.Module):
             query, key, value = block.queries_keys_values(x, cos, sin)
             visible = visible_in(window) if shared is None else shared
             packed = segments is not None
-            mixed = attend(
-                *(query, key, value, visible), causal=causal, packed=packed, segments=alone
-            )
+            mixed = attend(query, key, value, visible, causal=causal, packed=packed, segments=alone)
             x, *added = block.add_branches(x, mixed)
             branches = None if tap is None or not tap_branches else tuple(map(tap, added))
             return x, (tapped, branches, (key, value) if return_keys_values else None)

@@ -23,8 +23,8 @@ from ema_jax.unlearning.objectives import FORGET, RETAIN
 # The rows of an arm's batches have very few lengths, each of which is a program of its own: those,
 # multiples of this, of which a sample of its batches would waste least.
 _SAMPLE, MULTIPLE = 128, 16
-# A program costs what fifteen to fifty steps do, once for all seeds and later runs: a length is worth
-# its own if it saves a run this many steps.
+# A program costs what fifteen to fifty steps do, once for all seeds and later runs: a length is
+# worth its own if it saves a run this many steps.
 _WORTH_STEPS = 16
 # Rows as long as two of the longest examples are filled to nine tenths and more; where a row for
 # each example is as full as this, it has less attention to pay.
@@ -185,7 +185,7 @@ class Data:
 
     @functools.cached_property
     def _alike(self) -> bool:
-        """Whether the examples of each kind are all as long, and so every batch as any other."""
+        """Whether the examples of each kind are all as long: one batch then stands for all."""
         parts = self.forget, self.preferred, self.retain
         return all(len({(len(x.prompt), len(x.response)) for x in part}) <= 1 for part in parts)
 

@@ -44,7 +44,7 @@ def theirs(query, key, value, mask):
     return jax.nn.dot_product_attention(query, key, value, mask=mask)
 
 
-@pytest.mark.parametrize("length", [40, 203, 401])  # one block, two, four
+@pytest.mark.parametrize("length", [40, 203, 401])  # one block, two, four of unequal size
 @pytest.mark.parametrize("rows", ["packed", "windowed", "left-padded"])
 def test_it_is_jax_attention(length, rows):
     mask, real = masks(length)[rows]
