@@ -1,7 +1,7 @@
 """Rotary position embeddings, causal masks and grouped-query attention."""
 
 import re
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -127,14 +127,16 @@ def attend(
         packed: rows of several examples, whose mask the faster attention takes too.
         segments: of packed rows whose mask hides other examples and what comes after, no more.
 
-    Splash is taken on any number of TPUs. cuDNN is taken on one GPU alone, as that is where it was
-    tried: with rows on several, XLA would have to split it.
+    Splash is taken on any number of TPUs, and for short rows there what XLA makes of JAX's own
+    attention: as compiled for a v5e it takes fewer cycles than the blocks (docs/scaling.md). cuDNN
+    is taken on one GPU alone, as that is where it was tried: with rows on several, XLA would have
+    to split it.
     """
     mesh = jax.typeof(query).sharding.mesh
-    about = (query.dtype, query.shape[3], query.shape[1])
+    platform, about = platform_of(mesh), (query.dtype, query.shape[3], query.shape[1])
     if (
         (causal or segments is not None)
-        and faster_by_splash(platform_of(mesh), *about)
+        and faster_by_splash(platform, *about)
         and divides(mesh, key.shape[0], key.shape[2])
     ):
         return splash_attention(query, key, value, segments, kept=KEPT)
@@ -146,8 +148,9 @@ def attend(
     )
     if fast and causal:
         seen = {"is_causal": True}
-    if fast:
-        mixed = jax.nn.dot_product_attention(query, key, value, **seen, implementation="cudnn")
+    if fast or platform == "tpu":
+        by: Literal["cudnn", "xla"] = "cudnn" if fast else "xla"
+        mixed = jax.nn.dot_product_attention(query, key, value, **seen, implementation=by)
         return checkpoint_name(mixed, KEPT)
     return blocked_attention(query, key, value, mask)
 

@@ -108,6 +108,13 @@ def test_where_it_is_taken(platform, dtype, head_dim, length, taken):
     assert splash.faster_by_splash(platform, jnp.dtype(dtype), head_dim, length) == taken
 
 
+def of_sixteen(platform: str) -> NamedSharding:
+    """Rows over sixteen devices that are not there."""
+    device = AbstractDevice(device_kind="TPU v5 lite", num_cores=1, platform=platform)
+    mesh = AbstractMesh((1, 16, 1), AXES, (AxisType.Auto,) * 3, abstract_device=device)
+    return NamedSharding(mesh, P(*BATCH))
+
+
 @pytest.mark.parametrize(
     ("kind", "rows", "taken"),
     [
@@ -124,9 +131,7 @@ def test_a_slice_is_known_by_the_mesh(kind, rows, taken, monkeypatch):
     monkeypatch.setattr(
         attention, "splash_attention", lambda q, k, v, ids, kept: asked.append(ids) or q
     )
-    device = AbstractDevice(device_kind="TPU v5 lite", num_cores=1, platform="tpu")
-    mesh = AbstractMesh((1, 16, 1), AXES, (AxisType.Auto,) * 3, abstract_device=device)
-    on = NamedSharding(mesh, P(*BATCH))
+    on = of_sixteen("tpu")
     x = jax.ShapeDtypeStruct((rows, 1024, 4, 128), jnp.bfloat16, sharding=on)
     mask = jax.ShapeDtypeStruct((rows, 1, 1024, 1024), jnp.bool, sharding=on)
     ids = jax.ShapeDtypeStruct((rows, 1024), jnp.int32, sharding=on)
@@ -137,6 +142,25 @@ def test_a_slice_is_known_by_the_mesh(kind, rows, taken, monkeypatch):
 
     jax.eval_shape(mixed, x, mask, ids)
     assert bool(asked) == taken
+
+
+@pytest.mark.parametrize(("platform", "taken"), [("tpu", "xla"), ("gpu", "blocks")])
+def test_short_rows_are_left_to_xla_on_a_tpu_alone(platform, taken, monkeypatch):
+    asked = []
+
+    def jaxs(query, key, value, *, mask, implementation):
+        asked.append(implementation)
+        return query
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", jaxs)
+    monkeypatch.setattr(attention, "blocked_attention", lambda q, *_: asked.append("blocks") or q)
+    on = of_sixteen(platform)
+    x = jax.ShapeDtypeStruct((32, 256, 4, 128), jnp.bfloat16, sharding=on)
+    mask = jax.ShapeDtypeStruct((32, 1, 256, 256), jnp.bool, sharding=on)
+    jaxpr = jax.make_jaxpr(lambda x, mask: attend(x, x, x, mask, packed=True))(x, mask)
+    assert asked == [taken]
+    names = [e.params["name"] for e in jaxpr.eqns if e.primitive.name == "name"]
+    assert names == [attention.KEPT] * (taken == "xla")  # the blocks name their own
 
 
 def kernels(jaxpr) -> Iterator[str]:
