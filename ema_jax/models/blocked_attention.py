@@ -15,7 +15,6 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
-from ema_jax.data.batching import bucket
 from ema_jax.models.sharding import at_precision, matmul_precision
 
 KEPT = "kept"
@@ -100,7 +99,7 @@ _attention.defvjp(at_precision(_forward), at_precision(_backward))
 def _blocks(length: int) -> Iterator[tuple[int, int]]:
     """Where each block of queries begins and ends."""
     number = max(min(_BLOCKS, length // _LEAST), 1)
-    size = bucket(-(-length // number), _MULTIPLE)
+    size = _MULTIPLE * -(-length // (number * _MULTIPLE))
     for start in range(0, length, size):
         yield start, min(start + size, length)
 
