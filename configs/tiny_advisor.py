@@ -53,7 +53,7 @@ def get_config(family="qwen2"):
         return {**retain, "retain_counts": counts}
 
     config.arms = {
-        "npo": {},
+        "npo": {"eval_every": 2},
         "npo_uniform": arm(dict.fromkeys(forecast, 0.0)),
         "npo_advised": arm(forecast),
     }
