@@ -1,6 +1,6 @@
 """R1 to R5 on the embedded models: both families, both targets, both arms, five seeds, one folder.
 
-Every cell has the settings of tiny.py, with no exceptions; all look at the dev split more often.
+Every cell has the settings of tiny.py and none of its own; all have dev rates every second step.
 
 python -m ema_jax.main --config=configs/tiny_replication.py --workdir=runs/tiny_replication
 """
