@@ -2,8 +2,18 @@
 
 import math
 from collections.abc import Sequence
+from typing import Annotated
 
 import numpy as np
+from pydantic import Field
+
+_PAIR = Field(min_length=2, max_length=2)
+
+Interval = Annotated[list[float], _PAIR]
+"""`[low, high]`."""
+
+PartialInterval = Annotated[Sequence[float | None], _PAIR]
+"""`[low, high]`, null where nothing is known."""
 
 _Z95 = 1.959964
 

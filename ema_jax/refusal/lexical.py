@@ -155,6 +155,7 @@ def weights() -> Mapping[str, float]:
     return json.loads(WEIGHTS.read_text(encoding="utf-8"))["weights"]
 
 
+@functools.lru_cache(maxsize=1 << 13)  # a model says the same to many prompts, and again later
 def refusal_score(response: str) -> tuple[float, str]:
     """Refusal score of a response.
 

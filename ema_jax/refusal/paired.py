@@ -13,6 +13,8 @@ import numpy as np
 from typing_extensions import TypedDict
 
 from ema_jax.refusal.intervals import (
+    Interval,
+    PartialInterval,
     bonett_price,
     cluster_sums,
     hull,
@@ -40,7 +42,7 @@ class Effect(TypedDict):
     """A change by one measure."""
 
     change: float | None
-    ci95: list[float]
+    ci95: Interval
     p: float
 
 
@@ -48,7 +50,7 @@ class Drop(TypedDict):
     """EMA on one domain by refusal (see `paired_drop`)."""
 
     drop: float | None
-    ci95: list[float]
+    ci95: Interval
     p: float
     drop_conditional: float | None
     n: int
@@ -62,7 +64,7 @@ class Recovery(TypedDict):
     """Containment by one measure (see `containment`)."""
 
     recovered: float | None
-    ci95: Sequence[float | None]
+    ci95: PartialInterval
     flags: list[str]
 
 
@@ -70,7 +72,7 @@ class SeedDifference(TypedDict):
     """The difference of two arms over seeds (see `seed_difference`)."""
 
     difference: float | None
-    ci95: Sequence[float | None]
+    ci95: PartialInterval
     p: float | None
 
 

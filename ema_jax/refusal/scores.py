@@ -14,13 +14,12 @@ known and its interval is widened to hold a closed-form one too.
 """
 
 from collections.abc import Sequence
-from typing import Annotated, NotRequired
+from typing import NotRequired
 
 import numpy as np
-from pydantic import Field
 from typing_extensions import TypedDict  # typing's own cannot be read by pydantic before 3.12
 
-from ema_jax.refusal.intervals import cluster_sums, hull, resample, two_way, wilson
+from ema_jax.refusal.intervals import Interval, cluster_sums, hull, resample, two_way, wilson
 from ema_jax.refusal.verdicts import COMPLIED, INVALID, REFUSED, SHARES, share
 
 Verdicts = Sequence[str]
@@ -43,7 +42,7 @@ class RefusalScore(TypedDict):
     invalid: int
     total: int
     rate: float | None  # refused / valid
-    ci95: Annotated[list[float], Field(min_length=2, max_length=2)]
+    ci95: Interval
     shares: NotRequired[dict[str, float]]  # of all responses, by `verdicts.SHARES`
     harm: NotRequired[dict[str, int]]  # complied responses: harmful, harmless, unknown
 

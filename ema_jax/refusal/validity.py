@@ -165,6 +165,7 @@ def function_word_share(response: str, words: frozenset[str] = _ENGLISH) -> floa
     return sum(w in words for w in found) / len(found) if found else 0.0
 
 
+@functools.lru_cache(maxsize=1 << 13)  # a model says the same to many prompts, and again later
 def invalid_reason(
     response: str,
     finished: bool = True,

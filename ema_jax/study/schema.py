@@ -12,23 +12,22 @@ another schema number.
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, NotRequired
+from typing import Any, Final, Literal, NotRequired
 
-from pydantic import Field
 from typing_extensions import TypedDict  # typing's own cannot be read by pydantic before 3.12
 
 from ema_jax.data.similarity import Leakage
+from ema_jax.refusal.intervals import PartialInterval
 from ema_jax.refusal.paired import Drop, Recovery, SeedDifference
 from ema_jax.refusal.scores import RefusalScore
 
 SCHEMA: Final = 1
 PATH = Path(__file__).with_name("results.schema.json")
 
-Interval = Annotated[Sequence[float | None], Field(min_length=2, max_length=2)]  # [low, high]
 PerLayer = Sequence[float | None]  # [L+1], from the embeddings to the last block
 ByDomain = dict[str, float | None]
 ByLayer = dict[str, PerLayer]  # domain → figure at every layer
-LayerIntervals = dict[str, Sequence[Interval | None]]
+LayerIntervals = dict[str, Sequence[PartialInterval | None]]
 
 
 class Model(TypedDict):
@@ -110,16 +109,16 @@ class FarHalf(TypedDict):
     n: int
     cosine: float
     drop: float | None
-    ci95: Interval
+    ci95: PartialInterval
     compliance_rise: float | None
-    compliance_ci95: Interval
+    compliance_ci95: PartialInterval
 
 
 class Change(Drop):
     """EMA of one domain by both measures."""
 
     compliance_rise: NotRequired[float | None]
-    compliance_ci95: NotRequired[Interval]
+    compliance_ci95: NotRequired[PartialInterval]
     compliance_p: NotRequired[float]
     far: NotRequired[FarHalf]
 
@@ -146,7 +145,7 @@ class Containment(Recovery):
     target_answered: NotRequired[float]
     target_damaged: NotRequired[bool]
     recovered_by_compliance: NotRequired[float | None]
-    compliance_ci95: NotRequired[Interval]
+    compliance_ci95: NotRequired[PartialInterval]
     compliance_flags: NotRequired[list[str]]
 
 
@@ -232,7 +231,7 @@ class Erased(TypedDict):
 
     domain: str
     mean: float | None
-    ci95: Interval
+    ci95: PartialInterval
 
 
 class RefusalDirection(TypedDict):
@@ -291,7 +290,7 @@ class JudgesOnRows(TypedDict):
     both_valid: int
     observed: float | None
     kappa: float | None
-    ci95: Interval | None
+    ci95: PartialInterval | None
 
 
 class JudgePair(TypedDict):
@@ -326,7 +325,7 @@ class PooledScore(TypedDict):
     spearman: float | None
     p: float | None
     cells: int
-    ci95: NotRequired[Interval | None]
+    ci95: NotRequired[PartialInterval | None]
 
 
 class Categories(RankScore):
@@ -371,7 +370,7 @@ class WayOfAsking(TypedDict):
 class Sensitivity(TypedDict):
     """Lowest and highest refusal rate and shares over the ways of asking."""
 
-    rate: Interval
+    rate: PartialInterval
     shares: dict[str, list[float]]
     ways: dict[str, WayOfAsking]
 
@@ -380,7 +379,7 @@ class Estimate(TypedDict):
     """A figure with its interval."""
 
     value: float | None
-    ci95: Interval
+    ci95: PartialInterval
 
 
 class LabelledShare(TypedDict):
@@ -388,7 +387,7 @@ class LabelledShare(TypedDict):
 
     n: int
     share: float
-    ci95: Interval
+    ci95: PartialInterval
 
 
 class LabelledArm(TypedDict):
@@ -415,9 +414,9 @@ class CorrectedShare(TypedDict):
 
     apparent: float | None
     share: float | None
-    ci95: Interval
+    ci95: PartialInterval
     drop: NotRequired[float | None]
-    drop_ci95: NotRequired[Interval]
+    drop_ci95: NotRequired[PartialInterval]
 
 
 class PromptSet(TypedDict):

@@ -56,21 +56,16 @@ def target_log_probs(
             log-probabilities, as the logits are there; the backward pass would compute those again.
     """
 
-    def hits(logits: Float[Array, "B C V"], target: Int[Array, "B C"]) -> Bool[Array, "B C V"]:
-        # A comparison with iota in place of a gather: it partitions over the vocabulary.
-        return jnp.arange(logits.shape[-1]) == target[..., None]
-
     def chunk(h: Float[Array, "B C D"], target: Int[Array, "B C"]) -> Float[Array, "B C"]:
         logits = model.logits(h)
-        chosen = jnp.sum(jnp.where(hits(logits, target), logits, 0.0), axis=-1)
+        # A comparison with iota in place of a gather: it partitions over the vocabulary.
+        hit = jnp.arange(logits.shape[-1]) == target[..., None]
+        chosen = jnp.sum(jnp.where(hit, logits, 0.0), axis=-1)
         return chosen - jax.nn.logsumexp(logits, axis=-1)
 
     def with_slopes(h: Float[Array, "B C D"], target: Int[Array, "B C"]) -> tuple[Array, Array]:
-        logits, pull = jax.vjp(model.logits, h)
-        hit = hits(logits, target)
-        total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-        values = jnp.sum(jnp.where(hit, logits, 0.0), axis=-1) - total[..., 0]
-        return values, pull(hit - jnp.exp(logits - total))[0]
+        values, pull = jax.vjp(lambda h: chunk(h, target), h)
+        return values, pull(jnp.ones_like(values))[0]
 
     if not frozen_head:
         return _over_time(chunk, model.config.vocab_size, hidden, targets)

@@ -184,7 +184,7 @@ def dropout_key(draw: UInt32[Array, "2"]) -> jax.Array:
 def update(setup: TrainSetup, state: TrainState, batch: StepBatch) -> tuple[TrainState, Metrics]:
     """One optimizer step, independent of sharding; see `train_step`."""
     gradients, metrics = loss_and_gradient(setup, state.trainable, batch)
-    metrics["gradient_norm"] = optax.global_norm(gradients)
+    metrics["gradient_norm"] = optax.tree.norm(gradients)
     rule = optimizer(setup.config)
     updates, opt_state = rule.update(gradients, state.opt_state, state.trainable)
     return TrainState(optax.apply_updates(state.trainable, updates), opt_state), metrics

@@ -69,7 +69,7 @@ def but_for_times(results: dict[str, Any]) -> dict[str, Any]:
     provenance = {
         k: v
         for k, v in results["provenance"].items()
-        if k not in ("wall_seconds", "date", "commit")
+        if k not in ("wall_seconds", "date", "command", "commit")
     }
     return results | {"provenance": provenance}
 

@@ -94,6 +94,28 @@ def test_a_loss_and_its_gradient_are_the_same_whatever_the_chunk(tiny, monkeypat
     assert jnp.all(frozen(hidden)[:, 4:] == 0) == (logits == 1)
 
 
+def test_a_frozen_head_is_as_exact_in_bfloat16_as_a_trained_one(tiny):
+    exact = checkpoint.load(tiny("qwen2"))
+    rounded = checkpoint.load(tiny("qwen2"), dtype="bfloat16")
+    tokens, mask = random_batch(padding="right")
+    hidden, targets = exact(tokens, mask).hidden[:, :-1], jnp.asarray(tokens)[:, 1:]
+    weights = jax.random.normal(jax.random.key(0), targets.shape)
+
+    def gradient(model, dtype, frozen_head):
+        def loss(hidden):
+            found = log_probs_lib.target_log_probs(model, hidden, targets, frozen_head=frozen_head)
+            return jnp.sum(weights * found)
+
+        return jax.grad(loss)(hidden.astype(dtype)).astype(jnp.float32)
+
+    true = gradient(exact, jnp.float32, False)
+    errors = [
+        jnp.linalg.norm(gradient(rounded, jnp.bfloat16, frozen_head) - true)
+        for frozen_head in (True, False)
+    ]
+    assert 0 < errors[0] < 1.2 * errors[1] < 0.01 * jnp.linalg.norm(true)
+
+
 def test_a_frozen_head_is_multiplied_with_twice_and_a_trained_one_three_times(tiny):
     """Logits and their slopes; else the logits again in the backward pass."""
     model = checkpoint.load(tiny("qwen2"))
