@@ -59,9 +59,9 @@ def locate(source: str) -> Path:
     found = [file for file in distribution.files or () if file.suffix == SUFFIX]
     if len(found) != 1:
         names = ", ".join(file.name for file in found) or "none"
-        raise UserError(
-            f"{source}: the package has to hold one GGUF file and holds {names}; name the file"
-        )
+        # From Python 3.12 on files that are gone are not listed.
+        fix = "name the file" if found else f"install {package} again, or name a file"
+        raise UserError(f"{source}: the package has to hold one GGUF file and holds {names}; {fix}")
     path = Path(str(distribution.locate_file(found[0])))
     if not path.is_file():
         raise UserError(f"{path}: no such file; install {package} again")

@@ -19,7 +19,7 @@ FILES = (
     "relevance.py",
     "answer_screen.py",
 )
-VERSION, DIGEST = 4, "89ac8a55fc44c651"
+VERSION, DIGEST = 4, "2d6a2a8843412d8b"
 
 
 def code(path: Path) -> str:
