@@ -16,7 +16,7 @@ from typing import NoReturn
 from absl import app, flags, logging
 
 from ema_jax.errors import RunStoppedError, UserError
-from ema_jax.runtime import hardware, signals, xla_flags
+from ema_jax.runtime import compilation, hardware, signals, xla_flags
 from ema_jax.runtime.disk import full_disk
 
 _LONGEST_LINE = 1000
@@ -158,10 +158,8 @@ def keep_compiled_programs() -> None:
 
     JAX's own `JAX_COMPILATION_CACHE_DIR` names another folder; empty, it keeps nothing.
     """
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        import jax
-
-        jax.config.update("jax_compilation_cache_dir", str(compiled_programs()))
+    if (folder := compiled_programs()) is not None:
+        compilation.keep_programs(folder)
 
 
 def compiled_programs() -> Path | None:

@@ -3,6 +3,7 @@
 import functools
 import os
 import threading
+from pathlib import Path
 from typing import Any
 
 from absl import logging
@@ -13,6 +14,9 @@ _EVENT = "/jax/core/compile/backend_compile_duration"
 _SECONDS = 5.0  # shorter ones are of no interest
 
 _LEVEL = "--xla_backend_optimization_level"
+
+# JAX's own is a second, which leaves out nearly all of a small study's programs.
+_WORTH_KEEPING = 0.1  # seconds of compilation
 
 _waiting: dict[tuple[int, str], threading.Timer] = {}
 
@@ -26,6 +30,14 @@ def compile_quickly() -> None:
     flags = os.environ.get("XLA_FLAGS", "")
     if _LEVEL not in flags and not hardware.has_accelerator():
         os.environ["XLA_FLAGS"] = f"{flags} {_LEVEL}=1".strip()
+
+
+def keep_programs(folder: Path) -> None:
+    """Keeps compiled programs in a folder, for later runs and for other processes."""
+    import jax
+
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", _WORTH_KEEPING)
 
 
 @functools.cache  # listeners stay

@@ -16,13 +16,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 from absl import logging
 
 from ema_jax.config import ModelConfig, StudyConfig
 from ema_jax.errors import AskedToStopError, RunStoppedError, UserError
 from ema_jax.models.hub import ModelSource
-from ema_jax.runtime import files
+from ema_jax.runtime import compilation, files
 from ema_jax.runtime.leases import Leases
 from ema_jax.study import checks
 from ema_jax.study.pipeline import OF_RUNS, SHARED, Study
@@ -108,9 +107,8 @@ class StudyGrid:
             only: number of a cell to run alone (with the shared stages it needs), for array jobs.
             expiry: seconds after which the lease of a silent process is void.
         """
-        # Programs that one worker compiled serve all of them, and the next run.
-        jax.config.update("jax_compilation_cache_dir", str(self.folder / "compiled"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+        # What one worker compiled serves all of them, and the next run.
+        compilation.keep_programs(self.folder / "compiled")
         leases = Leases(self.folder / "claims", expiry)
         units = self._units()
         wanted = list(units)

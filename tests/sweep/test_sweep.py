@@ -148,7 +148,7 @@ def fake_stages(monkeypatch, log: Path, seconds: float = 0.0, diverges: str = ""
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     monkeypatch.setattr(worker.Study, "run", run)
-    monkeypatch.setattr(worker.jax.config, "update", lambda name, value: None)
+    monkeypatch.setattr(worker.compilation, "keep_programs", lambda folder: None)
 
 
 def notes(log: Path) -> list:

@@ -1,4 +1,8 @@
-"""Flags that XLA gets on a machine without an accelerator."""
+"""Flags that XLA gets on a machine without an accelerator, and programs that are kept."""
+
+import subprocess
+import sys
+import textwrap
 
 import pytest
 
@@ -24,3 +28,17 @@ def test_a_cpu_compiles_quickly(monkeypatch, tmp_path, given, accelerator, then)
     monkeypatch.setattr(compilation.os, "environ", environment)
     compilation.compile_quickly()
     assert environment == ({} if then is None else {"XLA_FLAGS": then})
+
+
+def test_a_program_that_took_less_than_jax_asks_for_is_kept(tmp_path):
+    assert compilation._WORTH_KEEPING < 1
+    script = f"""
+        from pathlib import Path
+        from ema_jax.runtime import compilation
+        compilation._WORTH_KEEPING = 0.0
+        compilation.keep_programs(Path({str(tmp_path)!r}))
+        import jax
+        jax.jit(lambda x: x + 1)(1.0)
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True)
+    assert any(tmp_path.glob("*-cache"))
