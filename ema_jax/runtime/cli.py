@@ -158,8 +158,8 @@ def keep_compiled_programs() -> None:
 
     JAX's own `JAX_COMPILATION_CACHE_DIR` names another folder; empty, it keeps nothing.
     """
-    if (folder := compiled_programs()) is not None:
-        compilation.keep_programs(folder)
+    given = "JAX_COMPILATION_CACHE_DIR" in os.environ
+    compilation.keep_programs(None if given else compiled_programs())
 
 
 def compiled_programs() -> Path | None:

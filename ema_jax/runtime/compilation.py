@@ -32,12 +32,18 @@ def compile_quickly() -> None:
         os.environ["XLA_FLAGS"] = f"{flags} {_LEVEL}=1".strip()
 
 
-def keep_programs(folder: Path) -> None:
-    """Keeps compiled programs in a folder, for later runs and for other processes."""
+def keep_programs(folder: Path | None) -> None:
+    """Keeps compiled programs in a folder, for later runs and for other processes.
+
+    None is where JAX's own variable says, which may be a bucket's address. Its variable for the
+    least time of compilation stands.
+    """
     import jax
 
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", _WORTH_KEEPING)
+    if folder is not None:
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", _WORTH_KEEPING)
 
 
 @functools.cache  # listeners stay
